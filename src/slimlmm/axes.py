@@ -1,0 +1,117 @@
+"""The noun of the whole program: an *axis* of a model, its units, and where those units live.
+
+A model has few axes (``text.ffn``, ``vision.width`` ...). Some axes are chosen once for the whole tower (the residual
+width), others layer by layer under one common size (each block keeps its own FFN neurons, all blocks the same number).
+A `Group` is one such independent choice; scoring, planning, cutting, masking and printing all take groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlmm.errors import UserError, nearest
+
+Role = Literal["produce", "consume", "affine"]
+Kind = Literal["blocks", "inner", "width", "vocab"]
+#: group name -> sorted indices of the kept units
+Keep = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One place where a group's units live: rows of one parameter along one dimension.
+
+    Unit u owns the rows ``offset + (o * units + u) * inner + i`` for o < outer, i < inner. `outer` holds constants that
+    vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head).
+    `parameter` is the name in ``model.state_dict()``. Role: *produce* writes the axis (output rows, biases, embeddings),
+    *consume* reads it (input columns of a linear or convolution), *affine* scales it in place (norms, layer scale).
+    """
+
+    parameter: str
+    dim: int
+    role: Role
+    outer: int = 1
+    inner: int = 1
+    offset: int = 0
+
+    def rows(self, keep: Tensor, units: int) -> Tensor:
+        """Return the rows of `parameter` that the units in `keep` own, in storage order; int64, [outer*len(keep)*inner]."""
+        o = torch.arange(self.outer).view(-1, 1, 1)
+        i = torch.arange(self.inner).view(1, 1, -1)
+        return (self.offset + (o * units + keep.view(1, -1, 1)) * self.inner + i).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Units that are kept or dropped together by one choice: (axis, layer or part), and all the places they live in.
+
+    `stride` is how much axis size one unit carries: 1 for a residual channel, head_dim for a vision head that goes with
+    the width. For block axes `slots` is empty and unit i is the i-th layer of ``axis.layers``.
+    """
+
+    name: str
+    axis: str
+    units: int
+    slots: tuple[Slot, ...] = ()
+    stride: int = 1
+    layer: int | None = None
+
+    def kept(self, size: int) -> int:
+        """Return how many units stay when the axis has `size`."""
+        if size % self.stride:
+            raise UserError(f"{self.axis}={size}: must be a multiple of {self.stride} (one unit of {self.name}).")
+        return size // self.stride
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Something a stock config can shrink: its name, size, allowed sizes, config fields, and groups.
+
+    `layers` is the state-dict prefix of the layer list for block axes ("model.language_model.layers"), else "".
+    `refusal` says why this axis cannot be cut in this model; a refused axis has no groups.
+    `exact` tells whether cut == masked up to rounding once norms are compensated, `note` the reason where it is not.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    fields: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
+    multiple: int = 1
+    minimum: int = 1
+    layers: str = ""
+    exact: bool = True
+    note: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """All axes of one configuration, and the parameters that share storage (alias -> owner)."""
+
+    model_type: str
+    axes: Mapping[str, Axis]
+    tied: Mapping[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Current size of every axis that can be cut."""
+        return {name: axis.size for name, axis in self.axes.items() if not axis.refusal}
+
+    def axis(self, name: str) -> Axis:
+        """Return the axis, or raise a UserError that names the nearest one or the reason of its refusal."""
+        if name not in self.axes:
+            raise UserError(f"unknown axis {name!r} for model type {self.model_type!r}. {nearest(name, list(self.axes))}")
+        found = self.axes[name]
+        if found.refusal:
+            raise UserError(f"{name} of {self.model_type!r} cannot be cut: {found.refusal}")
+        return found
+
+    def group(self, name: str) -> Group:
+        """Return the group of that name."""
+        return next(group for axis in self.axes.values() for group in axis.groups if group.name == name)
