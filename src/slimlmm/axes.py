@@ -8,7 +8,7 @@ A `Group` is one such independent choice; scoring, planning, cutting, masking an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from slimlmm.errors import UserError, nearest
 
 Role = Literal["produce", "consume", "affine"]
 Kind = Literal["blocks", "inner", "width", "vocab"]
+Norm = Literal["", "rms", "layer"]
 #: group name -> sorted indices of the kept units
 Keep = Mapping[str, Tensor]
 
@@ -28,8 +29,9 @@ class Slot:
 
     Unit u owns the rows ``offset + (o * units + u) * inner + i`` for o < outer, i < inner. `outer` holds constants that
     vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head).
-    `parameter` is the name in ``model.state_dict()``. Role: *produce* writes the axis (output rows, biases, embeddings),
-    *consume* reads it (input columns of a linear or convolution), *affine* scales it in place (norms, layer scale).
+    `parameter` is the name in ``model.state_dict()``; tied aliases (``Anatomy.tied``) own no slots. Role: *produce* writes
+    the axis (output rows, biases, embeddings), *consume* reads it (input columns of a linear or convolution), *affine*
+    scales it in place (norms, layer scale). `norm` is the kind of norm whose weight or bias this is, "" for all else.
     """
 
     parameter: str
@@ -38,6 +40,7 @@ class Slot:
     outer: int = 1
     inner: int = 1
     offset: int = 0
+    norm: Norm = ""
 
     def rows(self, keep: Tensor, units: int) -> Tensor:
         """Return the rows of `parameter` that the units in `keep` own, in storage order; int64, [outer*len(keep)*inner]."""
@@ -51,7 +54,9 @@ class Group:
     """Units that are kept or dropped together by one choice: (axis, layer or part), and all the places they live in.
 
     `stride` is how much axis size one unit carries: 1 for a residual channel, head_dim for a vision head that goes with
-    the width. For block axes `slots` is empty and unit i is the i-th layer of ``axis.layers``.
+    the width. `rate` is how many units that much size carries: 4 for the FFN neurons of a tower whose FFN is 4 x width.
+    For block axes `slots` is empty and unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1
+    but in a Q-Former, where blocks go by whole periods of its cross-attention).
     """
 
     name: str
@@ -59,13 +64,14 @@ class Group:
     units: int
     slots: tuple[Slot, ...] = ()
     stride: int = 1
+    rate: int = 1
     layer: int | None = None
 
     def kept(self, size: int) -> int:
         """Return how many units stay when the axis has `size`."""
         if size % self.stride:
             raise UserError(f"{self.axis}={size}: must be a multiple of {self.stride} (one unit of {self.name}).")
-        return size // self.stride
+        return size // self.stride * self.rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,7 @@ class Axis:
     """Something a stock config can shrink: its name, size, allowed sizes, config fields, and groups.
 
     `layers` is the state-dict prefix of the layer list for block axes ("model.language_model.layers"), else "".
+    Legal sizes are the multiples of `multiple` from `minimum` on, or just those in `allowed` where it is not empty.
     `refusal` says why this axis cannot be cut in this model; a refused axis has no groups.
     `exact` tells whether cut == masked up to rounding once norms are compensated, `note` the reason where it is not.
     """
@@ -84,19 +91,29 @@ class Axis:
     groups: tuple[Group, ...] = ()
     multiple: int = 1
     minimum: int = 1
+    allowed: tuple[int, ...] = ()
     layers: str = ""
     exact: bool = True
     note: str = ""
     refusal: str = ""
 
+    def choices(self) -> tuple[int, ...]:
+        """Return every legal size up to the current one, ascending."""
+        start = -(-self.minimum // self.multiple) * self.multiple
+        return self.allowed or tuple(range(start, self.size + 1, self.multiple))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anatomy:
-    """All axes of one configuration, and the parameters that share storage (alias -> owner)."""
+    """All axes of one configuration, the parameters that share storage (alias -> owner), and where each tower stands.
+
+    `towers` maps "vision", "text", "qformer", "projector" to the state-dict prefix of that part ("model.vision_tower.").
+    """
 
     model_type: str
     axes: Mapping[str, Axis]
     tied: Mapping[str, str]
+    towers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
