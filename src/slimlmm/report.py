@@ -1,0 +1,350 @@
+"""What people read of a run: the Markdown page (model card), the plot of the rounds, terminal tables.
+
+Everything here is drawn from `Results` alone; what is null shows as "-".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from rich.table import Table as RichTable
+
+from slimlmm.evaluate import Interval, Score
+from slimlmm.measure import Comparison
+from slimlmm.results import Model, Results, Round
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Cells to be shown: the first column to the left, the others to the right."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write(results: Results, folder: str | Path) -> Path:
+    """Write ``README.md`` (model card, tables) and, if there are rounds, ``rounds.png``; return the page."""
+    folder = Path(folder)
+    if results.rounds:
+        plot_rounds(results, folder / "rounds.png")
+    page = folder / "README.md"
+    temporary = page.with_name(page.name + ".part")
+    temporary.write_text(markdown(results), encoding="utf-8")
+    temporary.replace(page)
+    return page
+
+
+def markdown(results: Results) -> str:
+    """Return the Markdown page of a run."""
+    loader = jinja2.PackageLoader("slimlmm", "templates")
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    environment.globals.update(
+        count=count, times=times, points=points, percent=percent, table=_markdown_table
+    )
+    accuracy = results.student.accuracy if results.student else None
+    text: str = environment.get_template("model_card.md.j2").render(
+        r=results,
+        limit=accuracy.max_new_tokens if accuracy else 32,
+        cost=cost_table(results),
+        tasks=task_table(results) if results.teacher.accuracy else None,
+        rounds=rounds_table(results),
+        controls=controls_table(results),
+        provenance=provenance_table(results),
+    )
+    return text
+
+
+def final_table(results: Results) -> RichTable:
+    """Return the table that ends a run in the terminal: teacher, student and ratio, then accuracy."""
+    title = f"{results.teacher.name} -> {results.student.name}" if results.student else results.teacher.name
+    shown = RichTable(title=title)
+    cost = cost_table(results)
+    for index, name in enumerate(cost.head):
+        shown.add_column(name, justify="left" if index == 0 else "right")
+    for row in cost.rows:
+        shown.add_row(*row)
+    shown.add_section()
+    for row in task_table(results).rows[-1:] if results.teacher.accuracy else ():
+        name, _, teacher, student, change = row
+        shown.add_row(
+            f"exact match, {name} (%)", teacher, student, f"{change} points" if change != NOTHING else change
+        )
+    if results.effect:
+        shown.add_row("same answer (%)", NOTHING, NOTHING, percent(results.effect.agreement))
+    return shown
+
+
+def rounds_terminal(results: Results) -> RichTable:
+    """Return the table of the rounds for the terminal."""
+    rounds = rounds_table(results)
+    shown = RichTable(title="rounds")
+    for index, name in enumerate(rounds.head):
+        shown.add_column(name, justify="left" if index < 3 else "right")
+    for row in rounds.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def cost_table(results: Results) -> Table:
+    """Return parameters, bytes, FLOPs, times and memory of teacher and student, with their ratios."""
+    a, b, r = results.teacher, results.student, results.ratios
+    rows = [
+        _parameters_row(name, a, b) for name in ("total", *(part for part in a.parameters if part != "total"))
+    ]
+    rows += [
+        ("bytes on disk", *_pair(a, b, "disk_bytes"), times(r.disk if r else None)),
+        (_flops_label(a), *_pair(a, b, "flops"), times(r.flops if r else None)),
+        *_time_rows(results.latency, results.throughput),
+        ("peak memory", size(_peak(a)), size(_peak(b)), times(r.memory if r else None)),
+    ]
+    shown = [row for row in rows if row[1] != NOTHING or row[2] != NOTHING]
+    return Table(head=("", "teacher", "student", "ratio"), rows=tuple(shown))
+
+
+def task_table(results: Results) -> Table:
+    """Return exact match per task with standard errors, drops with intervals; the last row is all rows."""
+    teacher = results.teacher.accuracy
+    student = results.student.accuracy if results.student else None
+    effect = results.effect
+    rows = []
+    for task, one in teacher.tasks.items() if teacher else ():
+        other = student.tasks.get(task) if student else None
+        change = effect.drop_tasks.get(task) if effect else None
+        rows.append((task, str(one.n), scored(one), scored(other), points(change)))
+    if teacher:
+        whole = student.overall if student else None
+        last = points(effect.drop if effect else None)
+        rows.append(("all rows", str(teacher.overall.n), scored(teacher.overall), scored(whole), last))
+    return Table(head=("task", "n", "teacher", "student", "drop"), rows=tuple(rows))
+
+
+def rounds_table(results: Results) -> Table:
+    """Return one line per round: what was cut, parameters, validation accuracy, cost of its training."""
+    rows = [
+        (
+            f"{one.number} {one.stage}.{one.round}",
+            ", ".join(f"{axis} {one.before[axis]} -> {size}" for axis, size in one.after.items()),
+            one.criterion or NOTHING,
+            count(one.parameters),
+            scored(one.after_cut),
+            scored(one.after_recovery),
+            f"{one.losses['total']:.3f}" if "total" in one.losses else NOTHING,
+            f"{one.row_visits:,}",
+            duration(one.seconds),
+        )
+        for one in results.rounds
+    ]
+    head = ("round", "cut", "criterion", "params", "after cut", "recovered", "loss", "row visits", "time")
+    return Table(head=head, rows=tuple(rows))
+
+
+def controls_table(results: Results) -> Table:
+    """Return the control arms with their accuracy and how far they are behind the student."""
+    rows = [
+        (one.name, one.description, count(one.parameters), scored(one.accuracy.overall), points(one.behind))
+        for one in results.controls
+    ]
+    return Table(head=("arm", "how", "params", "exact match", "behind"), rows=tuple(rows))
+
+
+def provenance_table(results: Results) -> Table:
+    """Return machine, versions, data, seed and the cost of the run."""
+    environment, data, totals = results.environment, results.data, results.totals
+    machine = [
+        environment.cpu,
+        environment.cores and f"{environment.cores} cores",
+        size(environment.memory) + " RAM",
+    ]
+    rows = [
+        ("data", f"{data.name}: " + ", ".join(f"{n:,} {split}" for split, n in data.rows.items())),
+        ("data hash", data.fingerprint or NOTHING),
+        ("seed", str(results.seed)),
+        ("run took", duration(totals.seconds) if totals else NOTHING),
+        ("row visits", f"{totals.row_visits:,}" if totals else NOTHING),
+        ("training FLOPs", quantity(totals.flops if totals else None)),
+        ("machine", ", ".join(part for part in (*machine, environment.gpu) if part)),
+        ("versions", ", ".join(f"{name} {found}" for name, found in environment.versions.items())),
+        ("commit", environment.git or NOTHING),
+        ("measured", environment.created),
+    ]
+    return Table(head=("", ""), rows=tuple(row for row in rows if row[1] != NOTHING))
+
+
+def plot_rounds(results: Results, path: str | Path) -> None:
+    """Draw validation accuracy after cut and recovery against parameters (log, falling to the right)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    xs, ys, ends = _path(results.rounds)
+    axes.plot(xs, ys, color="0.75", linewidth=1, zorder=1)
+    for part, label, marker, colour in (
+        ("after_cut", "after cut and repair", "v", "tab:red"),
+        ("after_recovery", "after recovery", "o", "tab:blue"),
+    ):
+        found = [(one.parameters, score) for one in results.rounds if (score := getattr(one, part))]
+        if found:
+            errors = [100 * _error(score) for _, score in found]
+            values = [100 * score.accuracy for _, score in found]
+            axes.errorbar(
+                [x for x, _ in found], values, yerr=errors, fmt=marker, color=colour, label=label, capsize=2
+            )
+    for one, x, y in ends:
+        axes.annotate(
+            f"{one.stage}.{one.round}",
+            (x, y),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    if results.teacher.accuracy:
+        axes.axhline(
+            100 * results.teacher.accuracy.overall.accuracy,
+            color="0.4",
+            linestyle=":",
+            label="teacher (test split)",
+        )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(int(value))))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set(xlabel="parameters", ylabel="validation exact match (%)", ylim=(0, 105))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def count(n: float | None) -> str:
+    """Return a number of parameters in three digits: 1.31 M."""
+    if n is None:
+        return NOTHING
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if n >= limit:
+            return f"{n / limit:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def quantity(n: float | None) -> str:
+    """Return a large number in three digits with its power of ten: 1.31e+15."""
+    return NOTHING if n is None else f"{n:.3g}"
+
+
+def size(n: float | None) -> str:
+    """Return bytes in MB or GB (powers of ten)."""
+    if n is None:
+        return NOTHING
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def seconds(s: float | None) -> str:
+    """Return a short time in ms or s."""
+    if s is None:
+        return NOTHING
+    return f"{s:.2f} s" if s >= 1 else f"{1000 * s:.1f} ms"
+
+
+def duration(s: float) -> str:
+    """Return a long time in s, min or h."""
+    if s < 120:
+        return f"{s:.0f} s"
+    return f"{s / 60:.1f} min" if s < 7200 else f"{s / 3600:.1f} h"
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio: 18.2x."""
+    return NOTHING if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent with one decimal."""
+    return f"{100 * share:.1f}"
+
+
+def points(interval: Interval | None) -> str:
+    """Return a difference of shares in points with its interval: +0.42 [-0.10, +0.95]."""
+    if interval is None:
+        return NOTHING
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * interval.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def scored(score: Score | None) -> str:
+    """Return accuracy in per cent with one standard error (over pictures, where there are several)."""
+    return NOTHING if score is None else f"{100 * score.accuracy:.1f} +- {100 * _error(score):.1f}"
+
+
+def _error(score: Score) -> float:
+    """Return the standard error over pictures, or over rows if there is only one picture."""
+    return score.se if score.clustered_se is None else score.clustered_se
+
+
+def _parameters_row(part: str, a: Model, b: Model | None) -> tuple[str, str, str, str]:
+    """Return one line of parameters."""
+    mine, other = a.parameters.get(part, 0), (b.parameters.get(part, 0) if b else None)
+    label = "parameters" if part == "total" else f"- {part}"
+    return (label, count(mine), count(other), times(mine / other if other else None))
+
+
+def _pair(a: Model, b: Model | None, name: str) -> tuple[str, str]:
+    """Return one measured attribute of both models as text."""
+    show = size if name == "disk_bytes" else quantity
+    return show(getattr(a, name)), show(getattr(b, name) if b else None)
+
+
+def _flops_label(model: Model) -> str:
+    """Return what the FLOPs are of."""
+    tokens = model.flops_answer_tokens
+    return "FLOPs per answer" + (f" of {tokens} tokens" if tokens else "")
+
+
+def _peak(model: Model | None) -> int | None:
+    """Return the peak memory, if it was measured."""
+    return model.memory.peak if model and model.memory else None
+
+
+def _time_rows(latency: Comparison | None, throughput: Comparison | None) -> list[tuple[str, str, str, str]]:
+    """Return the lines of latency and throughput."""
+    rows = []
+    if latency:
+        a, b = latency.first, latency.second
+        rows.append(("latency p50, batch 1", seconds(a.p50), seconds(b.p50), times(latency.ratio)))
+        rows.append(("latency p95, batch 1", seconds(a.p95), seconds(b.p95), times(a.p95 / b.p95)))
+    if throughput:
+        a, b = throughput.first, throughput.second
+        label = f"rows per second, batch {a.batch_size}"
+        rows.append((label, f"{a.rows_per_second:.1f}", f"{b.rows_per_second:.1f}", times(throughput.ratio)))
+    return rows
+
+
+def _path(rounds: Sequence[Round]) -> tuple[list[float], list[float], list[tuple[Round, float, float]]]:
+    """Return the line through cuts and recoveries in order, and the last point of each round."""
+    xs, ys, ends = [], [], []
+    for one in rounds:
+        for score in (one.after_cut, one.after_recovery):
+            if score is not None:
+                xs.append(float(one.parameters))
+                ys.append(100 * score.accuracy)
+        if one.after_cut or one.after_recovery:
+            ends.append((one, xs[-1], ys[-1]))
+    return xs, ys, ends
+
+
+def _markdown_table(table: Table) -> str:
+    """Return a Markdown table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" if index == 0 else "---:" for index in range(len(table.head))) + "|"
+    return "\n".join([line(table.head), rule, *map(line, table.rows)])

@@ -1,0 +1,266 @@
+"""The typed record of a run, ``results.json``: written by the pipeline, read by the report.
+
+Its documentation ``docs/results-schema.md`` is `schema_page`, generated from the fields' descriptions by
+``python -m slimlmm.results docs/results-schema.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
+from slimlmm.measure import Comparison, Environment, Memory
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Dataset(Record):
+    """The rows that the run saw."""
+
+    name: str = Field(description="Name of the data set as given.")
+    fingerprint: str | None = Field(None, description="Hash over all rows and pictures of all splits.")
+    rows: dict[str, int] = Field(description="Rows per split.")
+    notes: tuple[str, ...] = Field((), description="What was said while reading: skipped rows, splits made.")
+
+
+class Model(Record):
+    """One model, measured; what was not measured is null."""
+
+    name: str = Field(description="Folder name or hub id.")
+    model_type: str = Field(description="model_type of its stock config.")
+    sizes: dict[str, int] = Field(description="Size of every axis that can be cut.")
+    parameters: dict[str, int] = Field(description="Parameters by part, and `total`; tied ones count once.")
+    disk_bytes: int | None = Field(None, description="Bytes of all files of its folder.")
+    accuracy: Accuracy | None = Field(None, description="Exact match on the test split.")
+    flops: float | None = Field(
+        None,
+        description="Floating-point operations per answer (multiply-add = 2), see `flops_answer_tokens`.",
+    )
+    flops_answer_tokens: int | None = Field(None, description="Answer tokens that `flops` was counted with.")
+    memory: Memory | None = Field(
+        None, description="Peak of a new process that loads it and answers one row."
+    )
+
+
+class Round(Record):
+    """One turn of score, plan, cut, recover, evaluate."""
+
+    number: int = Field(description="Position in the run, from 1.")
+    stage: str = Field(description="Name of the stage: lossless, blocks, inner, width.")
+    round: int = Field(description="Position in the stage, from 1.")
+    criterion: str | None = Field(
+        None, description="How units were scored; null when nothing had to be chosen."
+    )
+    before: dict[str, int] = Field(description="Sizes of the axes cut in this round, before it.")
+    after: dict[str, int] = Field(description="Sizes of the same axes after it.")
+    parameters_before: int = Field(description="Parameters before the cut.")
+    parameters: int = Field(description="Parameters after the cut.")
+    after_cut: Score | None = Field(
+        None, description="Validation score after cut and repair, before any training."
+    )
+    after_recovery: Score | None = Field(
+        None, description="Validation score after training; null if there was none."
+    )
+    losses: dict[str, float] = Field(
+        {}, description="Last mean losses per answer token by name; `total` is weighted."
+    )
+    steps: int = Field(0, description="Optimizer steps.")
+    row_visits: int = Field(0, description="Rows seen in training; a row seen twice counts twice.")
+    seconds: float = Field(description="Wall time of the round in seconds, evaluation included.")
+    flops: float | None = Field(None, description="Floating-point operations of the training.")
+
+
+class Ratios(Record):
+    """Teacher over student: how many times smaller or faster; null where either was not measured."""
+
+    parameters: float = Field(description="Parameters, all counted.")
+    disk: float | None = Field(None, description="Bytes on disk.")
+    flops: float | None = Field(None, description="Floating-point operations per answer.")
+    latency: float | None = Field(None, description="Median seconds per answer at batch 1.")
+    throughput: float | None = Field(None, description="Rows per second, student over teacher.")
+    memory: float | None = Field(None, description="Peak memory.")
+
+
+class Effect(Record):
+    """What the compression changed, on the rows of the test split that both models answered."""
+
+    drop: Interval = Field(
+        description="Teacher's accuracy minus student's, 0 to 1, paired bootstrap over pictures."
+    )
+    drop_tasks: dict[str, Interval] = Field(description="The same per task.")
+    agreement: float = Field(description="Share of rows that both answered alike, right or wrong.")
+
+
+class Control(Record):
+    """A control arm: the same final shape reached in another way."""
+
+    name: str = Field(description="What was different: scratch, random units, ...")
+    description: str = Field(description="How it was trained, in a sentence.")
+    parameters: int = Field(description="Its parameters.")
+    accuracy: Accuracy = Field(description="Exact match on the test split.")
+    behind: Interval = Field(
+        description="Student's accuracy minus the control's, paired bootstrap over pictures."
+    )
+    row_visits: int | None = Field(None, description="Rows seen in its training.")
+    seconds: float | None = Field(None, description="Wall time of its training.")
+
+
+class Totals(Record):
+    """What the run cost, sums over the rounds and the evaluations."""
+
+    seconds: float = Field(description="Wall time in seconds, without interruptions.")
+    row_visits: int = Field(description="Rows seen in training; a row seen twice counts twice.")
+    flops: float | None = Field(
+        None, description="Floating-point operations of training; null if any round lacks it."
+    )
+
+
+class Results(Record):
+    """One compression run: what went in, every round, what came out, and what it cost."""
+
+    schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
+    name: str = Field(description="Name of the run.")
+    command: str | None = Field(None, description="Command line that started it.")
+    seed: int = Field(description="Seed of the run.")
+    environment: Environment = Field(description="Machine and versions.")
+    data: Dataset = Field(description="Data set.")
+    teacher: Model = Field(description="The model that was compressed.")
+    rounds: tuple[Round, ...] = Field((), description="One record per finished round, in order.")
+    student: Model | None = Field(
+        None, description="The compressed model; null while the run is not finished."
+    )
+    effect: Effect | None = Field(None, description="Accuracy of the student against the teacher, paired.")
+    latency: Comparison | None = Field(
+        None, description="Batch 1, picture file to answer, teacher and student in turns."
+    )
+    throughput: Comparison | None = Field(None, description="Batch 32, the same.")
+    ratios: Ratios | None = Field(None, description="Times smaller and faster.")
+    controls: tuple[Control, ...] = Field((), description="Control arms, where they were run.")
+    totals: Totals | None = Field(None, description="Cost of the run.")
+    notes: tuple[str, ...] = Field((), description="Things that a reader should know.")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON under a temporary name, then rename."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read and validate; a UserError names each field that does not fit."""
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5]
+            )
+            raise UserError(
+                f"{path} is not a results file of schema version {SCHEMA_VERSION}: {wrong}."
+            ) from error
+
+
+def effect(teacher: Evaluation, student: Evaluation, *, samples: int = 10_000, seed: int = 0) -> Effect:
+    """Compare two evaluations of the same rows: drop overall and per task, agreement."""
+    tasks = {}
+    for task in student.summary.tasks:
+        parts = [one.only(task) for one in (teacher, student)]
+        tasks[task] = drop(parts[0], parts[1], samples=samples, seed=seed)
+    return Effect(
+        drop=drop(teacher, student, samples=samples, seed=seed),
+        drop_tasks=tasks,
+        agreement=agreement(teacher, student),
+    )
+
+
+def ratios(
+    teacher: Model, student: Model, latency: Comparison | None = None, throughput: Comparison | None = None
+) -> Ratios:
+    """Return teacher over student for everything that both sides have."""
+
+    def over(a: float | None, b: float | None) -> float | None:
+        return a / b if a is not None and b else None
+
+    memory = over(
+        teacher.memory.peak if teacher.memory else None,
+        student.memory.peak if student.memory else None,
+    )
+    return Ratios(
+        parameters=teacher.parameters["total"] / student.parameters["total"],
+        disk=over(teacher.disk_bytes, student.disk_bytes),
+        flops=over(teacher.flops, student.flops),
+        latency=latency.ratio if latency else None,
+        throughput=throughput.ratio if throughput else None,
+        memory=memory,
+    )
+
+
+def totals(rounds: tuple[Round, ...], evaluation_seconds: float = 0.0) -> Totals:
+    """Sum what the rounds cost; FLOPs are null if a trained round lacks them."""
+    trained = [one.flops for one in rounds if one.steps]
+    known = [flops for flops in trained if flops is not None]
+    return Totals(
+        seconds=sum(one.seconds for one in rounds) + evaluation_seconds,
+        row_visits=sum(one.row_visits for one in rounds),
+        flops=sum(known) if len(known) == len(trained) else None,
+    )
+
+
+def schema_page() -> str:
+    """Return the documentation of results.json as Markdown, from the fields' descriptions."""
+    schema = Results.model_json_schema()
+    records = {"Results": schema, **schema["$defs"]}
+    order = ["Results"]
+    for name in order:
+        for field in records[name]["properties"].values():
+            order += [found for found in _references(field) if found not in order]
+    lines = [
+        "# results.json",
+        "",
+        f"Schema version {SCHEMA_VERSION}. Generated: `python -m slimlmm.results docs/results-schema.md`.",
+        "Unknown fields are refused. What was not measured is null, never estimated.",
+        "Times are seconds, sizes bytes, accuracies shares from 0 to 1.",
+    ]
+    for name in order:
+        lines += ["", f"## {name}", "", *records[name]["description"].splitlines(), ""]
+        lines += ["| field | type | meaning |", "|---|---|---|"]
+        lines += [
+            f"| `{field}` | {_type(value)} | {value['description']} |"
+            for field, value in records[name]["properties"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _references(field: dict[str, Any]) -> list[str]:
+    """Return the names of the records that a field's schema refers to."""
+    text = json.dumps(field)
+    return [part.split('"')[0] for part in text.split("#/$defs/")[1:]]
+
+
+def _type(field: dict[str, Any]) -> str:
+    """Return a field's type in words."""
+    if "$ref" in field:
+        name = field["$ref"].rsplit("/", 1)[1]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in field:
+        return " or ".join(_type(part) for part in field["anyOf"])
+    if "const" in field or "enum" in field:
+        return " or ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
+    if field["type"] == "array":
+        return f"list of {_type(field['items'])}"
+    if field["type"] == "object":
+        return f"name -> {_type(field['additionalProperties'])}"
+    return str(field["type"])
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(schema_page(), encoding="utf-8")
