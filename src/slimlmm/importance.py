@@ -1,0 +1,396 @@
+"""How much each unit matters: criteria behind one interface, and whole blocks ranked by ablation.
+
+A criterion declares what it needs (nothing, weights, activations or gradients) and returns one score per unit of every
+group; higher means keep. A *loss* is any callable ``(model, batch) -> scalar``: cross-entropy, distillation or their sum.
+
+Shape legend: B sequences, T tokens, U units of a group.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlmm.axes import Anatomy, Axis, Group, Slot
+from slimlmm.collate import Batch
+from slimlmm.errors import UserError, nearest
+from slimlmm.forward import NOT_INPUTS
+
+#: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
+Loss = Callable[[PreTrainedModel, Batch], Tensor]
+Scores = dict[str, Tensor]
+Needs = Literal["nothing", "weights", "activations", "gradients"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a criterion gets: the model, the groups to score, and the means that its `needs` call for."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    groups: tuple[Group, ...]
+    batches: Iterable[Batch]
+    loss: Loss | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """A way to score units: what it needs, and the function that measures."""
+
+    needs: Needs
+    measure: Callable[[Task], Scores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one parameter holds of one group: the rows of a slot, or the whole parameter for unit `block` of a block axis."""
+
+    group: Group
+    slot: Slot | None = None
+    block: int = 0
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum elementwise `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
+        if self.slot is None:
+            totals = values.new_zeros(self.group.units, dtype=torch.promote_types(values.dtype, torch.float32))
+            totals[self.block] = values.sum(dtype=totals.dtype)
+            return totals
+        others = [d for d in range(values.dim()) if d != self.slot.dim % values.dim()]
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        rows = values.sum(others, dtype=dtype) if others else values.to(dtype)
+        return per_unit(rows, self.slot, self.group.units).sum((0, 2))
+
+
+def per_unit(values: Tensor, slot: Slot, units: int) -> Tensor:
+    """View the last dimension of `values` as [..., outer, U, inner], the rows that the units own in `slot`."""
+    owned = values.narrow(-1, slot.offset, slot.outer * units * slot.inner)
+    return owned.reshape(*values.shape[:-1], slot.outer, units, slot.inner)
+
+
+def score(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    axes: Sequence[str],
+    criterion: str,
+    batches: Iterable[Batch] = (),
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+) -> Scores:
+    """Return one score per unit, group name -> [U] fp64 on the CPU, for every group of `axes`; higher means keep.
+
+    `batches` are passed once; `loss` must be given where the criterion needs gradients. The model runs in eval mode and
+    comes back as it was (weights, flags, mode); gradients that it holds are dropped by `taylor`.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"unknown criterion {criterion!r}. {nearest(criterion, list(CRITERIA))}")
+    needs = CRITERIA[criterion].needs
+    if needs == "gradients" and loss is None:
+        raise UserError(f"the criterion {criterion!r} needs a loss; activation, magnitude and random do not.")
+    groups = tuple(group for name in axes for group in anatomy.axis(name).groups)
+    task = Task(model=model, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
+    with evaluating(model):
+        found = CRITERIA[criterion].measure(task)
+    return {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
+
+
+def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"] = "block") -> Scores:
+    """Scale scores so that they can be compared across groups: mean 1 in every group, or in every tower.
+
+    ``block`` divides each group by its own mean (all groups weigh the same, as uniform sizes want it); ``modality`` divides
+    by the mean over the whole tower (the part of the axis name before the dot) and keeps differences between its layers.
+    Scores of two towers or two axes are on different scales and compare only after this. Source: UKMP (AAAI 2025).
+    """
+
+    def family(name: str) -> str:
+        return name if per == "block" else anatomy.group(name).axis.partition(".")[0]
+
+    pools: dict[str, list[Tensor]] = {}
+    for name, values in scores.items():
+        pools.setdefault(family(name), []).append(values)
+    means = {key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()}
+    return {name: values / means[family(name)] for name, values in scores.items()}
+
+
+def taylor(task: Task) -> Scores:
+    """Score by first-order Taylor: |sum over batches and over all that the unit owns of gradient x weight|.
+
+    The signed sum is the derivative of the summed loss with respect to a gate at 1 on everything the unit owns, so its
+    magnitude is the first-order change in loss if the unit goes. Signs are kept until the end, over batches and over slots
+    (for the residual width: over every layer), as in the paper's code. Each gradient is reduced when it arrives and freed
+    at once: never more than one is alive, and no optimizer state is needed.
+    Source: arXiv 2312.05795, section 3 (AntGMM); Molchanov et al. 2019 (arXiv 1906.10771), eq. 8 without the square.
+    """
+    totals = _zeros(task)
+    shares = _shares(task)
+
+    def reduce(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        product = gradient.mul_(parameter.detach())
+        for share in shares[parameter]:
+            totals[share.group.name] += share.reduce(product).to("cpu", torch.float64)
+
+    assert task.loss is not None
+    with only_gradients_of(task.model, list(shares)), ExitStack() as stack, torch.enable_grad():
+        for parameter in shares:
+            stack.callback(parameter.register_post_accumulate_grad_hook(reduce).remove)
+        for _ in _at_least_one(task.batches, "taylor", lambda batch: task.loss(task.model, batch).backward()):  # type: ignore[misc]
+            pass
+    return {name: total.abs() for name, total in totals.items()}
+
+
+def magnitude(task: Task) -> Scores:
+    """Score by weight: the L2 norm of everything the unit owns, sqrt(sum w^2). Needs no data."""
+    totals = _zeros(task)
+    for parameter, shares in _shares(task).items():
+        squares = parameter.detach().float().square()
+        for share in shares:
+            totals[share.group.name] += share.reduce(squares).to("cpu", torch.float64)
+    return {name: total.sqrt() for name, total in totals.items()}
+
+
+def random(task: Task) -> Scores:
+    """Score at random, uniform in [0, 1); the control arm. The same seed and group name give the same scores."""
+    found: Scores = {}
+    for group in task.groups:
+        rng = torch.Generator().manual_seed(zlib.crc32(f"{task.seed}:{group.name}".encode()))
+        found[group.name] = torch.rand(group.units, generator=rng, dtype=torch.float64)
+    return found
+
+
+def activation(task: Task) -> Scores:
+    """Score by activation: sum over consumers of L2-over-sequences(mean-over-tokens |input of the consumer|).
+
+    A unit of several elements (a head) counts with their L2 norm. Tokens masked out by ``attention_mask`` do not count in
+    the text tower. Whole blocks: 1 - cos(input, output), averaged over tokens.
+    Source: Minitron (arXiv 2407.14679), section 2.2; ShortGPT (arXiv 2403.03853) for blocks.
+    """
+    squares = _zeros(task)
+    modules = dict(task.model.named_modules())
+    mask: list[Tensor | None] = [None]
+    partial: dict[tuple[str, Slot], Tensor] = {}
+
+    def consumer(group: Group, slot: Slot) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            size_U = per_unit(inputs[0].detach().float(), slot, group.units).square().sum((-3, -1)).sqrt()
+            text = group.axis.startswith("text.")
+            found = _sequence_means(size_U, mask[0] if text else None).square().sum(0).to("cpu", torch.float64)
+            partial[group.name, slot] = partial.get((group.name, slot), torch.zeros(())) + found
+
+        return hook
+
+    def block(group: Group, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before, after = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+            change = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            squares[group.name][index] += change.mean().item()
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for group in task.groups:
+            for index, layers in enumerate(_blocks(task.model, task.anatomy.axis(group.axis))):
+                for layer in layers:
+                    handle = layer.register_forward_hook(block(group, index), with_kwargs=True)
+                    stack.callback(handle.remove)
+            for slot in _linear_consumers(modules, group):
+                module = modules[slot.parameter.removesuffix(".weight")]
+                stack.callback(module.register_forward_pre_hook(consumer(group, slot)).remove)
+
+        def run(batch: Batch) -> None:
+            mask[0] = batch.get("attention_mask")
+            forward(task.model, batch)
+
+        for _ in _at_least_one(task.batches, "activation", run):
+            pass
+    for (name, _slot), found in partial.items():
+        squares[name] += found.sqrt()
+    return squares
+
+
+#: name -> criterion; the recipe's `criterion` is one of these
+CRITERIA: dict[str, Criterion] = {
+    "taylor": Criterion(needs="gradients", measure=taylor),
+    "activation": Criterion(needs="activations", measure=activation),
+    "magnitude": Criterion(needs="weights", measure=magnitude),
+    "random": Criterion(needs="nothing", measure=random),
+}
+
+
+def rank_blocks(
+    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss
+) -> Tensor:
+    """Return how much the mean loss grows when each block alone is skipped; [blocks] fp64, same unit as the loss.
+
+    One pass over `batches` per block. First-order Taylor ranks whole blocks badly: skipping is no small change.
+    """
+    blocks = _blocks(model, anatomy.axis(axis))
+    with evaluating(model):
+        uncut = mean_loss(model, batches, loss)
+        growth = []
+        for block in blocks:
+            with skipped(block):
+                growth.append(mean_loss(model, batches, loss) - uncut)
+    return torch.tensor(growth, dtype=torch.float64)
+
+
+def greedy_blocks(
+    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
+) -> list[int]:
+    """Return the `keep` blocks that stay when, one at a time, the block whose loss costs least is dropped; ascending.
+
+    Each step measures every remaining block with the earlier ones already skipped: (L + keep + 1)(L - keep) / 2 passes for
+    L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand in for each other.
+    """
+    blocks = _blocks(model, anatomy.axis(axis))
+    if not 1 <= keep <= len(blocks):
+        raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for 1 to {len(blocks)}.")
+    kept = list(range(len(blocks)))
+    with evaluating(model), ExitStack() as gone:
+        while len(kept) > keep:
+            costs = []
+            for candidate in kept:
+                with skipped(blocks[candidate]):
+                    costs.append(mean_loss(model, batches, loss))
+            worst = kept.pop(min(range(len(kept)), key=costs.__getitem__))
+            gone.enter_context(skipped(blocks[worst]))
+    return kept
+
+
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss) -> float:
+    """Return the mean of `loss` over batches, without gradients."""
+    with torch.no_grad():
+        values = [float(loss(model, batch)) for batch in batches]
+    if not values:
+        raise UserError("ranking blocks needs at least one batch of calibration rows; the data gave none.")
+    return sum(values) / len(values)
+
+
+def forward(model: PreTrainedModel, batch: Batch) -> Any:
+    """Run the model on a batch as the collator made it, without a cache."""
+    return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block every module is in eval mode; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block only `parameters` require gradients; all start and end with ``grad = None``, flags are restored."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter) for parameter in parameters}
+    for parameter, _ in before:
+        parameter.grad = None
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would)."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states that a layer was called with, first or by name."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _blocks(model: PreTrainedModel, axis: Axis) -> list[list[nn.Module]]:
+    """Return the layers that make up each unit of a block axis, and none for any other axis."""
+    if not axis.layers:
+        return []
+    stride = axis.groups[0].stride
+    layers = list(model.get_submodule(axis.layers).children())
+    return [layers[start : start + stride] for start in range(0, len(layers), stride)]
+
+
+def _linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[Slot]:
+    """Yield the consume slots of the group that are the input columns of an nn.Linear."""
+    found = False
+    for slot in group.slots:
+        module = modules.get(slot.parameter.removesuffix(".weight"))
+        if slot.role == "consume" and isinstance(module, nn.Linear):
+            found = True
+            yield slot
+    if group.slots and not found:
+        raise UserError(f"{group.name}: no linear layer reads it, so the criterion 'activation' has nothing to look at.")
+
+
+def _zeros(task: Task) -> Scores:
+    return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in task.groups}
+
+
+def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
+    """Return, for every parameter that holds something of the groups, its shares; a tied parameter counts once."""
+    named = dict(task.model.named_parameters(remove_duplicate=False))
+    shares: dict[nn.Parameter, list[Share]] = {}
+    for group in task.groups:
+        prefix = task.anatomy.axis(group.axis).layers
+        wanted: list[tuple[str, Share]] = [(slot.parameter, Share(group=group, slot=slot)) for slot in group.slots]
+        for name in named if prefix else ():
+            if name.startswith(f"{prefix}."):
+                index = int(name.removeprefix(f"{prefix}.").partition(".")[0])
+                wanted.append((name, Share(group=group, block=index // group.stride)))
+        seen = set()
+        for name, share in wanted:
+            slot = share.slot
+            place = (slot.dim, slot.offset, slot.outer, slot.inner) if slot else share.block
+            if (id(named[name]), place) not in seen:
+                seen.add((id(named[name]), place))
+                shares.setdefault(named[name], []).append(share)
+    return shares
+
+
+def _sequence_means(size_BTU: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) counts as one sequence."""
+    if size_BTU.dim() == 2:
+        size_BTU = size_BTU[None]
+    size_BTU = size_BTU.flatten(1, -2)
+    if mask_BT is None or mask_BT.shape != size_BTU.shape[:2]:
+        return size_BTU.mean(1)
+    weight = mask_BT.to(size_BTU)[..., None]
+    return (size_BTU * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _at_least_one(batches: Iterable[Batch], criterion: str, run: Callable[[Batch], Any]) -> Iterator[None]:
+    """Run each batch; refuse an empty calibration set."""
+    count = 0
+    for count, batch in enumerate(batches, 1):  # noqa: B007
+        run(batch)
+        yield
+    if not count:
+        raise UserError(f"the criterion {criterion!r} needs calibration rows; the data gave none.")
