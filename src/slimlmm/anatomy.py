@@ -1,0 +1,519 @@
+"""What can be cut: every axis of a configuration, its groups of units, and where they live. Meta device only.
+
+Shapes come from `probing` (change one field, see what moved), roles from the class of the module that holds a parameter,
+and only what neither can tell from `families`. Legend: W residual width, Q query heads, KV key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from slimlmm.axes import Anatomy, Axis, Group, Norm, Role, Slot
+from slimlmm.errors import UserError
+from slimlmm.families import Attention, Backbone, Family, Tower, backbone_of, family_of
+from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
+
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ANATOMIES: dict[str, Anatomy] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One tower of one configuration, with its current sizes."""
+
+    config: Any
+    family: Family
+    tower: Tower
+    backbone: Backbone
+
+    def field(self, name: str) -> Field:
+        """Address of a field of this tower."""
+        return (self.tower.config, name)
+
+    def value(self, name: str) -> Any:
+        """Value of a field of this tower, None where absent."""
+        return get(self.config, self.field(name)) if name else None
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return int(self.value(self.backbone.width))
+
+    @property
+    def heads(self) -> int:
+        """Q."""
+        return int(self.value(self.backbone.heads))
+
+    @property
+    def kv(self) -> int:
+        """KV; equal to Q in plain multi-head attention."""
+        return int(self.value(self.backbone.kv) or self.heads)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.value(self.backbone.blocks))
+
+    @property
+    def ffn(self) -> int:
+        """FFN width in neurons."""
+        return int(self.value(self.backbone.ffn)) * (self.width if self.backbone.ffn_is_ratio else 1)
+
+    @property
+    def period(self) -> int:
+        """Every how many blocks one is special (cross-attention of a Q-Former); 1 where none is."""
+        return int(self.value(self.backbone.period) or 1)
+
+    def pin(self) -> dict[Field, Any]:
+        """Write head_dim out, so that changing W or Q leaves D alone."""
+        return {self.field("head_dim"): int(self.value("head_dim") or self.width // self.heads)}
+
+    def free_heads(self) -> bool:
+        """Tell whether this tower's modelling honours head_dim, i.e. whether heads are free of the width."""
+        pinned = self.pin()
+        doubled = {field: 2 * value for field, value in pinned.items()}
+        return bool(moved(edited(self.config, pinned), edited(self.config, doubled)))
+
+    def set_width(self, size: int) -> dict[Field, Any]:
+        """Fields to write for a new width: itself, all that equal it by design, heads where they go with it."""
+        changes: dict[Field, Any] = {self.field(self.backbone.width): size}
+        follow = [self.field(name) for name in self.backbone.ties]
+        follow += self.family.ties.get(f"{self.tower.name}.width", ())
+        changes |= {field: size for field in follow if get(self.config, field) == self.width}
+        if self.free_heads():
+            return changes | self.pin()
+        return changes | self.set_heads(self.heads * size // self.width)
+
+    def set_heads(self, heads: int) -> dict[Field, Any]:
+        """Fields to write for `heads` query heads at the same number of queries per key/value head."""
+        changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
+        if self.backbone.kv:
+            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
+        return changes
+
+    def locate(self, parameter: str) -> tuple[int | None, str]:
+        """Return (layer, name inside the layer), or (None, name inside the tower) outside the layers."""
+        inside = parameter.removeprefix(f"{self.tower.prefix}.")
+        prefix = f"{self.backbone.layers}."
+        if inside != parameter and inside.startswith(prefix):
+            layer, _, rest = inside.removeprefix(prefix).partition(".")
+            return int(layer), rest
+        return None, inside
+
+
+class _Refused(Exception):
+    """The probe found something that the slots cannot say; the text is the reason."""
+
+
+def describe(config: Any) -> Anatomy:
+    """Return all axes of `config` by probing it; no weights are read or made."""
+    key = key_of(config)
+    if key not in _ANATOMIES:
+        family = family_of(config)
+        axes: dict[str, Axis] = {}
+        for tower in family.towers:
+            axes |= {axis.name: axis for axis in _tower_axes(config, family, tower)}
+        axes["vocab"] = _vocab_axis(config, family)
+        towers = {tower.name: f"{tower.prefix}." for tower in family.towers} | {
+            "projector": f"{family.joint}."
+        }
+        tied = skeleton(config).tied
+        _ANATOMIES[key] = Anatomy(model_type=config.model_type, axes=axes, tied=tied, towers=towers)
+    return _ANATOMIES[key]
+
+
+def _tower_axes(config: Any, family: Family, tower: Tower) -> Iterable[Axis]:
+    backbone = backbone_of(config, tower)
+    if backbone is None:
+        model_type = getattr(config, tower.config).model_type
+        reason = f"the backbone {model_type!r} is not known to families.py"
+        for kind, name in (
+            ("blocks", "blocks"),
+            ("inner", "ffn"),
+            ("inner", "kv_groups"),
+            ("width", "width"),
+        ):
+            yield Axis(name=f"{tower.name}.{name}", kind=kind, size=0, refusal=reason)  # type: ignore[arg-type]
+        return
+    view = View(config, family, tower, backbone)
+    for make in (_blocks_axis, _ffn_axis, _kv_axis, _width_axis):
+        yield make(view)
+
+
+def _blocks_axis(view: View) -> Axis:
+    name, period = f"{view.tower.name}.blocks", view.period
+    layers = f"{view.tower.prefix}.{view.backbone.layers}"
+    fewer = skeleton(edited(view.config, _block_changes(view, list(range(view.blocks - 1)))))
+    gone = set(skeleton(view.config).shapes) - set(fewer.shapes)
+    refusal = ""
+    if not gone or any(not parameter.startswith(f"{layers}.{view.blocks - 1}.") for parameter in gone):
+        refusal = f"one block fewer does not remove exactly {layers}.{view.blocks - 1}"
+    elif view.blocks % period:
+        refusal = f"{view.blocks} blocks are no whole number of {view.backbone.period} = {period}"
+    group = Group(name=name, axis=name, units=view.blocks // period, stride=period)
+    return Axis(
+        name=name,
+        kind="blocks",
+        size=view.blocks,
+        fields=(".".join(view.field(view.backbone.blocks)),),
+        groups=() if refusal else (group,),
+        multiple=period,
+        minimum=period,
+        layers=layers,
+        refusal=refusal,
+        note=f"blocks go {period} at a time ({view.backbone.period})" if period > 1 else "",
+    )
+
+
+def _ffn_axis(view: View) -> Axis:
+    name, field = f"{view.tower.name}.ffn", view.field(view.backbone.ffn)
+    places = moved(view.config, edited(view.config, {field: 2 * view.value(view.backbone.ffn)}))
+    multiple = view.width if view.backbone.ffn_is_ratio else 1
+    note = f"the config holds the whole number FFN / width ({view.backbone.ffn})" if multiple > 1 else ""
+
+    def group_of(place: Place, length: int) -> Group:
+        return Group(
+            name=_place_name(view, name, place), axis=name, units=length, layer=view.locate(place[0])[0]
+        )
+
+    return _axis(view, name, "inner", view.ffn, (field,), places, group_of, multiple=multiple, note=note)
+
+
+def _kv_axis(view: View) -> Axis:
+    name = f"{view.tower.name}.kv_groups"
+    fields = tuple(view.field(field) for field in (view.backbone.heads, view.backbone.kv) if field)
+    if not view.free_heads():
+        reason = (
+            f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so fewer heads would re-cut "
+            f"the same matrices into wider heads; heads go with {view.tower.name}.width"
+        )
+        return Axis(name=name, kind="inner", size=view.kv, refusal=reason)
+    wide = view.set_width(2 * view.width)  # twice the width, so that twice the heads divide it
+    places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
+
+    def group_of(place: Place, length: int) -> Group:
+        return Group(
+            name=_place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0]
+        )
+
+    queries = view.heads // view.kv
+    legal = [n for n in range(1, view.kv + 1) if view.width % (queries * n) == 0]
+    allowed = tuple(legal) if view.backbone.width_by_heads else ()
+    note = (
+        f"width {view.width} must be a multiple of the number of heads ({queries} per group)"
+        if allowed
+        else ""
+    )
+    return _axis(view, name, "inner", view.kv, fields, places, group_of, allowed=allowed, note=note)
+
+
+def _width_axis(view: View) -> Axis:
+    name, width = f"{view.tower.name}.width", view.width
+    free = view.free_heads()
+    base = edited(view.config, view.pin() if free else {})
+    changes = view.set_width(2 * width)
+    places = moved(base, edited(view.config, changes))
+    ffn = moved(base, edited(base, {view.field(view.backbone.ffn): 2 * view.value(view.backbone.ffn)}))
+    interiors = {i.part: i for i in view.family.interiors if i.axis == name}
+
+    def group_of(place: Place, length: int) -> Group:
+        layer, inside = view.locate(place[0])
+        attention = None if free else _attention(view, place)
+        if attention is not None:
+            where = f"{name}[{layer}].{attention.group}" if layer is not None else f"{name}.{attention.group}"
+            return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
+        rate = length // width
+        if place in ffn:
+            where = f"{_place_name(view, name, place)}.ffn"
+            return Group(name=where, axis=name, units=length, rate=rate, layer=layer)
+        for part, interior in interiors.items():
+            if _is_interior(place, interior.produce, interior.consume):
+                return Group(name=f"{name}.{part}", axis=name, units=length, rate=rate)
+        return Group(name=name, axis=name, units=width)
+
+    multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
+    note = _width_note(view)
+    fields = tuple(field for field in changes if field[1] != "head_dim")
+    axis = _axis(view, name, "width", width, fields, places, group_of, multiple=multiple, note=note)
+    return axis
+
+
+def _width_note(view: View) -> str:
+    if view.backbone.norm == "layer":
+        return "LayerNorm subtracts the mean over all channels: cut equals the model whose norms see the kept channels only"
+    return "" if view.backbone.eps else "exact up to the norms' epsilon, which the config cannot set"
+
+
+def _vocab_axis(config: Any, family: Family) -> Axis:
+    tower = family.tower("text")
+    field = (tower.config, "vocab_size")
+    size = int(get(config, field))
+    places = moved(config, edited(config, {field: 2 * size}))
+    slots = tuple(Slot(parameter=name, dim=dim, role="produce") for name, dim in places)
+    refusal = (
+        ""
+        if places and all(new == 2 * old for old, new in places.values())
+        else "vocab_size moves no parameter"
+    )
+    groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots),)
+    return Axis(
+        name="vocab",
+        kind="vocab",
+        size=size,
+        fields=(".".join(field),),
+        groups=groups,
+        refusal=refusal,
+        note="cut together with the tokenizer",
+    )
+
+
+def _axis(
+    view: View,
+    name: str,
+    kind: Any,
+    size: int,
+    fields: tuple[Field, ...],
+    places: Mapping[Place, tuple[int, int]],
+    group_of: Any,
+    *,
+    multiple: int = 1,
+    allowed: tuple[int, ...] = (),
+    note: str = "",
+) -> Axis:
+    """Sort the moved places into groups of slots; refuse the axis, with the reason, where they do not fit."""
+    slots: dict[Group, list[Slot]] = {}
+    reason = "" if places else f"changing {', '.join('.'.join(field) for field in fields)} moves no parameter"
+    try:
+        for place, (old, new) in places.items():
+            if new != 2 * old:
+                raise _Refused(
+                    f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion"
+                )
+            group = group_of(place, old)
+            slots.setdefault(group, []).append(_slot(view, place, old, group))
+    except _Refused as refused:
+        reason = str(refused)
+    exact = kind != "width" or view.backbone.norm == "rms"
+    labels = tuple(".".join(field) for field in fields)
+    if reason:
+        return Axis(name=name, kind=kind, size=size, fields=labels, refusal=reason)
+    groups = tuple(_with(group, tuple(found)) for group, found in slots.items())
+    ordered = tuple(sorted(groups, key=lambda group: (group.layer is not None, group.layer or 0)))
+    return Axis(
+        name=name,
+        kind=kind,
+        size=size,
+        fields=labels,
+        groups=ordered,
+        multiple=multiple,
+        minimum=multiple,
+        allowed=allowed,
+        exact=exact,
+        note=note,
+    )
+
+
+def _with(group: Group, slots: tuple[Slot, ...]) -> Group:
+    return Group(
+        name=group.name,
+        axis=group.axis,
+        units=group.units,
+        slots=slots,
+        stride=group.stride,
+        rate=group.rate,
+        layer=group.layer,
+    )
+
+
+def _place_name(view: View, axis: str, place: Place) -> str:
+    """Name the group of a place: ``axis[layer]``, or ``axis.part`` for a declared part outside the layers."""
+    layer, inside = view.locate(place[0])
+    if layer is not None:
+        return f"{axis}[{layer}]"
+    for prefix, part in view.backbone.parts.items():
+        if inside.startswith(f"{prefix}."):
+            return f"{axis}.{part}"
+    raise _Refused(f"{place[0]} moves with it, but lies in no known part of the tower")
+
+
+def _attention(view: View, place: Place) -> Attention | None:
+    """Return the attention module whose head axis this place is, None for every other axis."""
+    inside = view.locate(place[0])[1]
+    for attention in view.backbone.attention:
+        names = attention.produce if place[1] == 0 else attention.consume
+        leaves = {f"{attention.module}.{name}{leaf}" for name in names for leaf in ("", ".weight", ".bias")}
+        if inside in leaves and not (place[1] == 0 and inside.rpartition(".")[0] in attention.consume):
+            return attention
+    return None
+
+
+def _is_interior(place: Place, produce: str, consume: str) -> bool:
+    module = place[0].rpartition(".")[0]
+    return (module == produce and place[1] == 0) or (module == consume and place[1] == 1)
+
+
+def _slot(view: View, place: Place, length: int, group: Group) -> Slot:
+    role, norm = _role(view, skeleton(view.config), place)
+    attention = _attention(view, place)
+    outer = attention.outer if attention is not None and place[1] == 0 else 1
+    per_unit = length // group.units
+    if group.stride == 1 and attention is None:
+        outer = per_unit  # constants that multiply a plain channel axis vary slowest
+    if length % (group.units * outer):
+        raise _Refused(
+            f"{place[0]} dim {place[1]} of length {length} does not split into {group.units} units"
+        )
+    return Slot(parameter=place[0], dim=place[1], role=role, outer=outer, inner=per_unit // outer, norm=norm)
+
+
+def _role(view: View, whole: Skeleton, place: Place) -> tuple[Role, Norm]:
+    """Tell what a parameter axis does with its channels, from the class of the module that holds it."""
+    name, dim = place
+    module, leaf = whole.owner(name), name.rpartition(".")[2]
+    if isinstance(module, nn.LayerNorm):
+        return "affine", "layer"
+    if isinstance(module, _LINEAR) or (
+        isinstance(module, nn.MultiheadAttention) and leaf.startswith("in_proj")
+    ):
+        return ("produce" if dim == 0 else "consume"), ""
+    if isinstance(module, nn.Embedding) or len(whole.shapes[name]) > 1:
+        return "produce", ""
+    if view.locate(name)[1] in view.backbone.tokens:
+        return "produce", ""
+    return "affine", ("rms" if leaf == "weight" and view.backbone.norm == "rms" else "")
+
+
+def dead_blocks(config: Any) -> dict[str, list[int]]:
+    """Return the blocks that never reach the output, by axis: vision blocks behind the last feature layer read."""
+    family = family_of(config)
+    if not family.feature_layer:
+        return {}
+    view = _view(config, "vision")
+    last = max(_absolute(index, view.blocks) for index in _as_list(get(config, ("", family.feature_layer))))
+    return {"vision.blocks": list(range(last, view.blocks))} if last < view.blocks else {}
+
+
+def _view(config: Any, tower: str) -> View:
+    family = family_of(config)
+    found = family.tower(tower)
+    backbone = backbone_of(config, found)
+    if backbone is None:
+        raise UserError(f"{tower}: backbone {getattr(config, found.config).model_type!r} is not supported.")
+    return View(config, family, found, backbone)
+
+
+def _as_list(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _absolute(index: int, blocks: int) -> int:
+    """Hidden state `index` as the number of blocks that ran before it (hidden state 0 is the embedding)."""
+    return index if index >= 0 else blocks + 1 + index
+
+
+def resized(
+    config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
+) -> Any:
+    """Return the stock configuration with these axis sizes (all at once), or refuse with the numbers.
+
+    `keep_blocks` names the units that stay of a block axis; without it the first ones stay.
+    """
+    anatomy = describe(config)
+    keep_blocks = keep_blocks or {}
+    changes: dict[Field, Any] = {}
+    for name, size in sizes.items():
+        axis = anatomy.axis(name)
+        if not 0 < size <= axis.size:
+            raise UserError(f"{name}={size}: must be between 1 and its present size {axis.size}.")
+        if axis.kind == "vocab":
+            changes[family_of(config).tower("text").config, "vocab_size"] = size
+            continue
+        view = _view(config, name.partition(".")[0])
+        changes |= _changes(view, axis, size, sizes, keep_blocks.get(name))
+    try:
+        return edited(config, changes)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{dict(sizes)} cannot be said by the {config.model_type!r} config: {error}"
+        ) from error
+
+
+def _changes(
+    view: View, axis: Axis, size: int, sizes: Mapping[str, int], kept: Iterable[int] | None
+) -> dict[Field, Any]:
+    """Fields to write for one axis; `sizes` holds the other ones that change with it."""
+    tower = view.tower.name
+    if axis.kind == "blocks":
+        group = axis.groups[0]
+        units = sorted(int(unit) for unit in kept) if kept is not None else range(group.kept(size))
+        return _block_changes(view, [unit * group.stride + i for unit in units for i in range(group.stride)])
+    if axis.name == f"{tower}.kv_groups":
+        return view.set_heads(view.heads // view.kv * size) | view.pin()
+    if axis.name == f"{tower}.width":
+        if not view.free_heads() and size % axis.multiple:
+            raise UserError(
+                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, so it must be a multiple "
+                f"of {axis.multiple}. Nearest: {max(axis.multiple, size // axis.multiple * axis.multiple)}."
+            )
+        return view.set_width(size)
+    width = sizes.get(f"{tower}.width", view.width)
+    if not view.backbone.ffn_is_ratio:
+        return {view.field(view.backbone.ffn): size}
+    if size % width:
+        raise UserError(
+            f"{axis.name}={size}: {view.backbone.ffn} is a whole number of the width {width}. "
+            f"Possible: {', '.join(str(width * n) for n in range(1, view.ffn // width + 1))}."
+        )
+    return {view.field(view.backbone.ffn): size // width}
+
+
+def _block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
+    """Fields to write when only `layers` stay: the depth, lists per block, lists of block numbers, the feature layer."""
+    if not layers:
+        raise UserError(f"{view.tower.name}.blocks: at least one block must stay.")
+    place = {old: new for new, old in enumerate(layers)}
+    changes: dict[Field, Any] = {view.field(view.backbone.blocks): len(layers)}
+    for name in view.backbone.per_layer:
+        if (values := view.value(name)) is not None:
+            changes[view.field(name)] = [values[layer] for layer in layers]
+    for name in view.backbone.indexes:
+        changes[view.field(name)] = [place[layer] for layer in view.value(name) if layer in place]
+    changes |= {view.field(name): None for name in view.backbone.reset}
+    field = ("", view.family.feature_layer)
+    if view.tower.name == "vision" and view.family.feature_layer:
+        old = get(view.config, field)
+        new = [_moved_index(index, view.blocks, layers) for index in _as_list(old)]
+        changes[field] = new if isinstance(old, list | tuple) else new[0]
+    return changes
+
+
+def _moved_index(index: int, blocks: int, layers: list[int]) -> int:
+    """Feature layer `index` after only `layers` stay: the state behind the same blocks, counted from the same end."""
+    absolute = sum(layer < _absolute(index, blocks) for layer in layers)
+    return absolute if index >= 0 else absolute - len(layers) - 1
+
+
+def predict_parameters(config: Any, sizes: Mapping[str, int]) -> int:
+    """Return the exact number of parameters (tied ones once) of `config` at these axis sizes, from the symbolic shapes."""
+    anatomy, whole = describe(config), skeleton(config)
+    lengths: dict[Place, int] = {}
+    gone: list[str] = []
+    # widths first: where an FFN follows the width, its own axis has the last word
+    for name, size in sorted(sizes.items(), key=lambda item: anatomy.axis(item[0]).kind != "width"):
+        axis = anatomy.axis(name)
+        if axis.kind == "blocks":
+            gone += [f"{axis.layers}.{layer}." for layer in range(size, axis.size)]
+        for group in axis.groups:
+            for slot in group.slots:
+                old = whole.shapes[slot.parameter][slot.dim]
+                lengths[slot.parameter, slot.dim] = old * group.kept(size) // group.units
+    return sum(
+        math.prod(lengths.get((name, dim), length) for dim, length in enumerate(whole.shapes[name]))
+        for name, _ in whole.model.named_parameters()
+        if not name.startswith(tuple(gone))
+    )
