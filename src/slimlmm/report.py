@@ -14,17 +14,41 @@ from rich.table import Table as RichTable
 
 from slimlmm.evaluate import Interval, Score
 from slimlmm.measure import Comparison
-from slimlmm.results import Model, Results, Round
+from slimlmm.results import Model, Results
 
 NOTHING = "-"
+#: field of a round, label, marker and colour in the plot
+MARKS = (
+    ("after_cut", "after cut and repair", "v", "tab:red"),
+    ("after_recovery", "after recovery", "o", "tab:blue"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Cells to be shown: the first column to the left, the others to the right."""
+    """Cells to be shown: the first `left` columns aligned to the left, the others to the right."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+    def rich(self, title: str) -> RichTable:
+        """Return the table for the terminal."""
+        shown = RichTable(title=title)
+        for index, name in enumerate(self.head):
+            shown.add_column(name, justify="left" if index < self.left else "right")
+        for row in self.rows:
+            shown.add_row(*row)
+        return shown
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+        rule = "|" + "|".join("---" if index < self.left else "---:" for index in range(len(self.head))) + "|"
+        return "\n".join([line(self.head), rule, *map(line, self.rows)])
 
 
 def write(results: Results, folder: str | Path) -> Path:
@@ -45,9 +69,7 @@ def markdown(results: Results) -> str:
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    environment.globals.update(
-        count=count, times=times, points=points, percent=percent, table=_markdown_table
-    )
+    environment.globals.update(count=count, times=times, points=points, percent=percent, scored=scored)
     accuracy = results.student.accuracy if results.student else None
     text: str = environment.get_template("model_card.md.j2").render(
         r=results,
@@ -64,12 +86,7 @@ def markdown(results: Results) -> str:
 def final_table(results: Results) -> RichTable:
     """Return the table that ends a run in the terminal: teacher, student and ratio, then accuracy."""
     title = f"{results.teacher.name} -> {results.student.name}" if results.student else results.teacher.name
-    shown = RichTable(title=title)
-    cost = cost_table(results)
-    for index, name in enumerate(cost.head):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    for row in cost.rows:
-        shown.add_row(*row)
+    shown = cost_table(results).rich(title)
     shown.add_section()
     for row in task_table(results).rows[-1:] if results.teacher.accuracy else ():
         name, _, teacher, student, change = row
@@ -78,17 +95,6 @@ def final_table(results: Results) -> RichTable:
         )
     if results.effect:
         shown.add_row("same answer (%)", NOTHING, NOTHING, percent(results.effect.agreement))
-    return shown
-
-
-def rounds_terminal(results: Results) -> RichTable:
-    """Return the table of the rounds for the terminal."""
-    rounds = rounds_table(results)
-    shown = RichTable(title="rounds")
-    for index, name in enumerate(rounds.head):
-        shown.add_column(name, justify="left" if index < 3 else "right")
-    for row in rounds.rows:
-        shown.add_row(*row)
     return shown
 
 
@@ -142,7 +148,7 @@ def rounds_table(results: Results) -> Table:
         for one in results.rounds
     ]
     head = ("round", "cut", "criterion", "params", "after cut", "recovered", "loss", "row visits", "time")
-    return Table(head=head, rows=tuple(rows))
+    return Table(head=head, rows=tuple(rows), left=3)
 
 
 def controls_table(results: Results) -> Table:
@@ -151,7 +157,7 @@ def controls_table(results: Results) -> Table:
         (one.name, one.description, count(one.parameters), scored(one.accuracy.overall), points(one.behind))
         for one in results.controls
     ]
-    return Table(head=("arm", "how", "params", "exact match", "behind"), rows=tuple(rows))
+    return Table(head=("arm", "how", "params", "exact match", "behind"), rows=tuple(rows), left=2)
 
 
 def provenance_table(results: Results) -> Table:
@@ -174,7 +180,7 @@ def provenance_table(results: Results) -> Table:
         ("commit", environment.git or NOTHING),
         ("measured", environment.created),
     ]
-    return Table(head=("", ""), rows=tuple(row for row in rows if row[1] != NOTHING))
+    return Table(head=("", ""), rows=tuple(row for row in rows if row[1] != NOTHING), left=2)
 
 
 def plot_rounds(results: Results, path: str | Path) -> None:
@@ -185,39 +191,22 @@ def plot_rounds(results: Results, path: str | Path) -> None:
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    xs, ys, ends = _path(results.rounds)
-    axes.plot(xs, ys, color="0.75", linewidth=1, zorder=1)
-    for part, label, marker, colour in (
-        ("after_cut", "after cut and repair", "v", "tab:red"),
-        ("after_recovery", "after recovery", "o", "tab:blue"),
-    ):
+    axes.plot(*_path(results), color="0.75", linewidth=1, zorder=1)
+    for part, label, marker, colour in MARKS:
         found = [(one.parameters, score) for one in results.rounds if (score := getattr(one, part))]
         if found:
-            errors = [100 * _error(score) for _, score in found]
-            values = [100 * score.accuracy for _, score in found]
-            axes.errorbar(
-                [x for x, _ in found], values, yerr=errors, fmt=marker, color=colour, label=label, capsize=2
+            values, errors = zip(
+                *((100 * score.accuracy, 100 * _error(score)) for _, score in found), strict=True
             )
-    for one, x, y in ends:
-        axes.annotate(
-            f"{one.stage}.{one.round}",
-            (x, y),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    if results.teacher.accuracy:
-        axes.axhline(
-            100 * results.teacher.accuracy.overall.accuracy,
-            color="0.4",
-            linestyle=":",
-            label="teacher (test split)",
-        )
+            xs = [x for x, _ in found]
+            axes.errorbar(xs, values, yerr=errors, fmt=marker, color=colour, label=label, capsize=2)
+    if results.teacher.validation:
+        axes.axhline(100 * results.teacher.validation.accuracy, color="0.4", linestyle=":", label="teacher")
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(int(value))))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    labels = [f"{count(one.parameters)}\n{one.stage}.{one.round}" for one in results.rounds]
+    axes.set_xticks([one.parameters for one in results.rounds], labels, fontsize=7, rotation=30)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set(xlabel="parameters", ylabel="validation exact match (%)", ylim=(0, 105))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
@@ -236,15 +225,20 @@ def count(n: float | None) -> str:
 
 
 def quantity(n: float | None) -> str:
-    """Return a large number in three digits with its power of ten: 1.31e+15."""
-    return NOTHING if n is None else f"{n:.3g}"
+    """Return a large number in three digits with an SI prefix: 1.31 G."""
+    if n is None:
+        return NOTHING
+    for limit, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if n >= limit:
+            return f"{n / limit:.3g}{unit}"
+    return f"{n:.0f}"
 
 
 def size(n: float | None) -> str:
     """Return bytes in MB or GB (powers of ten)."""
     if n is None:
         return NOTHING
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
 
 
 def seconds(s: float | None) -> str:
@@ -327,24 +321,10 @@ def _time_rows(latency: Comparison | None, throughput: Comparison | None) -> lis
     return rows
 
 
-def _path(rounds: Sequence[Round]) -> tuple[list[float], list[float], list[tuple[Round, float, float]]]:
-    """Return the line through cuts and recoveries in order, and the last point of each round."""
-    xs, ys, ends = [], [], []
-    for one in rounds:
-        for score in (one.after_cut, one.after_recovery):
-            if score is not None:
-                xs.append(float(one.parameters))
-                ys.append(100 * score.accuracy)
-        if one.after_cut or one.after_recovery:
-            ends.append((one, xs[-1], ys[-1]))
-    return xs, ys, ends
-
-
-def _markdown_table(table: Table) -> str:
-    """Return a Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rule = "|" + "|".join("---" if index == 0 else "---:" for index in range(len(table.head))) + "|"
-    return "\n".join([line(table.head), rule, *map(line, table.rows)])
+def _path(results: Results) -> tuple[list[float], list[float]]:
+    """Return the line from the teacher through cuts and recoveries in order: parameters, per cent."""
+    rounds = results.rounds
+    points = [(rounds[0].parameters_before, results.teacher.validation)]
+    points += [(one.parameters, score) for one in rounds for score in (one.after_cut, one.after_recovery)]
+    known = [(float(x), 100 * score.accuracy) for x, score in points if score is not None]
+    return [x for x, _ in known], [y for _, y in known]

@@ -39,6 +39,9 @@ class Model(Record):
     parameters: dict[str, int] = Field(description="Parameters by part, and `total`; tied ones count once.")
     disk_bytes: int | None = Field(None, description="Bytes of all files of its folder.")
     accuracy: Accuracy | None = Field(None, description="Exact match on the test split.")
+    validation: Score | None = Field(
+        None, description="Exact match on the validation split, as in the rounds."
+    )
     flops: float | None = Field(
         None,
         description="Floating-point operations per answer (multiply-add = 2), see `flops_answer_tokens`.",
@@ -162,7 +165,7 @@ class Results(Record):
             raise UserError(f"cannot read {path}: {error.strerror}.") from error
         except ValidationError as error:
             wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5]
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8]
             )
             raise UserError(
                 f"{path} is not a results file of schema version {SCHEMA_VERSION}: {wrong}."
