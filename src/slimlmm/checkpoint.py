@@ -1,0 +1,250 @@
+"""Models and processors as plain Hugging Face folders: loaded from safetensors only, written whole or not at all.
+
+A folder is written under a temporary name beside its target, checked (every key and shape, on the meta device), flushed to
+disk and renamed. The file ``slimlmm.json`` in it says that slimlmm wrote it and may replace it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging
+
+from slimlmm import __version__
+from slimlmm.errors import UserError
+
+MARKER = "slimlmm.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+#: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
+PROCESSOR_FILES = (
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+_BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model in eval mode, its processor (None where it cannot be built here; `note` says why), and its folder."""
+
+    model: PreTrainedModel
+    processor: Any
+    path: Path
+    note: str = ""
+
+
+def load(
+    model_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a local folder (never going online) or a hub id; refuse pickled weights and incomplete checkpoints."""
+    local = _local_folder(model_id)
+    options = {"local_files_only": local is not None, "trust_remote_code": trust_remote_code}
+    where = str(local or model_id)
+    if local is not None:
+        _check_files(local)
+    try:
+        _check_type(where, options)
+        with _quiet():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+    except _BROKEN as error:
+        raise UserError(f"{model_id}: cannot be loaded. {_first_line(error)}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"{model_id}: {len(absent)} weights are missing or of another shape than its config says, first {absent[0]}."
+        )
+    processor, note = _load_processor(where, options)
+    model = model.to(device) if device is not None else model
+    return Loaded(model=model.eval(), processor=processor, path=local or _cached_folder(where), note=note)
+
+
+def _local_folder(model_id: str | Path) -> Path | None:
+    """Return the folder that `model_id` names, None when it can only be a hub id."""
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path
+    if (
+        isinstance(model_id, Path)
+        or path.is_absolute()
+        or len(path.parts) > 2
+        or str(model_id).startswith((".", "~"))
+    ):
+        kind = "a file, not a model folder" if path.exists() else "no such folder"
+        raise UserError(f"{model_id}: {kind}.")
+    return None
+
+
+def _check_files(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    if "config.json" not in names:
+        raise UserError(f"{folder}: no config.json, so this is no model folder.")
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickled = sorted(name for name in names if name.endswith(PICKLES))
+    if pickled:
+        raise UserError(
+            f"{folder}: holds only pickled weights ({pickled[0]}), which can run any code when loaded. "
+            f"Convert them to safetensors first: load them where you trust them, then save_pretrained."
+        )
+    raise UserError(f"{folder}: no *.safetensors file, so there are no weights to load.")
+
+
+def _check_type(where: str, options: dict[str, bool]) -> None:
+    model_type = AutoConfig.from_pretrained(where, **options).model_type
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not options["trust_remote_code"]:
+        raise UserError(f"{where}: model type {model_type!r} is no image-text-to-text model of transformers.")
+
+
+def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
+    try:
+        return AutoProcessor.from_pretrained(where, **options), ""
+    except (*_BROKEN, ImportError, AttributeError, TypeError) as error:
+        return None, f"no processor: {_first_line(error)}"
+
+
+def _cached_folder(model_id: str) -> Path:
+    found = try_to_load_from_cache(model_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else Path(model_id)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loader's progress bars and reports: what they would say is checked and said by us."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def save(
+    model: PreTrainedModel, processor: Any, folder: str | Path, *, source: str | Path | None = None
+) -> None:
+    """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
+
+    With ``processor=None`` the processor's files are copied from `source` (default: where the model was loaded from).
+    An existing folder is replaced only if slimlmm wrote it (or it is empty); any failure leaves it as it was.
+    """
+    target = Path(folder).expanduser().absolute()
+    refuse_foreign(target)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir()
+        _write(model, processor, partial, Path(source or model.name_or_path or os.devnull))
+        verify(partial)
+        _flush(partial)
+        _swap(partial, target)
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        raise UserError(f"{target}: cannot be written. {_first_line(error)}") from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise a UserError if `target` exists and slimlmm did not write it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise UserError(f"{target}: exists and is no folder.")
+    if any(target.iterdir()) and not (target / MARKER).is_file():
+        raise UserError(
+            f"{target}: holds files that slimlmm did not write; choose another folder or empty it."
+        )
+
+
+def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -> None:
+    with _quiet():
+        model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    elif source.is_dir():
+        for path in sorted({path for pattern in PROCESSOR_FILES for path in source.glob(pattern)}):
+            shutil.copyfile(path, folder / path.name)
+    (folder / MARKER).write_text(json.dumps({"slimlmm": __version__}) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Raise a UserError unless the stock class finds every key of `folder`, and no other, at the right shape."""
+    try:
+        with _quiet():
+            _, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                device_map="meta",
+            )
+    except _BROKEN as error:
+        raise UserError(f"{folder}: does not load again. {_first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(
+                f"{folder}: does not load again; {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
+            )
+
+
+def _flush(folder: Path) -> None:
+    """Force every file of `folder`, and the list of them, to disk."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Put `partial` in the place of `target`."""
+    old = target.with_name(f".{target.name}.old")
+    _remove(old)
+    if target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
