@@ -1,0 +1,209 @@
+"""From rows to batches: prompts, answer masks, and several questions packed behind one picture prefix.
+
+Shape legend: B sequences, T tokens. ``shift_labels`` [B, T] holds at each position the answer token to be predicted *from* it,
+-100 elsewhere, so losses need no shift and see answer tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlmm.data import Row
+from slimlmm.errors import UserError
+from slimlmm.families import PROMPTS
+
+IGNORE = -100
+Batch = dict[str, Any]
+
+
+class Prompter:
+    """Texts of one processor: the prompt that generation sees, and the answer (with its end token) that follows it."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        if self.tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no end-of-sequence token, so answers cannot end.")
+        self.turns = lru_cache(maxsize=100_000)(self._turns)
+
+    def prompt(self, question: str) -> str:
+        """Return the text before the answer, the picture's placeholder included."""
+        return self.turns(question, "x")[0]
+
+    def _turns(self, question: str, answer: str) -> tuple[str, str]:
+        """Return (prompt, answer text up to and including the end token)."""
+        if self.processor.chat_template is None:
+            plain = PROMPTS.get(type(self.processor).__name__)
+            if plain is None:
+                raise UserError(
+                    f"{type(self.processor).__name__} has no chat template; add one (chat_template.jinja) to the model's folder."
+                )
+            return plain.format(question=question), f" {answer}{self.tokenizer.eos_token}"
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        prompt = self.processor.apply_chat_template([user], add_generation_prompt=True)
+        whole = self.processor.apply_chat_template([user, reply])
+        if not whole.startswith(prompt):
+            raise UserError(
+                "the chat template does not extend its own generation prompt (the text with an answer does not start with the "
+                "text without), so answer tokens cannot be told apart."
+            )
+        text = whole[len(prompt) :]
+        end = self.tokenizer.eos_token
+        return prompt, text[: text.index(end) + len(end)] if end in text else text.rstrip() + end
+
+
+@dataclass(slots=True)
+class _Encoded:
+    """One row as tokens: prompt ids (picture placeholders expanded), answer ids, and the prompt's other per-token tensors."""
+
+    prompt: Tensor
+    answer: Tensor
+    per_token: dict[str, Tensor]
+
+
+class Collator:
+    """Turn groups of rows (each group about one picture) into one batch for training or scoring.
+
+    Packed, a group becomes one sequence ``prefix | question answer | question answer ...``: every question sees the shared
+    prefix (with the picture) and itself, under a 4-D additive mask and its own positions, so the result equals separate
+    rows while the picture's tokens are paid once. Unpacked, every row is a sequence of its own.
+    """
+
+    def __init__(self, processor: Any, *, packed: bool) -> None:
+        self.processor = processor
+        self.prompter = Prompter(processor)
+        self.packed = packed
+        tokenizer = self.prompter.tokenizer
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, groups: Sequence[Sequence[Row]]) -> Batch:
+        """Return model inputs, ``shift_labels`` [B, T] and ``rows`` (the rows in label order)."""
+        if not self.packed:
+            groups = [[row] for group in groups for row in group]
+        flat = [row for group in groups for row in group]
+        encoded, batch = self._encode(flat, [group[0] for group in groups])
+        if self.packed:
+            batch |= self._pack(groups, encoded)
+        else:
+            batch |= self._pad([torch.cat((one.prompt, one.answer)) for one in encoded], encoded)
+        batch["rows"] = flat
+        return batch
+
+    def _encode(self, flat: Sequence[Row], heads: Sequence[Row]) -> tuple[list[_Encoded], Batch]:
+        """Tokenise all rows; return them with the picture tensors of one row a group."""
+        pictures: dict[str, Any] = {}
+        for row in flat:
+            if row.picture_key() not in pictures:
+                pictures[row.picture_key()] = row.open()
+        first = self._process(heads, pictures)
+        keys = [key for key in first if key not in ("input_ids", "attention_mask")]
+        shape = first["input_ids"].shape
+        per_token = [key for key in keys if first[key].shape == shape]
+        whole = first if len(heads) == len(flat) else self._tokens_only(flat, heads, first, per_token)
+        encoded = []
+        for index, row in enumerate(flat):
+            mask = whole["attention_mask"][index].bool()
+            _, answer = self.prompter.turns(row.question, row.answer)
+            ids = torch.tensor(self.prompter.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            extras = {key: whole[key][index][mask] for key in per_token}
+            encoded.append(_Encoded(whole["input_ids"][index][mask], ids, extras))
+        return encoded, {key: first[key] for key in keys if key not in per_token}
+
+    def _process(self, rows: Sequence[Row], pictures: dict[str, Any]) -> Any:
+        texts = [self.prompter.prompt(row.question) for row in rows]
+        images = [[pictures[row.picture_key()]] for row in rows]
+        return self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+    def _tokens_only(self, flat: Sequence[Row], heads: Sequence[Row], first: Any, per_token: list[str]) -> Batch:
+        """Tokenise every row, with the picture's placeholders expanded as the processor did for its group's first row."""
+        if per_token:
+            raise UserError(f"packing does not support processors with per-token inputs {per_token}.")
+        expanded = {
+            head.picture_key(): first["input_ids"][index][first["attention_mask"][index].bool()]
+            for index, head in enumerate(heads)
+        }
+        tokenizer = self.prompter.tokenizer
+        ids = []
+        for row in flat:
+            plain = torch.tensor(tokenizer(self.prompter.prompt(row.question))["input_ids"])
+            ids.append(_expand(plain, expanded[row.picture_key()], self.processor.image_token_id))
+        return self._pad(ids, [])
+
+    def _pad(self, sequences: list[Tensor], encoded: list[_Encoded]) -> Batch:
+        """Right-pad sequences; with `encoded`, add labels and the other per-token tensors (0 on the answer)."""
+        length = max(len(ids) for ids in sequences)
+        count = len(sequences)
+        batch: Batch = {
+            "input_ids": torch.full((count, length), self.pad),
+            "attention_mask": torch.zeros((count, length), dtype=torch.long),
+        }
+        for index, ids in enumerate(sequences):
+            batch["input_ids"][index, : len(ids)] = ids
+            batch["attention_mask"][index, : len(ids)] = 1
+        if encoded:
+            batch["shift_labels"] = torch.full((count, length), IGNORE)
+        for index, one in enumerate(encoded):
+            start = len(one.prompt) - 1
+            batch["shift_labels"][index, start : start + len(one.answer)] = one.answer
+            for key, values in one.per_token.items():
+                batch.setdefault(key, values.new_zeros((count, length)))[index, : len(values)] = values
+        return batch
+
+    def _pack(self, groups: Sequence[Sequence[Row]], encoded: list[_Encoded]) -> Batch:
+        """Lay each group out as prefix + suffixes; additive mask [B, 1, T, T], 0 = may attend."""
+        parts, start = [], 0
+        for group in groups:
+            members = encoded[start : start + len(group)]
+            start += len(group)
+            parts.append((_common_prefix([one.prompt for one in members]), members))
+        length = max(prefix + sum(len(m.prompt) - prefix + len(m.answer) for m in members) for prefix, members in parts)
+        count = len(parts)
+        ids = torch.full((count, length), self.pad)
+        labels = torch.full((count, length), IGNORE)
+        positions = torch.zeros((count, length), dtype=torch.long)
+        mask = torch.full((count, 1, length, length), torch.finfo(torch.float32).min)
+        causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+        for index, (prefix, members) in enumerate(parts):
+            ids[index, :prefix] = members[0].prompt[:prefix]
+            positions[index, :prefix] = torch.arange(prefix)
+            mask[index, 0, :prefix, :prefix] = causal[:prefix, :prefix]
+            at = prefix
+            for one in members:
+                suffix = torch.cat((one.prompt[prefix:], one.answer))
+                end = at + len(suffix)
+                ids[index, at:end] = suffix
+                positions[index, at:end] = torch.arange(prefix, prefix + len(suffix))
+                first = at + len(one.prompt) - prefix - 1
+                labels[index, first : first + len(one.answer)] = one.answer
+                mask[index, 0, at:end, :prefix] = 0
+                mask[index, 0, at:end, at:end] = causal[: len(suffix), : len(suffix)]
+                at = end
+            rest = torch.arange(at, length)
+            mask[index, 0, rest, rest] = 0
+        return {"input_ids": ids, "shift_labels": labels, "position_ids": positions, "attention_mask": mask}
+
+
+def _common_prefix(sequences: list[Tensor]) -> int:
+    """Return the length of the longest common prefix, leaving every sequence at least its last token."""
+    shortest = min(len(ids) for ids in sequences) - 1
+    stacked = torch.stack([ids[:shortest] for ids in sequences])
+    same = (stacked == stacked[0]).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def _expand(plain: Tensor, expanded: Tensor, image_token: int) -> Tensor:
+    """Replace the placeholders in `plain` by the (consecutive) run of placeholders found in `expanded`."""
+    here = (plain == image_token).nonzero().flatten()
+    there = int((expanded == image_token).sum())
+    if len(here) != 1:
+        raise UserError(f"packing needs exactly one picture placeholder in a prompt, found {len(here)}.")
+    at = int(here[0])
+    run = torch.full((there,), image_token)
+    return torch.cat((plain[:at], run, plain[at + 1 :]))

@@ -1,0 +1,300 @@
+"""Rows of image-question-answer data: reading them from any usual place, checking them, and naming what is wrong.
+
+A row is the short form ``image, question, answer[, task, id]`` or the conversational form ``messages`` (+ ``images``) of the
+transformers and TRL documentation, with one picture, one user turn and one assistant turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from slimlmm.errors import UserError
+
+#: accepted spellings of the three splits
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+#: pictures beyond this many pixels are refused before they are decoded
+MAX_PIXELS = 50_000_000
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question about one picture, with the answer wanted. `image` is a path or the encoded bytes of the file."""
+
+    id: str
+    image: Path | bytes
+    question: str
+    answer: str
+    task: str = ""
+
+    def picture_bytes(self) -> bytes:
+        """Return the encoded picture file."""
+        return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
+
+    def picture_key(self) -> str:
+        """Return what rows about the same picture share: its path, or a hash of its bytes."""
+        return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else str(self.image)
+
+    def open(self) -> Image.Image:
+        """Decode the picture as RGB, its EXIF rotation applied."""
+        source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+                picture.load()
+                return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+@dataclass(slots=True)
+class Splits:
+    """Checked rows by split, and what was said about them (`notes`) while reading."""
+
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def need(self, split: str, source: Path | str) -> list[Row]:
+        """Return the rows of a split, or refuse with its name when there are none."""
+        rows: list[Row] = getattr(self, split)
+        if not rows:
+            raise UserError(f"{source}: the split {split!r} is empty. Add {split}.jsonl with image, question, answer.")
+        return rows
+
+
+def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0) -> Splits:
+    """Read all splits of a folder or file, check every row, and split validation off train when it is missing.
+
+    Args:
+        source: a folder with ``train/validation/test`` files or sub-folders, a ``datasets`` folder, or one file (= train).
+        max_bad_share: the share of rows in [0, 1] that may be skipped as broken before the run is refused.
+        seed: of the split into train and validation.
+
+    Raises:
+        UserError: nothing readable, no rows, or more broken rows than allowed (with the counts and the first of each kind).
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder. DATA is a folder or file of rows, see the README.")
+    splits = Splits()
+    for split, tables in _tables(source).items():
+        raw = [record for table in tables for record in _records(table)]
+        rows = check(raw, name=f"{source}: {split}", max_bad_share=max_bad_share, notes=splits.notes)
+        setattr(splits, split, rows)
+    if not (splits.train or splits.validation or splits.test):
+        raise UserError(f"{source}: no rows found in any split.")
+    if splits.train and not splits.validation:
+        _split_validation_off(splits, seed)
+    return splits
+
+
+def _split_validation_off(splits: Splits, seed: int) -> None:
+    """Move about a tenth of the train pictures (with all their rows) to validation, and say so."""
+    pictures = sorted({row.picture_key() for row in splits.train})
+    random.Random(seed).shuffle(pictures)
+    taken = set(pictures[: max(1, int(len(pictures) * VALIDATION_SHARE))]) if len(pictures) > 1 else set()
+    splits.validation = [row for row in splits.train if row.picture_key() in taken]
+    splits.train = [row for row in splits.train if row.picture_key() not in taken]
+    splits.notes.append(
+        f"no validation split: {len(splits.validation)} rows ({len(taken)} pictures) were split off train (seed {seed})"
+    )
+
+
+def _tables(source: Path) -> dict[str, list[Path]]:
+    """Return split -> files (or image folders) that hold its rows."""
+    if source.is_file():
+        if source.suffix not in READERS:
+            raise UserError(f"{source}: cannot read {source.suffix or 'a file without suffix'}; known: {', '.join(READERS)}.")
+        named = next((split for split, names in SPLITS.items() if source.stem in names), "train")
+        return {named: [source]}
+    found: dict[str, list[Path]] = {}
+    for split, names in SPLITS.items():
+        for name in names:
+            files = [path for suffix in READERS for path in sorted(source.glob(f"{name}{suffix}"))]
+            files += [path for suffix in READERS for path in sorted((source / name).glob(f"*{suffix}"))]
+            files += [source / name] if not files and (source / name / "dataset_info.json").exists() else []
+            if files:
+                found[split] = files
+                break
+    if not found:
+        raise UserError(
+            f"{source}: holds none of train, validation, test as .jsonl, .json, .parquet, .csv or sub-folders with such files."
+        )
+    return found
+
+
+def _records(table: Path) -> Iterator[dict[str, Any]]:
+    """Yield the raw records of one table; relative picture paths are resolved against its folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if table.is_dir():
+            data = datasets.load_from_disk(str(table))
+        else:
+            reader = READERS[table.suffix]
+            data = datasets.load_dataset(reader, data_files=str(table), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{table}: cannot be read as rows: {str(cause).splitlines()[0][:200]}") from error
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    for record in data:
+        yield {**record, "_folder": table.parent}
+
+
+def check(
+    raw: Sequence[Mapping[str, Any]], *, name: str, max_bad_share: float = 0.01, notes: list[str] | None = None
+) -> list[Row]:
+    """Turn raw records into rows, decoding every picture once; broken ones are counted, named and skipped.
+
+    Raises:
+        UserError: more than `max_bad_share` of the records are broken; the message gives each kind with its first record.
+    """
+    problems: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    rows: list[Row] = []
+
+    def bad(kind: str, where: str) -> None:
+        problems[kind] += 1
+        first.setdefault(kind, where)
+
+    for number, record in enumerate(raw):
+        try:
+            rows.append(parse(record, number))
+        except ValueError as error:
+            bad(str(error), str(record.get("id") or f"row {number + 1}"))
+    broken = _broken_pictures(rows)
+    for row in rows:
+        if row.picture_key() in broken:
+            bad(broken[row.picture_key()], f"{row.id} ({row.image if isinstance(row.image, Path) else 'embedded bytes'})")
+    kept = [row for row in rows if row.picture_key() not in broken]
+    total, skipped = len(raw), sum(problems.values())
+    if skipped:
+        listing = "; ".join(f"{count} x {kind} (first: {first[kind]})" for kind, count in problems.most_common())
+        if skipped > max_bad_share * total:
+            raise UserError(
+                f"{name}: {skipped} of {total} rows are broken, more than the allowed {max_bad_share:.0%}: {listing}. "
+                "Mend them, or raise data.max_bad_share in the recipe."
+            )
+        if notes is not None:
+            notes.append(f"{name}: skipped {skipped} of {total} rows: {listing}")
+    return kept
+
+
+def _broken_pictures(rows: Sequence[Row]) -> dict[str, str]:
+    """Decode every distinct picture once; return picture key -> what is wrong with it."""
+    distinct = {row.picture_key(): row for row in rows}
+
+    def attempt(row: Row) -> str:
+        try:
+            row.open()
+        except FileNotFoundError:
+            return "picture missing"
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return f"picture larger than {MAX_PIXELS} pixels"
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"picture cannot be decoded ({str(error).splitlines()[0][:80]})"
+        return ""
+
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = pool.map(attempt, distinct.values())
+        return {key: verdict for key, verdict in zip(distinct, verdicts, strict=True) if verdict}
+
+
+def parse(record: Mapping[str, Any], number: int) -> Row:
+    """Turn one raw record (short or conversational form) into a row; ValueError says what is missing."""
+    if record.get("messages"):
+        question, answer = _turns(record["messages"])
+        images = record.get("images") or [record.get("image")]
+        if len(images) != 1:
+            raise ValueError(f"{len(images)} pictures in one row (one is supported)")
+        image = images[0]
+    else:
+        question, answer, image = record.get("question"), record.get("answer"), record.get("image")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("empty question")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError("empty answer")
+    identity = str(record.get("id") or f"row-{number + 1}")
+    picture = _picture(image, Path(record.get("_folder") or "."))
+    return Row(identity, picture, question.strip(), answer.strip(), str(record.get("task") or ""))
+
+
+def _picture(image: object, folder: Path) -> Path | bytes:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes | Path):
+        return image
+    if not isinstance(image, str) or not image:
+        raise ValueError("no picture")
+    if "://" in image:
+        raise ValueError("picture is a URL (only local files and bytes are read)")
+    return folder / image
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    roles = [message.get("role") for message in messages]
+    if roles != ["user", "assistant"]:
+        raise ValueError(f"messages must be one user and one assistant turn, not {roles}")
+    return _text(messages[0]["content"]), _text(messages[1]["content"])
+
+
+def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content.replace("<image>", "")
+    return "\n".join(part["text"] for part in content if part.get("type") == "text" and part.get("text"))
+
+
+def by_picture(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """Group rows that share a picture, at most `most` rows a group, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.picture_key(), []).append(row)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+
+
+def sample(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """Return `count` rows (all when None), whole pictures at a time, in a seeded order."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    groups = by_picture(rows, len(rows))
+    random.Random(seed).shuffle(groups)
+    taken: list[Row] = []
+    for group in groups:
+        taken += group[: count - len(taken)]
+        if len(taken) == count:
+            break
+    return taken
+
+
+def relabel(rows: Sequence[Row], answers: Callable[[Row], str]) -> list[Row]:
+    """Return the rows with other answers (the teacher's)."""
+    return [replace(row, answer=answers(row)) for row in rows]
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Return a hash over all rows: question, answer, task, and the bytes of every distinct picture."""
+    digest = hashlib.sha256()
+    seen: dict[str, bytes] = {}
+    for row in rows:
+        key = row.picture_key()
+        if key not in seen:
+            seen[key] = hashlib.sha256(row.picture_bytes()).digest()
+        digest.update("\x1f".join((row.id, row.question, row.answer, row.task)).encode() + seen[key])
+    return digest.hexdigest()

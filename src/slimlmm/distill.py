@@ -1,0 +1,280 @@
+"""Recovery training and fine-tuning: a `transformers.Trainer` whose loss sees answer tokens only.
+
+With a teacher cache the loss is distillation (cross-entropy + forward KL + pairwise margin), without one it is fine-tuning.
+accelerate, FSDP, DeepSpeed, loggers and checkpoints come with the Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slimlmm.anatomy import describe
+from slimlmm.axes import Anatomy
+from slimlmm.collate import Batch, Collator
+from slimlmm.data import Row, by_picture
+from slimlmm.errors import UserError
+from slimlmm.forward import answer_logits
+from slimlmm.losses import NEEDS_TEACHER, combine
+from slimlmm.recipe import Training
+from slimlmm.teacher import TeacherCache
+
+Progress = Callable[[dict[str, float]], None]
+
+
+class TrainResult(BaseModel):
+    """What a training took and gave. Losses are means per answer token; `history` holds one record per logging interval."""
+
+    steps: int
+    row_visits: int
+    seconds: float
+    first_loss: float | None
+    last_loss: float | None
+    history: list[dict[str, float]]
+
+
+class _Groups(Dataset[list[Row]]):
+    """Rows grouped by picture, so that one visit pays the picture once."""
+
+    def __init__(self, rows: Sequence[Row], most: int) -> None:
+        self.groups = by_picture(rows, most)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        return self.groups[index]
+
+
+class DistillTrainer(Trainer):  # type: ignore[misc]
+    """Trainer with the summed answer-token losses divided by the global answer-token count."""
+
+    def __init__(self, *args: Any, weights: dict[str, float], teacher: TeacherCache | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights = weights
+        self.teacher = teacher
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count answer tokens over all devices and micro-batches
+        self.row_visits = 0
+        self._sums: dict[str, float] = {}
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the total loss; each part is kept for the log."""
+        self.row_visits += int(inputs["row_count"])
+        logits_AV, labels_A, _ = answer_logits(model, inputs)
+        teacher_AV = self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None
+        parts = combine(self.weights, logits_AV.float(), teacher_AV, labels_A)
+        count = num_items_in_batch if num_items_in_batch is not None else labels_A.numel()
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + labels_A.numel()
+        loss = parts["total"] / count * self.accelerator.num_processes
+        return (loss, {"logits": logits_AV}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number."""
+        tokens = self._sums.pop("tokens", 0.0)
+        if tokens:
+            means = {name: value / tokens for name, value in self._sums.items()}
+            logs = {**logs, **{f"loss/{name}": value for name, value in means.items()}, "loss": means["total"]}
+            self._sums.clear()
+            if not math.isfinite(means["total"]):
+                raise UserError(
+                    f"the loss became {means['total']} at step {self.state.global_step} (parts: {means}); "
+                    "lower train.learning_rate in the recipe."
+                )
+        super().log(logs, start_time)
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer_rows: Callable[[], int], progress: Progress | None) -> None:
+        self.rows = trainer_rows
+        self.progress = progress
+        self.history: list[dict[str, float]] = []
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        record = {key: float(value) for key, value in logs.items() if key.startswith("loss") or key in ("learning_rate", "grad_norm")}
+        record |= {"step": float(state.global_step), "steps": float(state.max_steps), "row_visits": float(self.rows())}
+        self.history.append(record)
+        if self.progress:
+            self.progress(record)
+
+
+def train(
+    model: PreTrainedModel,
+    processor: Any,
+    rows: Sequence[Row],
+    settings: Training,
+    out: Path,
+    *,
+    teacher: TeacherCache | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
+
+    Raises:
+        UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
+    """
+    if not rows:
+        raise UserError("no rows to train on.")
+    lacking = [name for name, weight in settings.losses.items() if weight and name in NEEDS_TEACHER]
+    if teacher is None and lacking:
+        raise UserError(f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin.")
+    collator = Collator(processor, packed=can_pack(model, processor, rows))
+    anatomy = describe(model.config)
+
+    def collate(groups: list[list[Row]]) -> Batch:
+        batch = collator(groups)
+        members = batch.pop("rows")
+        batch["labels"] = batch["shift_labels"]
+        batch["row_count"] = torch.tensor(len(members))
+        if teacher:
+            batch["teacher_hidden"] = teacher.hidden(members)
+        return batch
+
+    trainer = DistillTrainer(
+        model=model,
+        args=_arguments(settings, out, seed),
+        data_collator=collate,
+        train_dataset=_Groups(rows, settings.questions_per_picture),
+        optimizers=(_optimizer(model, anatomy, settings), None),
+        weights=dict(settings.losses),
+        teacher=teacher,
+    )
+    report = _Report(lambda: trainer.row_visits, progress)
+    trainer.add_callback(report)
+    began = time.perf_counter()
+    with _frozen(model, anatomy, settings.freeze):
+        model.train()
+        trainer.train()
+        model.eval()
+    history = report.history
+    return TrainResult(
+        steps=trainer.state.global_step,
+        row_visits=trainer.row_visits,
+        seconds=time.perf_counter() - began,
+        first_loss=history[0]["loss"] if history else None,
+        last_loss=history[-1]["loss"] if history else None,
+        history=history,
+    )
+
+
+def _arguments(settings: Training, out: Path, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.pictures_per_step // settings.accumulate,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=max(1, int(settings.steps * settings.warmup)),
+        max_grad_norm=settings.clip,
+        logging_steps=min(settings.log_every, settings.steps),
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    )
+
+
+class _frozen:  # noqa: N801 - a context manager, used like a function
+    """Within the block the named parts take no gradient: ``vision``, ``text``, ``projector``, ``patch_embedding``."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, parts: Sequence[str]) -> None:
+        self.parameters = [
+            parameter for name, parameter in model.named_parameters() if set(_parts(name, model, anatomy)) & set(parts)
+        ]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """Return the parts that a parameter belongs to, by the towers' prefixes in the anatomy."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    parts = [tower for tower in ("vision", "text") if name.startswith(anatomy.towers.get(tower, "\0"))]
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and "vision" in parts:
+        parts.append("patch_embedding")
+    return parts or (["projector"] if "lm_head" not in name else ["text"])
+
+
+def _optimizer(model: PreTrainedModel, anatomy: Anatomy, settings: Training) -> torch.optim.Optimizer:
+    """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if set(_parts(name, model, anatomy)) & set(settings.freeze):
+            continue
+        scale = _rate_scale(name, anatomy, settings)
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+
+
+def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:
+    vision = anatomy.towers.get("vision", "\0")
+    if not name.startswith(vision):
+        return 1.0
+    blocks = anatomy.axes["vision.blocks"]
+    depth = -1
+    if blocks.layers and name.startswith(blocks.layers + "."):
+        depth = int(name[len(blocks.layers) + 1 :].split(".")[0])
+    elif "embed" not in name:
+        depth = blocks.size - 1
+    return float(settings.vision_rate * settings.layer_decay ** (blocks.size - 1 - depth))
+
+
+@torch.inference_mode()
+def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> bool:
+    """Whether packed questions give this model the same logits as separate rows (tried on two pictures)."""
+    groups = by_picture(rows, 4)[:2]
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.device
+        packed = Collator(processor, packed=True)(groups)
+        apart = Collator(processor, packed=False)(groups)
+        from slimlmm.forward import to_device
+
+        a, _, _ = answer_logits(model, to_device(packed, device))
+        b, _, _ = answer_logits(model, to_device(apart, device))
+    except (UserError, ValueError, TypeError, RuntimeError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    return a.shape == b.shape and bool(torch.allclose(a, b, atol=1e-3 * float(b.abs().max()), rtol=0))

@@ -1,0 +1,51 @@
+"""Logits at answer positions only: the language head is the widest matrix of a small model, so it runs where labels are.
+
+Shape legend: B sequences, T tokens, A answer tokens of the batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlmm.collate import IGNORE, Batch
+
+NOT_INPUTS = ("labels", "shift_labels", "rows", "row_count", "teacher_hidden")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextmanager
+def head_at(model: PreTrainedModel, where_BT: Tensor) -> Iterator[list[Tensor]]:
+    """Within the block the head sees only the hidden states at `where_BT`, as [1, A, H]; yields the list that collects them."""
+    head = model.get_output_embeddings()
+    seen: list[Tensor] = []
+
+    def narrow(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_1AH = inputs[0][where_BT][None]
+        seen.append(hidden_1AH)
+        return (hidden_1AH, *inputs[1:])
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model on a batch; return (logits [A, V], labels [A], last hidden states [A, H]) at answer positions, row by row."""
+    where_BT = batch["shift_labels"] != IGNORE
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    bare: PreTrainedModel = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    with head_at(bare, where_BT) as seen:
+        logits_AV = model(**inputs, use_cache=False).logits[0]
+    return logits_AV, batch["shift_labels"][where_BT], seen[0][0]
