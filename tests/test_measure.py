@@ -10,7 +10,7 @@ import torch
 from slimlmm import evaluate, measure
 from slimlmm.errors import UserError
 from test_evaluate import rows_of
-from tiny import NAMES, tiny
+from tiny import NAMES, tiny, tiny_folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +144,22 @@ def test_peak_memory_sees_what_is_freed_again():
     found = measure.peak_memory(call)
     assert found.kind == "rss"
     assert found.peak - found.before >= 80 * 2**20
+
+
+def test_answering_memory_is_of_a_new_process(tmp_path):
+    folder = tiny_folder("llava-clip-llama", str(tmp_path))
+    ballast = np.ones(200 * 2**20 // 8)
+    found = measure.answering_memory(folder, rows_of()[0], max_new_tokens=3)
+    assert found.kind == "rss"
+    assert 0 < found.before <= found.peak < 2**31
+    assert ballast.all()
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nUserError: absent: no such folder.")
+    monkeypatch.setattr(measure.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(UserError, match=r"absent could not be measured: UserError: absent: no such folder"):
+        measure.answering_memory("absent", rows_of()[0], max_new_tokens=3)
 
 
 @pytest.mark.gpu

@@ -7,9 +7,12 @@ Two models are compared by alternation (A B A B ...) inside one process, so that
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +28,7 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimlmm.checkpoint import load
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Record, answer, answer_limit, evaluating, generation_settings
@@ -239,6 +243,40 @@ def peak_memory(
     return Memory(kind="rss", before=before, peak=max([*samples, process.memory_info().rss, *raised]))
 
 
+def answering_memory(
+    folder: str | Path,
+    row: Row,
+    *,
+    max_new_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    threads: int | None = None,
+) -> Memory:
+    """Return the memory high-water mark of a new process that loads a checkpoint folder and answers one row.
+
+    Nothing else that this process holds is counted; `Memory.before` is what Python and the libraries take.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "picture"
+        picture.write_bytes(row.picture_bytes())
+        order = {
+            "folder": str(folder),
+            "picture": str(picture),
+            "question": row.question,
+            "limit": max_new_tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device or "cpu",
+            "threads": threads or torch.get_num_threads(),
+        }
+        command = [sys.executable, "-m", "slimlmm.measure", json.dumps(order)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"the memory of {folder} could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}"
+        )
+    return Memory.model_validate_json(done.stdout.splitlines()[-1])
+
+
 def disk_bytes(folder: str | Path) -> int:
     """Return the bytes of all files of a checkpoint folder: weights, configuration, tokenizer."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -260,6 +298,18 @@ def environment() -> Environment:
         gpu=gpu.name if gpu else None,
         gpu_memory=gpu.total_memory if gpu else None,
     )
+
+
+def _load_and_answer(order: dict[str, Any]) -> Memory:
+    """Do what `answering_memory` asks of the new process."""
+    torch.set_num_threads(order["threads"])
+    row = Row("row", Path(order["picture"]), order["question"], "")
+
+    def call() -> None:
+        side = load(order["folder"], dtype=getattr(torch, order["dtype"]), device=order["device"])
+        answer(side.model, side.processor, [row], order["limit"])
+
+    return peak_memory(call, device=order["device"])
 
 
 @contextmanager
@@ -354,3 +404,7 @@ def _cpu_model() -> str | None:
     except OSError:
         return platform.processor() or None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+if __name__ == "__main__":
+    print(_load_and_answer(json.loads(sys.argv[1])).model_dump_json())
