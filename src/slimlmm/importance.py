@@ -60,7 +60,9 @@ class Share:
     def reduce(self, values: Tensor) -> Tensor:
         """Sum elementwise `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
         if self.slot is None:
-            totals = values.new_zeros(self.group.units, dtype=torch.promote_types(values.dtype, torch.float32))
+            totals = values.new_zeros(
+                self.group.units, dtype=torch.promote_types(values.dtype, torch.float32)
+            )
             totals[self.block] = values.sum(dtype=totals.dtype)
             return totals
         others = [d for d in range(values.dim()) if d != self.slot.dim % values.dim()]
@@ -116,7 +118,9 @@ def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"
     pools: dict[str, list[Tensor]] = {}
     for name, values in scores.items():
         pools.setdefault(family(name), []).append(values)
-    means = {key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()}
+    means = {
+        key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()
+    }
     return {name: values / means[family(name)] for name, values in scores.items()}
 
 
@@ -132,19 +136,21 @@ def taylor(task: Task) -> Scores:
     totals = _zeros(task)
     shares = _shares(task)
 
-    def reduce(parameter: Tensor) -> None:
+    def reduce(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         product = gradient.mul_(parameter.detach())
         for share in shares[parameter]:
             totals[share.group.name] += share.reduce(product).to("cpu", torch.float64)
 
-    assert task.loss is not None
+    loss = task.loss
+    assert loss is not None
     with only_gradients_of(task.model, list(shares)), ExitStack() as stack, torch.enable_grad():
         for parameter in shares:
-            stack.callback(parameter.register_post_accumulate_grad_hook(reduce).remove)
-        for _ in _at_least_one(task.batches, "taylor", lambda batch: task.loss(task.model, batch).backward()):  # type: ignore[misc]
-            pass
+            handle = parameter.register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
+            stack.callback(handle.remove)
+        for batch in at_least_one(task.batches, "taylor"):
+            loss(task.model, batch).backward()  # type: ignore[no-untyped-call]
     return {name: total.abs() for name, total in totals.items()}
 
 
@@ -183,7 +189,9 @@ def activation(task: Task) -> Scores:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             size_U = per_unit(inputs[0].detach().float(), slot, group.units).square().sum((-3, -1)).sqrt()
             text = group.axis.startswith("text.")
-            found = _sequence_means(size_U, mask[0] if text else None).square().sum(0).to("cpu", torch.float64)
+            found = (
+                _sequence_means(size_U, mask[0] if text else None).square().sum(0).to("cpu", torch.float64)
+            )
             partial[group.name, slot] = partial.get((group.name, slot), torch.zeros(())) + found
 
         return hook
@@ -205,13 +213,9 @@ def activation(task: Task) -> Scores:
             for slot in _linear_consumers(modules, group):
                 module = modules[slot.parameter.removesuffix(".weight")]
                 stack.callback(module.register_forward_pre_hook(consumer(group, slot)).remove)
-
-        def run(batch: Batch) -> None:
+        for batch in at_least_one(task.batches, "activation"):
             mask[0] = batch.get("attention_mask")
             forward(task.model, batch)
-
-        for _ in _at_least_one(task.batches, "activation", run):
-            pass
     for (name, _slot), found in partial.items():
         squares[name] += found.sqrt()
     return squares
@@ -269,9 +273,7 @@ def greedy_blocks(
 def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss) -> float:
     """Return the mean of `loss` over batches, without gradients."""
     with torch.no_grad():
-        values = [float(loss(model, batch)) for batch in batches]
-    if not values:
-        raise UserError("ranking blocks needs at least one batch of calibration rows; the data gave none.")
+        values = [float(loss(model, batch)) for batch in at_least_one(batches, "measuring the loss")]
     return sum(values) / len(values)
 
 
@@ -284,7 +286,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> Any:
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Within the block every module is in eval mode; afterwards each is as it was."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:
@@ -347,7 +349,9 @@ def _linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[S
             found = True
             yield slot
     if group.slots and not found:
-        raise UserError(f"{group.name}: no linear layer reads it, so the criterion 'activation' has nothing to look at.")
+        raise UserError(
+            f"{group.name}: no linear layer reads it, so the criterion 'activation' has nothing to look at."
+        )
 
 
 def _zeros(task: Task) -> Scores:
@@ -360,7 +364,9 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
     shares: dict[nn.Parameter, list[Share]] = {}
     for group in task.groups:
         prefix = task.anatomy.axis(group.axis).layers
-        wanted: list[tuple[str, Share]] = [(slot.parameter, Share(group=group, slot=slot)) for slot in group.slots]
+        wanted: list[tuple[str, Share]] = [
+            (slot.parameter, Share(group=group, slot=slot)) for slot in group.slots
+        ]
         for name in named if prefix else ():
             if name.startswith(f"{prefix}."):
                 index = int(name.removeprefix(f"{prefix}.").partition(".")[0])
@@ -386,11 +392,11 @@ def _sequence_means(size_BTU: Tensor, mask_BT: Tensor | None) -> Tensor:
     return (size_BTU * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _at_least_one(batches: Iterable[Batch], criterion: str, run: Callable[[Batch], Any]) -> Iterator[None]:
-    """Run each batch; refuse an empty calibration set."""
-    count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
-        run(batch)
-        yield
-    if not count:
-        raise UserError(f"the criterion {criterion!r} needs calibration rows; the data gave none.")
+def at_least_one(batches: Iterable[Batch], purpose: str) -> Iterator[Batch]:
+    """Yield the batches; refuse an empty calibration set."""
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise UserError(f"{purpose} needs calibration rows; the data gave none.")

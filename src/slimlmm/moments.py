@@ -53,7 +53,11 @@ class Moments:
 
     def mean(self, half: int | None = None) -> Tensor:
         """Return E[x] of one half or of both; [N]."""
-        total, count = (self.total_2N.sum(0), self.count_2.sum()) if half is None else (self.total_2N[half], self.count_2[half])
+        total, count = (
+            (self.total_2N.sum(0), self.count_2.sum())
+            if half is None
+            else (self.total_2N[half], self.count_2[half])
+        )
         mean: Tensor = total / count.clamp(min=1)
         return mean
 
@@ -69,14 +73,14 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Dropped features from kept ones: x_D ~ matrix_DK x_K + offset_D, with the ridge that was chosen and its held-out error.
+    """Dropped features from kept ones: x_D ~ matrix x_K + offset, with the ridge that was chosen and its held-out error.
 
     `error` and `plain_error` are mean squared errors of the consumer's output on held-out samples relative to its own
     (centred) power, with the prediction and with the dropped inputs simply cut off.
     """
 
-    matrix_DK: Tensor
-    offset_D: Tensor
+    matrix: Tensor
+    offset: Tensor
     ridge: float
     error: float
     plain_error: float
@@ -100,12 +104,14 @@ def predict(
     keeping everything is the identity and r -> infinity is the plain slice. r is chosen on the half of the samples that
     the fit has not seen, then refitted on all; r whose W'_K has more than `growth` times the rms of W_K are passed over.
     """
-    weight = weight_ON.double()
+    weight = weight_ON.detach().double()
     ordered = sorted(ridges)
     held = moments.gram(1, centred=bias)
     shift = (moments.mean(1) - moments.mean(0)) if bias else None
     errors = [
-        _output_error(held, shift, kept, dropped, weight, _solve(moments.gram(0, centred=bias), kept, dropped, ridge))
+        _output_error(
+            held, shift, kept, dropped, weight, _solve(moments.gram(0, centred=bias), kept, dropped, ridge)
+        )
         for ridge in ordered
     ]
     nothing = torch.zeros(len(dropped), len(kept), dtype=torch.float64, device=weight.device)
@@ -118,15 +124,17 @@ def predict(
     gram = moments.gram(centred=bias)
     for index in order:
         matrix = _solve(gram, kept, dropped, ordered[index])
-        if (weight[:, kept] + weight[:, dropped] @ matrix).square().mean().sqrt() <= growth * before or not before:
+        if (
+            weight[:, kept] + weight[:, dropped] @ matrix
+        ).square().mean().sqrt() <= growth * before or not before:
             break
     else:
         index, matrix = order[0], nothing
     mean = moments.mean()
     offset = mean[dropped] - matrix @ mean[kept] if bias else torch.zeros_like(mean[dropped])
     return Prediction(
-        matrix_DK=matrix,
-        offset_D=offset,
+        matrix=matrix,
+        offset=offset,
         ridge=ordered[index],
         error=float(errors[index] / power),
         plain_error=float(plain / power),

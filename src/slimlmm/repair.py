@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from slimlmm import surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
+from slimlmm.collate import Batch
 from slimlmm.errors import UserError
-from slimlmm.importance import Batch, Loss, evaluating, forward, mean_loss, per_unit
+from slimlmm.importance import Loss, evaluating, forward, mean_loss
 from slimlmm.moments import RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
@@ -67,7 +68,7 @@ def collect(
                 _listen_to_stream(model, group, batches, found, stack)
                 continue
             for slot in linear_consumers(modules, group):
-                moments = Moments(modules[owner(slot.parameter)].in_features, model.device)  # type: ignore[arg-type]
+                moments = Moments(modules[owner(slot.parameter)].in_features, model.device)
                 found.consumers[slot.parameter] = moments
                 hook = _adder(moments, mask if axis.startswith("text.") else [None])
                 stack.callback(modules[owner(slot.parameter)].register_forward_pre_hook(hook).remove)
@@ -118,12 +119,24 @@ def fold(
             continue
         for slot in linear_consumers(named, group):
             if slot.parameter in statistics.consumers:
-                refit(named[owner(slot.parameter)], group, slot, kept, statistics.consumers[slot.parameter], ridges)
+                refit(
+                    named[owner(slot.parameter)],
+                    group,
+                    slot,
+                    kept,
+                    statistics.consumers[slot.parameter],
+                    ridges,
+                )
     return final
 
 
 def refit(
-    linear: nn.Module, group: Group, slot: Slot, kept: Tensor, moments: Moments, ridges: Sequence[float] = RIDGES
+    linear: nn.Module,
+    group: Group,
+    slot: Slot,
+    kept: Tensor,
+    moments: Moments,
+    ridges: Sequence[float] = RIDGES,
 ) -> Prediction:
     """Refit one consumer to the kept units in place; dropped columns become zero, so the uncut model computes as the cut one.
 
@@ -136,16 +149,19 @@ def refit(
     everything = torch.ones(weight.shape[1], dtype=torch.bool)
     everything[slot.rows(torch.arange(group.units), group.units)] = False
     everything[own] = True
-    stays, goes = everything.nonzero()[:, 0].to(weight.device), (~everything).nonzero()[:, 0].to(weight.device)
+    stays, goes = (
+        everything.nonzero()[:, 0].to(weight.device),
+        (~everything).nonzero()[:, 0].to(weight.device),
+    )
     if slot.inner > 1:
         ridges = [ridge for ridge in ridges if ridge >= ATTENTION_RIDGE] or [ATTENTION_RIDGE]
     found = predict(moments, stays, goes, weight.detach(), bias=bias is not None, ridges=ridges)
     with torch.no_grad():
         dropped = weight[:, goes].double()
-        weight[:, stays] += (dropped @ found.matrix_DK).to(weight)
+        weight[:, stays] += (dropped @ found.matrix).to(weight)
         weight[:, goes] = 0
         if bias is not None:
-            bias += (dropped @ found.offset_D).to(bias)
+            bias += (dropped @ found.offset).to(bias)
     return found
 
 

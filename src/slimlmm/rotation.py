@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
-from slimlmm.importance import Batch, evaluating, forward, per_unit
+from slimlmm.collate import Batch
+from slimlmm.importance import evaluating, forward, per_unit
 from slimlmm.moments import RIDGES, Moments, predict
 from slimlmm.wiring import Wiring, owner
 
@@ -36,17 +37,21 @@ class Stream:
 
 
 def listen(model: PreTrainedModel, group: Group, wiring: Wiring, stack: ExitStack) -> Stream:
-    """Hook the norms and raw readers of the stream until `stack` closes; the moments fill as batches run.
+    """Hook norms and raw readers of the stream until `stack` closes; the moments fill as batches run.
 
-    Every token counts, padding included (tokens behind the mask are few and the same in all samples).
+    Every token counts, padding included (few, and the same in all samples). A norm that is used again on a pooled vector
+    (BLIP-2) counts its first use only.
     """
     modules = dict(model.named_modules())
     device = next(model.parameters()).device
     moments: dict[str, Moments] = {}
+    ranks: dict[str, int] = {}
 
     def hook(name: str, slot: Slot | None) -> Any:
         def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             values = inputs[0].detach()
+            if ranks.setdefault(name, values.dim()) != values.dim():
+                return
             if slot is None:
                 moments[name].add(_normalised(values, wiring.kinds[name] == "layer"))
             else:
@@ -80,11 +85,14 @@ def basis(stream: Stream, size: int) -> Tensor:
     orthogonal with first column 1/sqrt K, so that the all-ones vector of N channels becomes that of K channels, scaled.
     """
     wiring = stream.wiring
-    used = [name for name in (*wiring.readers, *(slot.parameter for slot in wiring.raw)) if name != wiring.entry]
+    used = [
+        name for name in (*wiring.readers, *(slot.parameter for slot in wiring.raw)) if name != wiring.entry
+    ]
     grams = [stream.moments[name].gram() for name in used]
     pooled = torch.stack([gram / gram.trace().clamp(min=1e-300) for gram in grams]).sum(0)
     if "layer" not in wiring.kinds.values():
-        return torch.linalg.eigh(pooled).eigenvectors.flip(1).T.contiguous()
+        vectors: Tensor = torch.linalg.eigh(pooled).eigenvectors
+        return vectors.flip(1).T.contiguous()
     rest = _reflection(len(pooled)).to(pooled)[:, 1:]
     leading = torch.linalg.eigh(rest.T @ pooled @ rest).eigenvectors.flip(1)
     ones = torch.full((len(pooled), 1), len(pooled) ** -0.5, dtype=pooled.dtype, device=pooled.device)
@@ -150,7 +158,11 @@ class _Rotation:
             matrix = self.change * self.scale
             if slot.parameter in self.wiring.before_entry:
                 weight = self._weight(self.wiring.entry)
-                matrix = matrix * weight @ (torch.eye(len(weight), dtype=matrix.dtype) - 1 / len(weight)).to(matrix)
+                matrix = (
+                    matrix
+                    * weight
+                    @ (torch.eye(len(weight), dtype=matrix.dtype) - 1 / len(weight)).to(matrix)
+                )
             elif name in self.wiring.scaled:
                 matrix = matrix * self._weight(self.wiring.scaled[name]) / self._scale_size(name)
             elif slot.parameter == self.wiring.tied:
@@ -215,9 +227,9 @@ class _Rotation:
         flat = columns.movedim(-2, -1).reshape(-1, self.group.units)
         found = predict(moments, kept, dropped, flat, bias=bias is not None, ridges=ridges)
         if bias is not None:
-            gained = torch.einsum("aoui,u->a", columns[..., dropped, :] * size, found.offset_D)
+            gained = torch.einsum("aoui,u->a", columns[..., dropped, :] * size, found.offset)
             bias.add_(gained.to(bias))
-        columns[..., kept, :] += torch.einsum("aodi,dk->aoki", columns[..., dropped, :], found.matrix_DK)
+        columns[..., kept, :] += torch.einsum("aodi,dk->aoki", columns[..., dropped, :], found.matrix)
         self._join(slot, columns)
 
     def _fold_bias(self, norm: str, slots: list[Slot]) -> None:

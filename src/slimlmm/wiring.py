@@ -16,11 +16,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
-from slimlmm.importance import Batch, evaluating, forward
+from slimlmm.collate import Batch
+from slimlmm.importance import evaluating, forward
 
 NormKind = Literal["layer", "rms", "rms1", "scale"]
 #: autograd nodes that only move numbers around
-MOVES = ("View", "Reshape", "Transpose", "Permute", "Slice", "Select", "Squeeze", "Unsqueeze", "Clone", "Copy", "Index")
+MOVES: tuple[str, ...] = (
+    "View",
+    "Reshape",
+    "Transpose",
+    "Permute",
+    "Slice",
+    "Select",
+    "Squeeze",
+    "Unsqueeze",
+    "Clone",
+    "Copy",
+    "Index",
+)
 MOVES += ("Expand", "Alias", "TBackward", "Split", "Unbind", "Narrow", "Flatten", "Gather")
 PRODUCTS = ("mm", "Linear", "Convolution", "Matmul")
 
@@ -63,7 +76,9 @@ def trace(model: PreTrainedModel, group: Group, batch: Batch) -> Wiring:
         wiring = _link(model, group, record, graph)
     for name, kind in wiring.kinds.items():
         if kind != "scale" and name != wiring.entry and name not in wiring.readers and name != wiring.final:
-            raise NotRotatable(f"{name} writes into the residual stream, so its weight cannot be folded into a reader")
+            raise NotRotatable(
+                f"{name} writes into the residual stream, so its weight cannot be folded into a reader"
+            )
     kinds = {kind for kind in wiring.kinds.values() if kind != "scale"}
     if len(kinds) > 1:
         raise NotRotatable(f"the stream is read through norms of several kinds: {', '.join(sorted(kinds))}")
@@ -104,7 +119,7 @@ class _Recorder:
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
         self.modules = dict(model.named_modules())
         self.names = {owner(slot.parameter) for slot in group.slots}
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head = next((name for name, module in self.modules.items() if module is head), "")
         self.into: dict[str, Any] = {}
         self.out: dict[str, Any] = {}
@@ -194,10 +209,14 @@ def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph
                 raise NotRotatable(f"{slot.parameter} is a scale outside of a module of its own")
             wiring.kinds[name] = classify(record.modules[name], group.units)
     norms = {record.out[name]: name for name, kind in wiring.kinds.items() if kind != "scale"}
-    produced = {record.out[owner(s.parameter)]: owner(s.parameter) for s in slots if owner(s.parameter) in record.out}
+    produced = {
+        record.out[owner(s.parameter)]: owner(s.parameter) for s in slots if owner(s.parameter) in record.out
+    }
     for name, kind in wiring.kinds.items():
         if kind == "scale":
-            source = graph.source(record.into[name], {n: m for n, m in produced.items() if m not in wiring.kinds})
+            source = graph.source(
+                record.into[name], {n: m for n, m in produced.items() if m not in wiring.kinds}
+            )
             if not source:
                 raise NotRotatable(f"{name} scales something that is not the output of a linear layer")
             wiring.scaled[source] = name

@@ -1,0 +1,231 @@
+"""Scores against oracles: finite differences of gates, brute force, permutation, and really skipped or cut blocks."""
+
+import functools
+
+import pytest
+import torch
+from tiny import NAMES, tiny, tiny_batch
+
+from slimlmm import anatomy, importance, surgery
+from slimlmm.errors import UserError
+from slimlmm.importance import CRITERIA, evaluating, forward, greedy_blocks, mean_loss, normalise, rank_blocks, score
+
+MAIN = "llava-dinov2-llama"
+
+
+def loss(model, batch):
+    logits, labels = forward(model, batch).logits[:, :-1], batch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+
+
+@functools.cache
+def case(name):
+    model, _ = tiny(name)
+    batches = [tiny_batch(name, model, 2, seed=seed) for seed in range(2)]
+    return model, anatomy.describe(model.config), batches
+
+
+def cuttable(described, kinds=("inner", "width")):
+    return [axis.name for axis in described.axes.values() if axis.kind in kinds and not axis.refusal]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_taylor_is_the_derivative_of_a_gate_on_all_that_a_unit_owns(name):
+    model, described, batches = case(name)
+    axes = cuttable(described)
+    scores = score(model, described, axes, "taylor", batches, loss)
+    model64 = tiny(name)[0].double()
+    batches64 = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+    for axis in axes:
+        for group in described.axis(axis).groups[:1]:
+            unit = group.units // 2
+            change = finite_difference(model64, group, unit, batches64)
+            assert scores[group.name][unit] == pytest.approx(abs(change), rel=1e-2, abs=3e-4), group.name
+
+
+def finite_difference(model, group, unit, batches, step=2e-3):
+    """(L(1 + step) - L(1 - step)) / 2 step for a factor on everything that `unit` owns, summed over batches."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    values = []
+    for gate in (1 + step, 1 - step):
+        before = {slot.parameter: named[slot.parameter].detach().clone() for slot in group.slots}
+        with torch.no_grad():
+            for slot in group.slots:
+                rows = slot.rows(torch.tensor([unit]), group.units)
+                parameter = named[slot.parameter]
+                parameter.index_copy_(slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate)
+        values.append(sum(float(loss(model, batch).detach()) for batch in batches))
+        with torch.no_grad():
+            for parameter, value in before.items():
+                named[parameter].copy_(value)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def test_taylor_of_a_block_covers_all_its_parameters():
+    model, described, batches = case(MAIN)
+    scores = score(model, described, ["text.blocks"], "taylor", batches, loss)["text.blocks"]
+    model.zero_grad()
+    sum(loss(model, batch) for batch in batches).backward()
+    layers = model.get_submodule(described.axis("text.blocks").layers)
+    expected = [abs(sum(float((p.grad * p.detach()).sum()) for p in layer.parameters())) for layer in layers]
+    model.zero_grad()
+    assert scores.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_taylor_keeps_one_gradient_alive_and_restores_the_model(monkeypatch):
+    model, _ = tiny(MAIN)
+    described = anatomy.describe(model.config)
+    batch = tiny_batch(MAIN, model)
+    frozen = model.model.vision_tower.embeddings.cls_token.requires_grad_(False)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    alive = []
+    original = importance.Share.reduce
+
+    def counting(self, values):
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+        return original(self, values)
+
+    monkeypatch.setattr(importance.Share, "reduce", counting)
+    score(model, described, ["text.ffn", "vision.width"], "taylor", [batch], loss)
+    assert len(alive) > 50
+    assert max(alive) == 0  # the one gradient at hand is detached from its parameter already
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert not frozen.requires_grad
+    assert sum(not p.requires_grad for p in model.parameters()) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_magnitude_by_brute_force(name):
+    model, described, _ = case(name)
+    state = model.state_dict()
+    for axis in cuttable(described):
+        scores = score(model, described, [axis], "magnitude")
+        for group in described.axis(axis).groups:
+            unit = group.units - 1
+            squares = sum(
+                state[slot.parameter].index_select(slot.dim, slot.rows(torch.tensor([unit]), group.units)).square().sum()
+                for slot in group.slots
+            )
+            assert scores[group.name][unit] == pytest.approx(float(squares.sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "activation", "magnitude"])
+def test_permuting_units_permutes_scores(criterion):
+    model, described, batches = case(MAIN)
+    for axis in ("text.ffn", "text.width", "vision.width"):
+        group = described.axis(axis).groups[0]
+        order = torch.randperm(group.units, generator=torch.Generator().manual_seed(1))
+        moved, _ = tiny(MAIN)
+        named = dict(moved.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for slot in group.slots:
+                everything = slot.rows(torch.arange(group.units), group.units)
+                values = named[slot.parameter].index_select(slot.dim, slot.rows(order, group.units))
+                named[slot.parameter].index_copy_(slot.dim, everything, values)
+        before = score(model, described, [axis], criterion, batches, loss)[group.name]
+        after = score(moved, described, [axis], criterion, batches, loss)[group.name]
+        assert torch.allclose(after, before[order], rtol=2e-3, atol=1e-4), axis
+
+
+def test_random_is_seeded_by_seed_and_group():
+    model, described, _ = case(MAIN)
+    one, again = (score(model, described, ["text.ffn"], "random", seed=3) for _ in range(2))
+    other = score(model, described, ["text.ffn"], "random", seed=4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["text.ffn[0]"], other["text.ffn[0]"])
+    assert not torch.equal(one["text.ffn[0]"], one["text.ffn[1]"])
+
+
+def test_activation_by_hand_and_behind_a_mask():
+    model, described, batches = case(MAIN)
+    batch = dict(batches[0])
+    batch["attention_mask"] = batch["attention_mask"].clone()
+    batch["attention_mask"][0, :3] = 0
+    seen = []
+    linear = model.model.language_model.layers[1].mlp.down_proj
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    found = score(model, described, ["text.ffn"], "activation", [batch])["text.ffn[1]"]
+    handle.remove()
+    means = [seen[0][i][batch["attention_mask"][i].bool()].abs().mean(0) for i in range(2)]
+    assert torch.allclose(found.float(), torch.stack(means).norm(dim=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_criterion_scores_every_unit_of_every_axis(name):
+    model, described, batches = case(name)
+    axes = cuttable(described, ("inner", "width", "blocks"))
+    for criterion in CRITERIA:
+        scores = score(model, described, axes, criterion, batches[:1], loss)
+        groups = [group for axis in axes for group in described.axis(axis).groups]
+        assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
+        assert all(torch.isfinite(values).all() and (values >= 0).all() for values in scores.values())
+
+
+def test_normalise_makes_groups_or_towers_comparable():
+    model, described, batches = case(MAIN)
+    scores = score(model, described, ["text.ffn", "vision.ffn"], "taylor", batches, loss)
+    blocks = normalise(scores, described)
+    assert all(float(values.mean()) == pytest.approx(1) for values in blocks.values())
+    towers = normalise(scores, described, per="modality")
+    text = torch.cat([values for name, values in towers.items() if name.startswith("text")])
+    assert float(text.mean()) == pytest.approx(1)
+    ratio = towers["text.ffn[0]"] / scores["text.ffn[0]"]
+    assert torch.allclose(ratio, (towers["text.ffn[1]"] / scores["text.ffn[1]"])[:1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", ["text.blocks", "vision.blocks"])
+def test_ablation_agrees_with_the_cut_model(name, axis):
+    model, described, batches = case(name)
+    if described.axes[axis].refusal:
+        pytest.skip(described.axes[axis].refusal)
+    group = described.axis(axis).groups[0]
+    growth = rank_blocks(model, described, axis, batches, loss)
+    assert growth.shape == (group.units,)
+    uncut = mean_loss(model, batches, loss)
+    keep = {group.name: torch.tensor([i for i in range(group.units) if i != 1])}
+    student = surgery.cut(model, described, axis, keep)
+    assert mean_loss(student, batches, loss) - uncut == pytest.approx(float(growth[1]), abs=1e-5)
+
+
+def test_greedy_drops_first_what_costs_least_and_then_measures_again():
+    model, described, batches = case(MAIN)
+    growth = rank_blocks(model, described, "text.blocks", batches, loss)
+    first = greedy_blocks(model, described, "text.blocks", batches, loss, keep=2)
+    assert set(range(3)) - set(first) == {int(growth.argmin())}
+    name = described.axis("text.blocks").groups[0].name
+    costs = {}
+    for block in first:
+        student = surgery.cut(model, described, "text.blocks", {name: torch.tensor([block])})
+        costs[block] = mean_loss(student, batches, loss)
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [min(costs, key=costs.get)]
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=3) == [0, 1, 2]
+
+
+def test_refusals_name_what_is_missing():
+    model, described, batches = case(MAIN)
+    with pytest.raises(UserError, match="Did you mean 'taylor'"):
+        score(model, described, ["text.ffn"], "tailor")
+    with pytest.raises(UserError, match="needs a loss"):
+        score(model, described, ["text.ffn"], "taylor", batches)
+    with pytest.raises(UserError, match="calibration rows"):
+        score(model, described, ["text.ffn"], "taylor", [], loss)
+    with pytest.raises(UserError, match="calibration rows"):
+        rank_blocks(model, described, "text.blocks", [], loss)
+    with pytest.raises(UserError, match="cannot keep 4 blocks of 3"):
+        greedy_blocks(model, described, "text.blocks", batches, loss, keep=4)
+
+
+def test_evaluating_restores_each_module():
+    model, _ = tiny(MAIN)
+    model.train()
+    model.model.vision_tower.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training
+    assert not model.model.vision_tower.training
+    assert model.model.language_model.training

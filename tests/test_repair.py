@@ -1,0 +1,221 @@
+"""Closed-form repair against numpy, against exact linear dependence, and against the model without repair."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from tiny import NAMES, tiny, tiny_batch
+
+from slimlmm import anatomy, repair, surgery
+from slimlmm.axes import Group, Slot
+from slimlmm.errors import UserError
+from slimlmm.importance import forward, score
+from slimlmm.moments import Moments, predict
+
+MAIN = "llava-dinov2-llama"
+
+
+def loss(model, batch):
+    logits, labels = forward(model, batch).logits[:, :-1], batch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+
+
+@functools.cache
+def case(name):
+    model, _ = tiny(name)
+    batches = [tiny_batch(name, model, 4, seed=seed) for seed in range(4)]
+    return model, anatomy.describe(model.config), batches
+
+
+@functools.cache
+def calibrated(name, axis):
+    model, described, batches = case(name)
+    return repair.collect(model, described, axis, batches)
+
+
+def axes_of(name):
+    described = case(name)[1]
+    return [a for a in described.axes.values() if a.kind in ("inner", "width") and not a.refusal]
+
+
+def half(axis, model, described):
+    """Keep-sets of the middle legal size, by magnitude."""
+    smaller = [size for size in axis.choices() if size < axis.size]
+    size = smaller[len(smaller) // 2]
+    scores = score(model, described, [axis.name], "magnitude")
+    return {g.name: scores[g.name].topk(g.kept(size)).indices.sort().values for g in axis.groups}
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return forward(model, batch).logits
+
+
+def consumer(bias=True, inputs=12, outputs=7, samples=40, noise=0.0):
+    """A linear layer, inputs of rank 6 (+ noise) whose first six features span them, and their moments."""
+    torch.manual_seed(0)
+    values = torch.randn(samples, 10, 6, dtype=torch.float64)
+    values = torch.cat([values, values @ torch.randn(6, inputs - 6, dtype=torch.float64) + 0.7], -1)
+    values = values + noise * torch.randn_like(values) + torch.arange(inputs) * 0.1
+    linear = torch.nn.Linear(inputs, outputs, bias=bias).double()
+    moments = Moments(inputs)
+    for start in range(0, samples, 10):
+        moments.add(values[start : start + 10])
+    slot = Slot(parameter="weight", dim=1, role="consume")
+    group = Group(name="g", axis="text.ffn", units=inputs, slots=(slot,))
+    return linear, values, moments, group, slot
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_refit_is_least_squares_as_the_ridge_vanishes(bias):
+    linear, values, moments, group, slot = consumer(bias, noise=0.3)
+    kept = torch.tensor([0, 2, 3, 7, 8, 11])
+    target = linear(values).detach().reshape(-1, 7).numpy()
+    inputs = values[..., kept].reshape(-1, 6).numpy()
+    design = np.concatenate([inputs, np.ones((len(inputs), 1))], 1) if bias else inputs
+    expected = np.linalg.lstsq(design, target, rcond=None)[0]
+    repair.refit(linear, group, slot, kept, moments, ridges=[1e-13])
+    assert np.allclose(linear.weight.detach()[:, kept].numpy().T, expected[:6], atol=1e-7)
+    if bias:
+        assert np.allclose(linear.bias.detach().numpy(), expected[6], atol=1e-7)
+
+
+def test_dropped_units_that_are_combinations_of_kept_ones_cost_nothing():
+    linear, values, moments, group, slot = consumer()
+    before = linear(values).detach()
+    kept = torch.arange(6)
+    repair.refit(linear, group, slot, kept, moments, ridges=[1e-12])
+    assert torch.allclose(linear(values), before, atol=1e-5)
+    assert not linear.weight[:, 6:].any()
+
+
+def test_the_ridge_is_chosen_by_error_on_samples_not_seen():
+    linear, _, moments, _, _ = consumer(noise=1.0, samples=4)
+    kept, dropped = torch.arange(6), torch.arange(6, 12)
+    tried = [predict(moments, kept, dropped, linear.weight, bias=True, ridges=[r]) for r in (1e-9, 1e-1, 1e3)]
+    found = predict(moments, kept, dropped, linear.weight, bias=True, ridges=(1e-9, 1e-1, 1e3))
+    best = min(tried, key=lambda prediction: prediction.error)
+    assert found.ridge == best.ridge
+    assert found.error <= found.plain_error
+
+
+def test_weights_that_would_blow_up_take_a_larger_ridge():
+    torch.manual_seed(0)
+    values = torch.randn(50, 8, 4, dtype=torch.float64)
+    values[..., :2] *= 1e-4
+    values[..., 2:] = values[..., :2] * 300 + 1e-6 * values[..., 2:]
+    moments = Moments(4)
+    moments.add(values)
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    kept, dropped = torch.arange(2), torch.arange(2, 4)
+    wild = predict(moments, kept, dropped, weight, bias=False, ridges=[1e-9, 1e-1, 1e3], growth=1e9)
+    tame = predict(moments, kept, dropped, weight, bias=False, ridges=[1e-9, 1e-1, 1e3], growth=3.0)
+    assert wild.matrix.norm() > 100 * tame.matrix.norm()
+
+
+def test_moments_count_only_what_the_mask_lets_through():
+    values, mask = torch.randn(5, 3, 2), torch.randint(0, 2, (5, 3))
+    moments = Moments(2)
+    moments.add(values, mask)
+    chosen = values[mask.bool()].double()
+    assert torch.allclose(moments.mean(), chosen.mean(0))
+    assert torch.allclose(moments.gram(centred=True), torch.cov(chosen.T, correction=0))
+    assert int(moments.count_2.sum()) == int(mask.sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_everything_is_the_identity(name):
+    model, described, batches = case(name)
+    for axis in axes_of(name):
+        keep = {group.name: torch.arange(group.units) for group in axis.groups}
+        same = copy.deepcopy(model)
+        assert dict(repair.fold(same, described, axis.name, keep, calibrated(name, axis.name))) == keep
+        assert torch.equal(logits(same, batches[0]), logits(model, batches[0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_equals_masked_after_repair(name):
+    model, described, batches = case(name)
+    for axis in axes_of(name):
+        repaired = copy.deepcopy(model)
+        keep = half(axis, model, described)
+        keep = repair.fold(repaired, described, axis.name, keep, calibrated(name, axis.name))
+        student = surgery.cut(repaired, described, axis.name, keep)
+        with surgery.masked(repaired, described, axis.name, keep):
+            wanted = logits(repaired, batches[0])
+        assert torch.allclose(logits(student, batches[0]), wanted, atol=1e-5), axis.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repair_brings_the_student_nearer_on_unseen_rows(name):
+    model, described, _ = case(name)
+    batch = tiny_batch(name, model, 8, seed=77)
+    wanted = logits(model, batch)
+    for axis in axes_of(name):
+        keep = half(axis, model, described)
+        repaired = copy.deepcopy(model)
+        new = repair.fold(repaired, described, axis.name, keep, calibrated(name, axis.name))
+        with_repair = (logits(surgery.cut(repaired, described, axis.name, new), batch) - wanted).norm()
+        without = (logits(surgery.cut(model, described, axis.name, keep), batch) - wanted).norm()
+        assert with_repair < 1.05 * without, axis.name
+
+
+def test_inner_repair_leaves_an_uncut_model_that_computes_as_the_cut_one():
+    model, described, batches = case(MAIN)
+    axis = described.axis("text.ffn")
+    repaired = copy.deepcopy(model)
+    keep = repair.fold(repaired, described, axis.name, half(axis, model, described), calibrated(MAIN, axis.name))
+    student = surgery.cut(repaired, described, axis.name, keep)
+    assert torch.allclose(logits(student, batches[0]), logits(repaired, batches[0]), atol=1e-5)
+
+
+def test_attention_outputs_take_no_small_ridge():
+    model, described, batches = case(MAIN)
+    group = described.axis("text.kv_groups").groups[0]
+    slot = next(s for s in group.slots if s.role == "consume")
+    linear = copy.deepcopy(model.get_submodule(slot.parameter.removesuffix(".weight")))
+    moments = calibrated(MAIN, "text.kv_groups").consumers[slot.parameter]
+    found = repair.refit(linear, group, slot, torch.tensor([0, 2]), moments, ridges=[1e-9, 1e-3])
+    assert found.ridge == repair.ATTENTION_RIDGE
+
+
+def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():
+    model, described, batches = case(MAIN)
+    axis = described.axis("text.width")
+    keep = half(axis, model, described)
+    repaired = copy.deepcopy(model)
+    statistics = calibrated(MAIN, axis.name)
+    new, tries = repair.fold_best(repaired, described, axis.name, keep, statistics, batches, loss)
+    assert [t.name for t in tries] == ["slice", "refit", "rotate:0", "rotate:0.5", "rotate:1"]
+    student = surgery.cut(repaired, described, axis.name, new)
+    best = min(t.loss for t in tries)
+    assert sum(float(loss(student, b).detach()) for b in batches) / len(batches) == pytest.approx(best, abs=1e-5)
+
+
+def test_groups_can_be_folded_a_few_at_a_time():
+    model, described, batches = case(MAIN)
+    axis = described.axis("vision.ffn")
+    keep = half(axis, model, described)
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    repair.fold(whole, described, axis.name, keep, calibrated(MAIN, axis.name))
+    for group in axis.groups:
+        few = repair.collect(model, described, axis.name, batches, groups=[group.name])
+        assert len(few.consumers) == 1
+        repair.fold(parts, described, axis.name, keep, few)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_stream_that_cannot_be_turned_says_why():
+    model, described, batches = case("blip2-opt")
+    statistics = repair.collect(model, described, "qformer.width", batches)
+    assert statistics.stream is None
+    assert "residual stream" in statistics.reason
+    assert repair.tied_powers(statistics) == ()
+
+
+def test_no_calibration_rows_is_refused():
+    model, described, _ = case(MAIN)
+    with pytest.raises(UserError, match="calibration rows"):
+        repair.collect(model, described, "text.ffn", [])
