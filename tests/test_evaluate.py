@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from slimlmm import evaluate as ev
@@ -50,6 +51,28 @@ def test_answers_do_not_depend_on_the_batch_size(name):
     assert [one.id for one in whole.predictions] == [row.id for row in rows]
     assert whole.summary.overall.pictures == 3
     assert set(whole.summary.tasks) == {"task 0", "task 1"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_look_gives_the_same_logits_with_fewer_pictures_computed(name):
+    model, processor = tiny(name)
+    rows = sorted(rows_of(2), key=lambda row: row.question)
+    batch, seen = ev.encode(processor, rows), []
+    tower = model.get_encoder(modality="image")
+    layer = next(
+        module for module in tower.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+    )
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    with torch.no_grad():
+        apart = model(**batch).logits
+        with ev.one_look(model, [row.picture_key() for row in rows]):
+            shared = model(**batch).logits
+        model(**batch)
+    handle.remove()
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(shared[real], apart[real])
+    whole = seen[0]
+    assert seen == [whole, whole if name == "qwen2_5_vl" else whole // 3, whole]
 
 
 def test_a_model_that_answers_the_references_scores_one():

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slimlmm.collate import Prompter
 from slimlmm.data import Row
@@ -25,8 +27,6 @@ from slimlmm.errors import UserError
 
 #: (rows done, rows in all) -> None
 Progress = Callable[[int, int], None]
-#: decoded pictures are kept up to this many bytes (RGB) while one data set is evaluated
-PICTURE_CACHE_BYTES = 256 * 2**20
 
 
 class Record(BaseModel):
@@ -199,22 +199,27 @@ def evaluate(
 ) -> Evaluation:
     """Answer every row greedily and compare with the references.
 
-    Questions of the same length go into the same batch (less padding, answers of one kind end together); the
-    result does not depend on it. `max_new_tokens` defaults to `answer_limit`. The model's mode is restored.
+    Questions about one picture go into the same batch and the vision tower sees the picture once
+    (`one_look`); the result does not depend on it, nor on the batch size. `max_new_tokens` defaults to
+    `answer_limit`. The model's mode is restored.
     """
     if not rows:
         raise UserError("nothing to evaluate: the split is empty.")
     limit = max_new_tokens or answer_limit(processor, rows)
     keys = [row.picture_key() for row in rows]
-    cache = _Pictures()
+    rank = {key: position for position, key in enumerate(dict.fromkeys(keys))}
+    order = sorted(range(len(rows)), key=lambda i: (rank[keys[i]], i))
     answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].question), rows[i].question))
     start = time.perf_counter()
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
-            images = [cache.open(keys[i], rows[i]) for i in part]
-            texts = answer(model, processor, [rows[i] for i in part], limit, images)
+            opened = {keys[i]: rows[i] for i in part}
+            pictures = {key: row.open() for key, row in opened.items()}
+            with one_look(model, [keys[i] for i in part]):
+                texts = answer(
+                    model, processor, [rows[i] for i in part], limit, [pictures[keys[i]] for i in part]
+                )
             for i, text in zip(part, texts, strict=True):
                 answers[i] = text
             if progress is not None:
@@ -329,6 +334,40 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
+    """Let the vision tower compute each distinct picture of a batch once; `keys` [B] name the rows' pictures.
+
+    Works where all tensors that the tower gets have B as their first dimension (one picture a row): it runs
+    on the U distinct rows and its outputs [U, ...] are copied back to [B, ...]. Elsewhere (towers that take
+    the patches of all pictures as one sequence) it changes nothing.
+    """
+    tower = model.get_encoder(modality="image")
+    distinct = {key: position for position, key in reversed(list(enumerate(keys)))}
+    taken = sorted(distinct.values())
+    back = [taken.index(distinct[key]) for key in keys]
+    if tower is model or len(taken) == len(keys):
+        yield
+        return
+    plain = tower.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tensor.dim() == 0 or len(tensor) != len(keys) for tensor in tensors):
+            return plain(*args, **kwargs)
+        few_args, few_kwargs = tree_map_only(Tensor, lambda tensor: tensor[taken], (args, kwargs))
+        found = plain(*few_args, **few_kwargs)
+        return tree_map_only(
+            Tensor, lambda tensor: tensor[back] if len(tensor) == len(taken) else tensor, found
+        )
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+@contextmanager
 def _left_padding(tokenizer: Any) -> Iterator[None]:
     """Let the tokenizer pad on the left, with the end token if it has no padding token; then restore it."""
     side, pad = tokenizer.padding_side, tokenizer.pad_token
@@ -341,25 +380,6 @@ def _left_padding(tokenizer: Any) -> Iterator[None]:
         tokenizer.padding_side = side
         if pad is None:
             tokenizer.pad_token = None
-
-
-class _Pictures:
-    """Decoded pictures by key, up to `PICTURE_CACHE_BYTES`; the first ones stay (there is no eviction)."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Image.Image] = {}
-        self._bytes = 0
-
-    def open(self, key: str, row: Row) -> Image.Image:
-        """Return the row's picture, decoded once while there is room."""
-        if key in self._kept:
-            return self._kept[key]
-        picture = row.open()
-        size = picture.width * picture.height * 3
-        if self._bytes + size <= PICTURE_CACHE_BYTES:
-            self._kept[key] = picture
-            self._bytes += size
-        return picture
 
 
 def _summary(predictions: Sequence[Prediction], max_new_tokens: int) -> Accuracy:
