@@ -1,8 +1,9 @@
 """Tiny real vision-language models, built offline from config classes: one builder per family.
 
-``tiny(name)`` gives a random model of a stock class with a working processor, ``tiny_batch(name, model)`` a valid
-training batch for it (labels included). Sizes are small and, within a tower, mutually different where the family allows
-it, so that a slice along the wrong axis fails. Every vector is jittered: biases and norms are never trivial.
+``tiny(name)`` gives a random model of a stock class with a working processor, ``tiny_batch(name, model)`` a
+valid training batch for it (labels included). Sizes are small and, within a tower, mutually different where
+the family allows it, so that a slice along the wrong axis fails. Every vector is jittered: biases and norms
+are never trivial.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ CORPUS = (
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def tiny_tokenizer(extra: tuple[str, ...] = (), image: str = "<image>") -> tf.PreTrainedTokenizerFast:
-    """Byte-level BPE with about 60 merges; specials stand first, `extra` last (as real tokenizers mix both)."""
+    """Byte-level BPE with about 60 merges; specials stand first, `extra` last (real ones mix both)."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -288,7 +290,7 @@ def tiny_config(name: str) -> tf.PreTrainedConfig:
 
 
 def tiny(name: str, seed: int = 0):
-    """Return (random model in eval mode, processor) of the family `name`; the same seed gives the same weights."""
+    """Return (random model in eval mode, processor) of the family `name`; one seed, one set of weights."""
     config, processor = _BUILDERS[name](name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -315,7 +317,7 @@ def _prompt(name: str, processor, answer: list[int]) -> list[int]:
 def tiny_batch(
     name: str, model, n: int = 2, seed: int = 0, answer_tokens: int = 5
 ) -> dict[str, torch.Tensor]:
-    """Return `n` valid random examples: pictures, prompt, random answers; labels are -100 but on the answers."""
+    """Return `n` valid random examples: pictures, prompt, random answers; labels only on the answers."""
     processor = _BUILDERS[name](name)[1]
     rng = torch.Generator().manual_seed(seed)
     low = len(SPECIALS)

@@ -1,112 +1,30 @@
 """What can be cut: every axis of a configuration, its groups of units, and where they live. Meta device only.
 
-Shapes come from `probing` (change one field, see what moved), roles from the class of the module that holds a parameter,
-and only what neither can tell from `families`. Legend: W residual width, Q query heads, KV key/value heads, D head_dim.
+Shapes come from `probing` (change one field, see what moved), roles from the class of the module that holds a
+parameter, and only what neither can tell from `families`. Legend: W residual width, Q query heads, KV
+key/value heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Norm, Role, Slot
 from slimlmm.errors import UserError
-from slimlmm.families import Attention, Backbone, Family, Tower, backbone_of, family_of
-from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
+from slimlmm.families import Attention, Family, Tower, backbone_of, family_of
+from slimlmm.probing import Field, Place, Skeleton, View, edited, get, key_of, moved, skeleton
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Places = Mapping[Place, tuple[int, int]]
 _ANATOMIES: dict[str, Anatomy] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """One tower of one configuration, with its current sizes."""
-
-    config: Any
-    family: Family
-    tower: Tower
-    backbone: Backbone
-
-    def field(self, name: str) -> Field:
-        """Address of a field of this tower."""
-        return (self.tower.config, name)
-
-    def value(self, name: str) -> Any:
-        """Value of a field of this tower, None where absent."""
-        return get(self.config, self.field(name)) if name else None
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return int(self.value(self.backbone.width))
-
-    @property
-    def heads(self) -> int:
-        """Q."""
-        return int(self.value(self.backbone.heads))
-
-    @property
-    def kv(self) -> int:
-        """KV; equal to Q in plain multi-head attention."""
-        return int(self.value(self.backbone.kv) or self.heads)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return int(self.value(self.backbone.blocks))
-
-    @property
-    def ffn(self) -> int:
-        """FFN width in neurons."""
-        return int(self.value(self.backbone.ffn)) * (self.width if self.backbone.ffn_is_ratio else 1)
-
-    @property
-    def period(self) -> int:
-        """Every how many blocks one is special (cross-attention of a Q-Former); 1 where none is."""
-        return int(self.value(self.backbone.period) or 1)
-
-    def pin(self) -> dict[Field, Any]:
-        """Write head_dim out, so that changing W or Q leaves D alone."""
-        return {self.field("head_dim"): int(self.value("head_dim") or self.width // self.heads)}
-
-    def free_heads(self) -> bool:
-        """Tell whether this tower's modelling honours head_dim, i.e. whether heads are free of the width."""
-        pinned = self.pin()
-        doubled = {field: 2 * value for field, value in pinned.items()}
-        return bool(moved(edited(self.config, pinned), edited(self.config, doubled)))
-
-    def set_width(self, size: int) -> dict[Field, Any]:
-        """Fields to write for a new width: itself, all that equal it by design, heads where they go with it."""
-        changes: dict[Field, Any] = {self.field(self.backbone.width): size}
-        follow = [self.field(name) for name in self.backbone.ties]
-        follow += self.family.ties.get(f"{self.tower.name}.width", ())
-        changes |= {field: size for field in follow if get(self.config, field) == self.width}
-        if self.free_heads():
-            return changes | self.pin()
-        return changes | self.set_heads(self.heads * size // self.width)
-
-    def set_heads(self, heads: int) -> dict[Field, Any]:
-        """Fields to write for `heads` query heads at the same number of queries per key/value head."""
-        changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
-        if self.backbone.kv:
-            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
-        return changes
-
-    def locate(self, parameter: str) -> tuple[int | None, str]:
-        """Return (layer, name inside the layer), or (None, name inside the tower) outside the layers."""
-        inside = parameter.removeprefix(f"{self.tower.prefix}.")
-        prefix = f"{self.backbone.layers}."
-        if inside != parameter and inside.startswith(prefix):
-            layer, _, rest = inside.removeprefix(prefix).partition(".")
-            return int(layer), rest
-        return None, inside
-
-
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The probe found something that the slots cannot say; the text is the reason."""
 
 
@@ -160,7 +78,7 @@ def _blocks_axis(view: View) -> Axis:
         name=name,
         kind="blocks",
         size=view.blocks,
-        fields=(".".join(view.field(view.backbone.blocks)),),
+        fields=_labels((view.field(view.backbone.blocks),)),
         groups=() if refusal else (group,),
         multiple=period,
         minimum=period,
@@ -181,18 +99,21 @@ def _ffn_axis(view: View) -> Axis:
             name=_place_name(view, name, place), axis=name, units=length, layer=view.locate(place[0])[0]
         )
 
-    return _axis(view, name, "inner", view.ffn, (field,), places, group_of, multiple=multiple, note=note)
+    draft = Axis(
+        name=name, kind="inner", size=view.ffn, fields=_labels((field,)), multiple=multiple, note=note
+    )
+    return _axis(view, draft, places, group_of)
 
 
 def _kv_axis(view: View) -> Axis:
     name = f"{view.tower.name}.kv_groups"
     fields = tuple(view.field(field) for field in (view.backbone.heads, view.backbone.kv) if field)
-    if not view.free_heads():
+    if not view.free_heads:
         reason = (
-            f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so fewer heads would re-cut "
-            f"the same matrices into wider heads; heads go with {view.tower.name}.width"
+            f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so fewer heads would "
+            f"re-cut the same matrices into wider heads; heads go with {view.tower.name}.width"
         )
-        return Axis(name=name, kind="inner", size=view.kv, refusal=reason)
+        return Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), refusal=reason)
     wide = view.set_width(2 * view.width)  # twice the width, so that twice the heads divide it
     places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
 
@@ -209,12 +130,13 @@ def _kv_axis(view: View) -> Axis:
         if allowed
         else ""
     )
-    return _axis(view, name, "inner", view.kv, fields, places, group_of, allowed=allowed, note=note)
+    draft = Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), allowed=allowed, note=note)
+    return _axis(view, draft, places, group_of)
 
 
 def _width_axis(view: View) -> Axis:
     name, width = f"{view.tower.name}.width", view.width
-    free = view.free_heads()
+    free = view.free_heads
     base = edited(view.config, view.pin() if free else {})
     changes = view.set_width(2 * width)
     places = moved(base, edited(view.config, changes))
@@ -222,7 +144,7 @@ def _width_axis(view: View) -> Axis:
     interiors = {i.part: i for i in view.family.interiors if i.axis == name}
 
     def group_of(place: Place, length: int) -> Group:
-        layer, inside = view.locate(place[0])
+        layer = view.locate(place[0])[0]
         attention = None if free else _attention(view, place)
         if attention is not None:
             where = f"{name}[{layer}].{attention.group}" if layer is not None else f"{name}.{attention.group}"
@@ -239,13 +161,17 @@ def _width_axis(view: View) -> Axis:
     multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
     note = _width_note(view)
     fields = tuple(field for field in changes if field[1] != "head_dim")
-    axis = _axis(view, name, "width", width, fields, places, group_of, multiple=multiple, note=note)
-    return axis
+    draft = Axis(name=name, kind="width", size=width, fields=_labels(fields), multiple=multiple, note=note)
+    return _axis(view, draft, places, group_of)
+
+
+def _labels(fields: Iterable[Field]) -> tuple[str, ...]:
+    return tuple(".".join(field).removeprefix(".") for field in fields)
 
 
 def _width_note(view: View) -> str:
     if view.backbone.norm == "layer":
-        return "LayerNorm subtracts the mean over all channels: cut equals the model whose norms see the kept channels only"
+        return "LayerNorm takes the mean over all channels: cut == masked with norms over the kept ones alone"
     return "" if view.backbone.eps else "exact up to the norms' epsilon, which the config cannot set"
 
 
@@ -265,69 +191,37 @@ def _vocab_axis(config: Any, family: Family) -> Axis:
         name="vocab",
         kind="vocab",
         size=size,
-        fields=(".".join(field),),
+        fields=_labels((field,)),
         groups=groups,
         refusal=refusal,
         note="cut together with the tokenizer",
     )
 
 
-def _axis(
-    view: View,
-    name: str,
-    kind: Any,
-    size: int,
-    fields: tuple[Field, ...],
-    places: Mapping[Place, tuple[int, int]],
-    group_of: Any,
-    *,
-    multiple: int = 1,
-    allowed: tuple[int, ...] = (),
-    note: str = "",
-) -> Axis:
+def _axis(view: View, draft: Axis, places: Places, group_of: Callable[[Place, int], Group]) -> Axis:
     """Sort the moved places into groups of slots; refuse the axis, with the reason, where they do not fit."""
     slots: dict[Group, list[Slot]] = {}
-    reason = "" if places else f"changing {', '.join('.'.join(field) for field in fields)} moves no parameter"
+    whole = skeleton(view.config)
+    if not places:
+        return _refused(draft, f"changing {', '.join(draft.fields)} moves no parameter")
     try:
         for place, (old, new) in places.items():
             if new != 2 * old:
-                raise _Refused(
+                raise _RefusedError(
                     f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion"
                 )
             group = group_of(place, old)
-            slots.setdefault(group, []).append(_slot(view, place, old, group))
-    except _Refused as refused:
-        reason = str(refused)
-    exact = kind != "width" or view.backbone.norm == "rms"
-    labels = tuple(".".join(field) for field in fields)
-    if reason:
-        return Axis(name=name, kind=kind, size=size, fields=labels, refusal=reason)
-    groups = tuple(_with(group, tuple(found)) for group, found in slots.items())
-    ordered = tuple(sorted(groups, key=lambda group: (group.layer is not None, group.layer or 0)))
-    return Axis(
-        name=name,
-        kind=kind,
-        size=size,
-        fields=labels,
-        groups=ordered,
-        multiple=multiple,
-        minimum=multiple,
-        allowed=allowed,
-        exact=exact,
-        note=note,
-    )
+            slots.setdefault(group, []).append(_slot(view, whole, place, group))
+    except _RefusedError as refused:
+        return _refused(draft, str(refused))
+    groups = [replace(group, slots=tuple(found)) for group, found in slots.items()]
+    groups.sort(key=lambda group: (group.layer is not None, group.layer or 0))
+    exact = draft.kind != "width" or view.backbone.norm == "rms"
+    return replace(draft, groups=tuple(groups), minimum=draft.multiple, exact=exact)
 
 
-def _with(group: Group, slots: tuple[Slot, ...]) -> Group:
-    return Group(
-        name=group.name,
-        axis=group.axis,
-        units=group.units,
-        slots=slots,
-        stride=group.stride,
-        rate=group.rate,
-        layer=group.layer,
-    )
+def _refused(draft: Axis, reason: str) -> Axis:
+    return Axis(name=draft.name, kind=draft.kind, size=draft.size, fields=draft.fields, refusal=reason)
 
 
 def _place_name(view: View, axis: str, place: Place) -> str:
@@ -338,7 +232,7 @@ def _place_name(view: View, axis: str, place: Place) -> str:
     for prefix, part in view.backbone.parts.items():
         if inside.startswith(f"{prefix}."):
             return f"{axis}.{part}"
-    raise _Refused(f"{place[0]} moves with it, but lies in no known part of the tower")
+    raise _RefusedError(f"{place[0]} moves with it, but lies in no known part of the tower")
 
 
 def _attention(view: View, place: Place) -> Attention | None:
@@ -357,15 +251,16 @@ def _is_interior(place: Place, produce: str, consume: str) -> bool:
     return (module == produce and place[1] == 0) or (module == consume and place[1] == 1)
 
 
-def _slot(view: View, place: Place, length: int, group: Group) -> Slot:
-    role, norm = _role(view, skeleton(view.config), place)
+def _slot(view: View, whole: Skeleton, place: Place, group: Group) -> Slot:
+    role, norm = _role(view, whole, place)
+    length = whole.shapes[place[0]][place[1]]
     attention = _attention(view, place)
     outer = attention.outer if attention is not None and place[1] == 0 else 1
     per_unit = length // group.units
     if group.stride == 1 and attention is None:
         outer = per_unit  # constants that multiply a plain channel axis vary slowest
     if length % (group.units * outer):
-        raise _Refused(
+        raise _RefusedError(
             f"{place[0]} dim {place[1]} of length {length} does not split into {group.units} units"
         )
     return Slot(parameter=place[0], dim=place[1], role=role, outer=outer, inner=per_unit // outer, norm=norm)
@@ -389,7 +284,7 @@ def _role(view: View, whole: Skeleton, place: Place) -> tuple[Role, Norm]:
 
 
 def dead_blocks(config: Any) -> dict[str, list[int]]:
-    """Return the blocks that never reach the output, by axis: vision blocks behind the last feature layer read."""
+    """Return the blocks that never reach the output, by axis: vision blocks behind the last one read."""
     family = family_of(config)
     if not family.feature_layer:
         return {}
@@ -455,10 +350,11 @@ def _changes(
     if axis.name == f"{tower}.kv_groups":
         return view.set_heads(view.heads // view.kv * size) | view.pin()
     if axis.name == f"{tower}.width":
-        if not view.free_heads() and size % axis.multiple:
+        if not view.free_heads and size % axis.multiple:
+            possible = ", ".join(map(str, axis.choices()))
             raise UserError(
-                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, so it must be a multiple "
-                f"of {axis.multiple}. Nearest: {max(axis.multiple, size // axis.multiple * axis.multiple)}."
+                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, "
+                f"so it must be a multiple of {axis.multiple}. Possible: {possible}."
             )
         return view.set_width(size)
     width = sizes.get(f"{tower}.width", view.width)
@@ -473,7 +369,7 @@ def _changes(
 
 
 def _block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
-    """Fields to write when only `layers` stay: the depth, lists per block, lists of block numbers, the feature layer."""
+    """Fields to write when only `layers` stay: depth, lists per block, block numbers, the feature layer."""
     if not layers:
         raise UserError(f"{view.tower.name}.blocks: at least one block must stay.")
     place = {old: new for new, old in enumerate(layers)}
@@ -493,13 +389,13 @@ def _block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
 
 
 def _moved_index(index: int, blocks: int, layers: list[int]) -> int:
-    """Feature layer `index` after only `layers` stay: the state behind the same blocks, counted from the same end."""
+    """Feature layer `index` when only `layers` stay: behind the same blocks, counted from the same end."""
     absolute = sum(layer < _absolute(index, blocks) for layer in layers)
     return absolute if index >= 0 else absolute - len(layers) - 1
 
 
 def predict_parameters(config: Any, sizes: Mapping[str, int]) -> int:
-    """Return the exact number of parameters (tied ones once) of `config` at these axis sizes, from the symbolic shapes."""
+    """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes."""
     anatomy, whole = describe(config), skeleton(config)
     lengths: dict[Place, int] = {}
     gone: list[str] = []

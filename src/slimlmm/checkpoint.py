@@ -1,7 +1,8 @@
-"""Models and processors as plain Hugging Face folders: loaded from safetensors only, written whole or not at all.
+"""Models and processors as plain Hugging Face folders: safetensors only, written whole or not at all.
 
-A folder is written under a temporary name beside its target, checked (every key and shape, on the meta device), flushed to
-disk and renamed. The file ``slimlmm.json`` in it says that slimlmm wrote it and may replace it.
+A folder is written under a temporary name beside its target, checked (every key and shape, on the meta
+device), flushed to disk and renamed. The file ``slimlmm.json`` in it says that slimlmm wrote it and may
+replace it.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ PROCESSOR_FILES = (
     "merges.txt",
     "chat_template*",
 )
+_MODELS: Any = AutoModelForImageTextToText
+_PROCESSORS: Any = AutoProcessor
+_LOGGING: Any = logging
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model in eval mode, its processor (None where it cannot be built here; `note` says why), and its folder."""
+    """A model in eval mode, its processor (None where it cannot be built: `note` says why), its folder."""
 
     model: PreTrainedModel
     processor: Any
@@ -58,7 +62,7 @@ def load(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a local folder (never going online) or a hub id; refuse pickled weights and incomplete checkpoints."""
+    """Load a local folder (never online) or a hub id; refuse pickled weights and incomplete checkpoints."""
     local = _local_folder(model_id)
     options = {"local_files_only": local is not None, "trust_remote_code": trust_remote_code}
     where = str(local or model_id)
@@ -67,7 +71,7 @@ def load(
     try:
         _check_type(where, options)
         with _quiet():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            model, info = _MODELS.from_pretrained(
                 where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
     except _BROKEN as error:
@@ -75,7 +79,8 @@ def load(
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise UserError(
-            f"{model_id}: {len(absent)} weights are missing or of another shape than its config says, first {absent[0]}."
+            f"{model_id}: {len(absent)} weights are missing or of another shape than its config says, "
+            f"first {absent[0]}."
         )
     processor, note = _load_processor(where, options)
     model = model.to(device) if device is not None else model
@@ -121,7 +126,7 @@ def _check_type(where: str, options: dict[str, bool]) -> None:
 
 def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
     try:
-        return AutoProcessor.from_pretrained(where, **options), ""
+        return _PROCESSORS.from_pretrained(where, **options), ""
     except (*_BROKEN, ImportError, AttributeError, TypeError) as error:
         return None, f"no processor: {_first_line(error)}"
 
@@ -139,15 +144,15 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the loader's progress bars and reports: what they would say is checked and said by us."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    level, bars = _LOGGING.get_verbosity(), _LOGGING.is_progress_bar_enabled()
+    _LOGGING.set_verbosity(_LOGGING.CRITICAL)
+    _LOGGING.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        _LOGGING.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            _LOGGING.enable_progress_bar()
 
 
 def save(
@@ -155,8 +160,9 @@ def save(
 ) -> None:
     """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
 
-    With ``processor=None`` the processor's files are copied from `source` (default: where the model was loaded from).
-    An existing folder is replaced only if slimlmm wrote it (or it is empty); any failure leaves it as it was.
+    With ``processor=None`` the processor's files are copied from `source` (default: where the model was
+    loaded from). An existing folder is replaced only if slimlmm wrote it (or it is empty); any failure leaves
+    it as it was.
     """
     target = Path(folder).expanduser().absolute()
     refuse_foreign(target)
@@ -201,10 +207,10 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -
 
 
 def verify(folder: Path) -> None:
-    """Raise a UserError unless the stock class finds every key of `folder`, and no other, at the right shape."""
+    """Raise a UserError unless the stock class finds every key of `folder`, no other, at the right shape."""
     try:
         with _quiet():
-            _, info = AutoModelForImageTextToText.from_pretrained(
+            _, info = _MODELS.from_pretrained(
                 folder,
                 output_loading_info=True,
                 local_files_only=True,
@@ -215,9 +221,8 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: does not load again. {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise UserError(
-                f"{folder}: does not load again; {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
-            )
+            keys = sorted(map(str, info[kind]))[:3]
+            raise UserError(f"{folder}: does not load again; {kind.replace('_', ' ')}: {keys}.")
 
 
 def _flush(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""What probing cannot see, as data: where the towers sit, which names play which role, what must change together.
+"""What probing cannot see, as data: where the towers sit, which names play which role, what goes together.
 
-A `Family` is one top-level model type (``llava``): its towers and how they are joined. A `Backbone` is one tower's own
-model type (``llama``, ``dinov2``): its layer list, field names, norms and attention modules. Sizes, shapes and which
-parameter moves with which field are never written here: `probing` finds them. To add a model, add lines here and a tiny
-builder in the tests; the self-check of `selfcheck` says whether the lines are right.
+A `Family` is one top-level model type (``llava``): its towers and how they are joined. A `Backbone` is one
+tower's own model type (``llama``, ``dinov2``): its layer list, field names, norms and attention modules.
+Sizes, shapes and which parameter moves with which field are never written here: `probing` finds them. To add
+a model, add lines here and a tiny builder in the tests; the self-check of `selfcheck` says whether the lines
+are right.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ Inputs = Literal["grid", "idefics", "qwen", "queries"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Modules (names inside a layer, or inside the tower for one outside the layers) whose inner axis is heads.
+    """Modules (names inside a layer, or inside the tower where outside the layers) whose inner axis is heads.
 
-    `produce` have heads in their output rows, `consume` in their input columns; `outer` is 3 where q, k and v are stacked
-    in one matrix. `group` is the name that ends the group's name when heads go with the width.
+    `produce` have heads in their output rows, `consume` in their input columns; `outer` is 3 where q, k and v
+    are stacked in one matrix. `group` is the name that ends the group's name when heads go with the width.
     """
 
     module: str = "self_attn"
@@ -36,12 +37,13 @@ class Attention:
 class Backbone:
     """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
 
-    `ffn_is_ratio`: the field `ffn` holds FFN width / residual width. `ties`: fields that follow `width` where they equal it.
-    `norm`, `eps`: kind of norm and the config field of its epsilon ("" = hard-wired). `tokens`: vectors that are not
-    scales but rows of the residual stream. `parts`: places outside the layers that hold FFNs. `per_layer`: lists with one
-    entry per block; `indexes`: lists of block numbers; `reset`: fields that the config class derives from the depth;
-    `period`: field that says every how many blocks one is special.
-    `width_by_heads`: the config class insists that the width is a multiple of the number of heads.
+    `ffn_is_ratio`: the field `ffn` holds FFN width / residual width. `ties`: fields that follow `width` where
+    they equal it. `norm`, `eps`: kind of norm and the config field of its epsilon ("" = hard-wired).
+    `tokens`: vectors that are not scales but rows of the residual stream. `class_tokens`: states that the
+    tower puts before those of the patches. `parts`: places outside the layers that hold FFNs. `per_layer`:
+    lists with one entry per block; `indexes`: lists of block numbers; `reset`: fields that the config class
+    derives from the depth; `period`: field that says every how many blocks one is special. `width_by_heads`:
+    the config class insists that the width is a multiple of the number of heads.
     """
 
     layers: str
@@ -56,6 +58,7 @@ class Backbone:
     norm: Literal["rms", "layer"] = "layer"
     eps: str = ""
     tokens: tuple[str, ...] = ()
+    class_tokens: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
     indexes: tuple[str, ...] = ()
@@ -75,7 +78,7 @@ class Tower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interior:
-    """An axis sized like a tower's width (or a multiple) that is not its residual stream, but the inside of a joint."""
+    """An axis sized like a tower's width (or a multiple) that is the inside of a joint, not the stream."""
 
     axis: str
     part: str
@@ -87,9 +90,9 @@ class Interior:
 class Family:
     """One top-level model type.
 
-    `joint`: module path of what joins vision to text. `ties`: axis -> (sub-config, field) pairs that follow it where they
-    equal it. `feature_layer`: field that picks vision hidden states by number (0 = embeddings, negative from the end).
-    `inputs`: how the self-check writes a picture prompt.
+    `joint`: module path of what joins vision to text. `ties`: axis -> (sub-config, field) pairs that follow
+    it where they equal it. `feature_layer`: field that picks vision hidden states by number (0 = embeddings,
+    negative from the end). `inputs`: how the self-check writes a picture prompt.
     """
 
     towers: tuple[Tower, ...]
@@ -109,9 +112,7 @@ _LLAMA = Backbone(
     layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", per_layer=("layer_types",)
 )
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
-_VISION_ENCODER = Backbone(
-    layers="encoder.layers", attention=(_SIGLIP,), tokens=("embeddings.class_embedding",)
-)
+_VISION_ENCODER = Backbone(layers="encoder.layers", attention=(_SIGLIP,))
 
 BACKBONES: Mapping[str, Backbone] = {
     "llama": Backbone(
@@ -124,7 +125,12 @@ BACKBONES: Mapping[str, Backbone] = {
     "opt": Backbone(
         layers="decoder.layers", attention=(_SIGLIP,), ffn="ffn_dim", ties=("word_embed_proj_dim",)
     ),
-    "clip_vision_model": _VISION_ENCODER,
+    "clip_vision_model": Backbone(
+        layers="encoder.layers",
+        attention=(_SIGLIP,),
+        tokens=("embeddings.class_embedding",),
+        class_tokens=1,
+    ),
     "siglip_vision_model": Backbone(
         layers="encoder.layers",
         attention=(
@@ -150,6 +156,7 @@ BACKBONES: Mapping[str, Backbone] = {
         attention=(Attention(module="attention"),),
         ffn="mlp_ratio",
         ffn_is_ratio=True,
+        class_tokens=1,
         reset=("stage_names", "out_features", "out_indices"),
     ),
     "qwen2_5_vl_vision": Backbone(
@@ -247,5 +254,9 @@ def family_of(config: Any) -> Family:
 
 
 def backbone_of(config: Any, tower: Tower) -> Backbone | None:
-    """Return the backbone of one tower, None where its model type is not known (its axes are then refused)."""
+    """Return the backbone of one tower, None where its model type is unknown (its axes are then refused)."""
     return BACKBONES.get(getattr(config, tower.config).model_type)
+
+
+#: prompt of processors with no chat template, by class name; they put the picture's placeholders in themselves
+PROMPTS: dict[str, str] = {"Blip2Processor": "Question: {question} Answer:"}

@@ -1,7 +1,8 @@
-"""Cut a model along one axis for good (`cut`), or let it compute the same without cutting anything (`masked`).
+"""Cut a model along one axis for good (`cut`), or let it compute the same with nothing cut (`masked`).
 
-Both take the same units, but share no arithmetic: `cut` slices rows and rebuilds the stock class, `masked` zeroes what
-writes a dropped unit (or reads it) in the full model. That they agree is the proof of a cut, see `selfcheck`.
+Both take the same units, but share no arithmetic: `cut` slices rows and rebuilds the stock class, `masked`
+zeroes what writes a dropped unit (or reads it) in the full model. That they agree is the proof of a cut, see
+`selfcheck`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.errors import UserError
 from slimlmm.families import backbone_of, family_of
 from slimlmm.probing import Field, edited, get
+from slimlmm.token_ids import renumbered
+
+_MODELS: Any = AutoModelForImageTextToText
 
 
 def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreTrainedModel:
     """Return a new stock model that holds only the units in `keep` along `axis`; `model` stays untouched.
 
-    The new size follows from `keep`. Width cuts of RMSNorm towers are made exact (`_compensate`). Dtypes, ties, the
-    generation config, train or eval mode and ``requires_grad`` come along. Keep-all gives an equal model.
+    The new size follows from `keep`. Width cuts of RMSNorm towers are made exact (`_compensate`). Dtypes,
+    ties, the generation config, train or eval mode and ``requires_grad`` come along. Keep-all gives an equal
+    model. Cutting "vocab" renumbers the token ids of the configs; `vocab.trim` does it together with the
+    tokenizer.
     """
     found = anatomy.axis(axis)
     size = check(found, keep)
@@ -41,11 +47,16 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
             new[slot.parameter] = new[slot.parameter].index_select(slot.dim, rows)
     _compensate(found, size, new)
     buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
-    return _assemble(model, config, new, renamed, buffers)
+    student = _assemble(model, config, new, renamed, buffers)
+    if found.kind == "vocab":
+        ids = {old: index for index, old in enumerate(keep["vocab"].tolist())}
+        for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
+            setattr(student.generation_config, key, value)
+    return student
 
 
 def check(axis: Axis, keep: Keep) -> int:
-    """Return the size that `keep` asks for, after checking that it is one legal choice for every group of the axis."""
+    """Return the size that `keep` asks for, having checked that it is a legal choice for every group."""
     names = {group.name for group in axis.groups}
     if set(keep) != names:
         raise UserError(
@@ -67,12 +78,24 @@ def check(axis: Axis, keep: Keep) -> int:
 
 
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
+    if axis.kind == "vocab":
+        config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
     new = resized(config, {axis.name: size}, blocks)
     eps = _epsilon(config, axis)
     if eps is not None:
         new = edited(new, {eps: get(config, eps) * axis.size / size})
     return new
+
+
+def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
+    """Return `config` with the token ids of its top level and its text part renumbered."""
+    new = {old: index for index, old in enumerate(ids)}
+    data = config.to_dict()
+    data.pop("transformers_version", None)
+    part = family_of(config).tower("text").config
+    data = renumbered(data, new, size) | {part: renumbered(data[part], new, size)}
+    return type(config).from_dict(data)
 
 
 def _epsilon(config: Any, axis: Axis) -> Field | None:
@@ -102,10 +125,10 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
 
 
 def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
-    """Scale RMSNorm weights so that the cut norm equals the full norm of a stream whose dropped channels are zero.
+    """Scale RMSNorm weights: the cut norm then equals the full norm of a stream whose dropped channels are 0.
 
-    w x / sqrt(sum(x^2)/H + e) = w' x / sqrt(sum(x^2)/H' + e')  for  w' = w sqrt(H/H'), e' = e H/H'. With S = sum(x^2):
-    S/H' + e' = (H/H') (S/H + e), so the right side has to be larger by sqrt(H/H').
+    w x / sqrt(sum(x^2)/H + e) = w' x / sqrt(sum(x^2)/H' + e')  for  w' = w sqrt(H/H'), e' = e H/H'. With S =
+    sum(x^2): S/H' + e' = (H/H') (S/H + e), so the right side has to be larger by sqrt(H/H').
     """
     scale = math.sqrt(axis.size / size)
     for name in {slot.parameter for group in axis.groups for slot in group.slots if slot.norm == "rms"}:
@@ -119,10 +142,10 @@ def _assemble(
     renamed: Mapping[str, str],
     buffers: Mapping[str, Tensor],
 ) -> PreTrainedModel:
-    """Build the stock class of `config` around these tensors (copied: the new model shares no storage with the old)."""
+    """Build the stock class of `config` around these tensors; it shares no storage with `model`."""
     with torch.device("meta"):
         attention = {"attn_implementation": model.config._attn_implementation}
-        student = AutoModelForImageTextToText.from_config(config, **attention)
+        student: PreTrainedModel = _MODELS.from_config(config, **attention)
     shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
     own = {name: tensor.clone() if tensor.data_ptr() in shared else tensor for name, tensor in state.items()}
     missing, unexpected = student.load_state_dict(own, strict=False, assign=True)
@@ -136,34 +159,37 @@ def _assemble(
                 nn.Buffer(buffers[name].detach().clone(), persistent=False),
             )
     left = [name for name, tensor in student.named_parameters() if tensor.is_meta]
-    assert not unexpected and not left, (unexpected, left, missing)
+    assert not unexpected, unexpected
+    assert not left, (left, missing)
     trained = {renamed[name]: p.requires_grad for name, p in model.named_parameters() if name in renamed}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trained[name])
     student.generation_config = copy.deepcopy(model.generation_config)
     student.name_or_path = model.name_or_path
     student.config.dtype = model.config.dtype
-    return student.train(model.training)
+    student.train(model.training)
+    return student
 
 
 @contextmanager
 def masked(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[PreTrainedModel]:
     """Let `model` compute, inside the with-block, what it would compute without the units outside `keep`.
 
-    Nothing is cut and nothing rebuilt. Blocks are skipped. Dropped inner units are not read. Dropped channels of a
-    residual stream are never written; RMSNorm sees their zeros and still averages over all channels, LayerNorm sees the
-    kept ones alone. Run backward inside the block too: weights are changed in place and put back at its end.
+    Nothing is cut and nothing rebuilt. Blocks are skipped. Dropped inner units are not read. Dropped channels
+    of a residual stream are never written; RMSNorm sees their zeros and still averages over all channels,
+    LayerNorm sees the kept ones alone. Dropped tokens change nothing, they never occur. Run backward inside
+    the block too: weights are changed in place and put back at its end.
     """
     found = anatomy.axis(axis)
     check(found, keep)
     with ExitStack() as stack:
         if found.kind == "blocks":
             _skip_blocks(model, found, keep, stack)
-        for group in found.groups:
+        for group in found.groups if found.kind != "vocab" else ():
             dropped = _complement(keep[group.name], group.units)
             width = found.kind == "width" and group.name == found.name
             for slot in group.slots:
-                if slot.role == ("produce" if width else "consume") or found.kind == "vocab":
+                if slot.role == ("produce" if width else "consume"):
                     _zero(model, slot, group, dropped, stack)
                 if slot.norm == "layer" and slot.parameter.endswith("weight"):
                     _narrow(model, slot, keep[group.name], stack)

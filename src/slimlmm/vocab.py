@@ -1,22 +1,83 @@
-"""Trimming the vocabulary: byte-level BPE tokens that the data never use go, with their embedding and head rows.
+"""Trimming the vocabulary: byte-level BPE tokens that the data never use go, with their weights.
 
-Nothing becomes unwritable: all single bytes stay, so other text only falls apart into smaller pieces. The kept set is closed
-under merges (both parts of every kept token are kept), therefore every text whose tokens are kept is tokenised as before.
+Nothing becomes unwritable: all single bytes stay, so other text only falls apart into smaller pieces. The
+kept set is closed under merges (both parts of every kept token are kept). Every merge that the encoding of a
+kept text makes is then still there, and no merge comes before another that did not before: kept texts are
+tokenised exactly as they were.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
+from slimlmm.families import family_of
+from slimlmm.surgery import cut
+from slimlmm.token_ids import is_id, referenced, renumber
+
+#: settings of a tokenizer that describe its files, not its behaviour
+_STALE = (
+    "tokenizer_object",
+    "tokenizer_file",
+    "vocab",
+    "merges",
+    "vocab_file",
+    "merges_file",
+    "added_tokens_decoder",
+    "gguf_file",
+    "name_or_path",
+)
+
+_FAST: Any = PreTrainedTokenizerFast
 
 
-def closed_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
-    """Return sorted ids to keep: single bytes, added tokens, tokens of `texts`, and all that these are merged from.
+def trim(
+    model: PreTrainedModel, processor: Any, keep_texts: Iterable[str], *, at_least: int = 0
+) -> tuple[PreTrainedModel, Any]:
+    """Return a model and a processor that know only the tokens of `keep_texts`, bytes, and special tokens.
+
+    Give the texts as the model sees them (prompts after the chat template, and the answers). Logits of the
+    kept tokens are those of `model`; token ids are renumbered everywhere: weights, configs, generation
+    config, tokenizer, processor. `model` and `processor` stay as they are.
+    """
+    texts = list(keep_texts)
+    tokenizer = tokenizer_of(processor)
+    size = describe(model.config).axis("vocab").size
+    kept = set(closed_tokens(tokenizer, texts, at_least=at_least))
+    data = model.config.to_dict()
+    text_part = data[family_of(model.config).tower("text").config]
+    kept |= {i for i in referenced(data, text_part, model.generation_config.to_dict()) if i < size}
+    ids = sorted(kept)
+    if ids[-1] >= size:
+        raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size} rows.")
+    student = cut(model, describe(model.config), "vocab", {"vocab": torch.tensor(ids)})
+    trimmed = subset_tokenizer(tokenizer, ids)
+    _check_same(tokenizer, trimmed, texts)
+    return student, _with_tokenizer(processor, trimmed, ids)
+
+
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a processor (or the tokenizer itself), refusing what cannot be trimmed."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"vocab: needs a fast tokenizer, not {type(tokenizer).__name__}; leave vocab out of the recipe."
+        )
+    return tokenizer
+
+
+def closed_tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, at_least: int = 0
+) -> list[int]:
+    """Return sorted ids to keep: bytes, added tokens, tokens of `texts`, and all these are merged from.
 
     When fewer than `at_least`, the earliest merges (the commonest tokens) fill up.
     """
@@ -26,27 +87,32 @@ def closed_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, a
     for left, right in merges:
         parents.setdefault(left + right, []).append((left, right))
     by_id = {index: token for token, index in vocabulary.items()}
-    used: set[int] = set()
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        used.update(ids)
     kept = {token for token in vocabulary if token not in parents}
-    pending = [by_id[index] for index in used if index in by_id]
+    pending = [by_id[index] for index in _used(tokenizer, list(texts)) if index in by_id]
     while pending:
         token = pending.pop()
         if token not in kept:
             kept.add(token)
             pending += [part for pair in parents[token] for part in pair]
-    for left, right in merges:
-        if len(kept) >= at_least:
-            break
-        if left in kept and right in kept:
-            kept.add(left + right)
     added = {token["id"] for token in spec["added_tokens"]}
+    for left, right in merges:
+        if len({vocabulary[token] for token in kept} | added) >= at_least:
+            break
+        if left in kept and right in kept and all({a, b} <= kept for a, b in parents[left + right]):
+            kept.add(left + right)
     return sorted({vocabulary[token] for token in kept} | added)
 
 
+def _used(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> set[int]:
+    return (
+        {index for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for index in ids}
+        if texts
+        else set()
+    )
+
+
 def subset_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer over the kept ids only, renumbered in their old order."""
+    """Return the tokenizer over the kept ids only, renumbered in their old order; all else comes along."""
     spec = _spec(tokenizer)
     new = {old: index for index, old in enumerate(kept)}
     vocabulary = {token: new[old] for token, old in spec["model"]["vocab"].items() if old in new}
@@ -59,23 +125,28 @@ def subset_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pre
     for token in spec["added_tokens"]:
         token["id"] = new[token["id"]]
     _renumber_post_processor(spec.get("post_processor"), new)
-    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in ("tokenizer_object", "vocab", "merges")}
-    settings |= {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    for key in ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_decoder", "gguf_file", "name_or_path"):
-        settings.pop(key, None)
-    core = Tokenizer.from_str(json.dumps(spec))
-    trimmed = PreTrainedTokenizerFast(tokenizer_object=core, **settings)
+    spec["padding"] = spec["truncation"] = None  # set anew at every call; they hold ids too
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _STALE}
+    settings |= {
+        key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
+    trimmed: PreTrainedTokenizerFast = _FAST(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **settings
+    )
     trimmed.chat_template = tokenizer.chat_template
     trimmed.padding_side = tokenizer.padding_side
     return trimmed
 
 
-def _spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict]:  # type: ignore[type-arg]
-    """Return the tokenizer's JSON; only byte-level BPE can be trimmed."""
-    spec: dict[str, dict] = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[type-arg]
+def _spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return the tokenizer's JSON; only BPE that can fall back to bytes can be trimmed."""
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     kind, levels = spec["model"].get("type"), json.dumps([spec["pre_tokenizer"], spec["decoder"]])
     if kind != "BPE" or "ByteLevel" not in levels:
-        raise UserError(f"vocab: only byte-level BPE tokenizers can be trimmed, this one is {kind}; leave vocab out of the recipe.")
+        raise UserError(
+            f"vocab: only byte-level BPE tokenizers can be trimmed, this one is {kind} with no bytes to fall "
+            "back to; leave vocab out of the recipe."
+        )
     return spec
 
 
@@ -84,7 +155,7 @@ def _pair(merge: list[str] | str) -> tuple[str, str]:
     return left, right
 
 
-def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
+def _renumber_post_processor(node: object, new: Mapping[int, int]) -> None:
     """Rewrite the ids in a template post-processor, wherever they stand."""
     if isinstance(node, list):
         for item in node:
@@ -92,5 +163,32 @@ def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
     elif isinstance(node, dict):
         for special in (node.get("special_tokens") or {}).values():
             special["ids"] = [new[old] for old in special["ids"]]
+        for key in ("sep", "cls"):
+            if key in node:
+                node[key] = [node[key][0], new[node[key][1]]]
         for item in node.get("processors", []):
             _renumber_post_processor(item, new)
+
+
+def _check_same(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    """Prove that the texts are still cut into the same pieces."""
+    for text in texts:
+        before = old.convert_ids_to_tokens(old(text)["input_ids"])
+        after = new.convert_ids_to_tokens(new(text)["input_ids"])
+        if before != after:
+            raise UserError(
+                f"vocab: {text[:40]!r} would be tokenised differently; leave vocab out of the recipe."
+            )
+
+
+def _with_tokenizer(processor: Any, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Any:
+    """Return a copy of `processor` around `tokenizer`, with the ids that it remembers renumbered."""
+    if isinstance(processor, PreTrainedTokenizerFast):
+        return tokenizer
+    new = {old: index for index, old in enumerate(ids)}
+    renewed = copy.copy(processor)
+    renewed.tokenizer = tokenizer
+    for key, value in vars(processor).items():
+        if is_id(key) or key.endswith("_ids"):
+            setattr(renewed, key, renumber(key, value, new, ids[-1] + 1))
+    return renewed

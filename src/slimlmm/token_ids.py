@@ -1,0 +1,55 @@
+"""Token ids inside configurations: where they stand, and how they change with the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from slimlmm.errors import UserError
+
+#: a key that ends like this holds one token id or a list of them, in any configuration or processor
+SUFFIXES = ("token_id", "token_ids", "token_index")
+#: keys of other names that do
+NAMES = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids")
+
+
+def is_id(key: str) -> bool:
+    """Tell whether `key` names token ids."""
+    return key.endswith(SUFFIXES) or key in NAMES
+
+
+def referenced(*settings: Mapping[str, Any]) -> Iterator[int]:
+    """Yield every token id that these settings mention (their own keys only, not nested ones)."""
+    for data in settings:
+        for key, value in data.items():
+            if is_id(key):
+                yield from _flat(value)
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, int) and value >= 0:
+        yield value
+
+
+def renumbered(data: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, Any]:
+    """Return `data` with its token ids renamed by `new` (old id -> new id), all other keys as they are."""
+    return {key: renumber(key, value, new, size) if is_id(key) else value for key, value in data.items()}
+
+
+def renumber(key: str, value: Any, new: Mapping[int, int], size: int) -> Any:
+    """Return one id, or a list of them at any depth, renamed; ids outside 0..size-1 stay as they are.
+
+    A dropped id leaves the list that holds it; one that stands alone (eos_token_id) is refused.
+    """
+    if isinstance(value, list | tuple):
+        return [renumber(key, item, new, size) for item in value if not _dropped(item, new, size)]
+    if _dropped(value, new, size):
+        raise UserError(f"vocab: token {value} must stay, it is the {key} of the configuration.")
+    return new.get(value, value) if isinstance(value, int) else value
+
+
+def _dropped(value: Any, new: Mapping[int, int], size: int) -> bool:
+    return isinstance(value, int) and 0 <= value < size and value not in new
