@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Norm, Role, Slot
@@ -66,12 +67,8 @@ def _tower_axes(config: Any, family: Family, tower: Tower) -> Iterable[Axis]:
 def _blocks_axis(view: View) -> Axis:
     name, period = f"{view.tower.name}.blocks", view.period
     layers = f"{view.tower.prefix}.{view.backbone.layers}"
-    fewer = skeleton(edited(view.config, _block_changes(view, list(range(view.blocks - 1)))))
-    gone = set(skeleton(view.config).shapes) - set(fewer.shapes)
-    refusal = ""
-    if not gone or any(not parameter.startswith(f"{layers}.{view.blocks - 1}.") for parameter in gone):
-        refusal = f"one block fewer does not remove exactly {layers}.{view.blocks - 1}"
-    elif view.blocks % period:
+    refusal = "" if view.blocks == 1 else _last_block_goes(view, layers)
+    if view.blocks % period:
         refusal = f"{view.blocks} blocks are no whole number of {view.backbone.period} = {period}"
     group = Group(name=name, axis=name, units=view.blocks // period, stride=period)
     return Axis(
@@ -86,6 +83,15 @@ def _blocks_axis(view: View) -> Axis:
         refusal=refusal,
         note=f"blocks go {period} at a time ({view.backbone.period})" if period > 1 else "",
     )
+
+
+def _last_block_goes(view: View, layers: str) -> str:
+    """Return why one block fewer does not remove exactly the last layer of `layers`, "" when it does."""
+    fewer = skeleton(edited(view.config, _block_changes(view, list(range(view.blocks - 1)))))
+    gone = set(skeleton(view.config).shapes) - set(fewer.shapes)
+    last = f"{layers}.{view.blocks - 1}"
+    right = bool(gone) and all(parameter.startswith(f"{last}.") for parameter in gone)
+    return "" if right else f"one block fewer does not remove exactly {last}"
 
 
 def _ffn_axis(view: View) -> Axis:
@@ -332,10 +338,10 @@ def resized(
         changes |= _changes(view, axis, size, sizes, keep_blocks.get(name))
     try:
         return edited(config, changes)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{dict(sizes)} cannot be said by the {config.model_type!r} config: {error}"
-        ) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        reason = error.__cause__ or error
+        raise UserError(f"{wanted} cannot be said by the {config.model_type!r} config: {reason}") from error
 
 
 def _changes(

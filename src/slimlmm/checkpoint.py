@@ -87,6 +87,18 @@ def load(
     return Loaded(model=model.eval(), processor=processor, path=local or _cached_folder(where), note=note)
 
 
+def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the stock configuration of a local folder (never online) or a hub id; no weights are read."""
+    local = _local_folder(model_id)
+    options = {"local_files_only": local is not None, "trust_remote_code": trust_remote_code}
+    try:
+        _check_type(str(local or model_id), options)
+        with _quiet():
+            return AutoConfig.from_pretrained(str(local or model_id), **options)
+    except _BROKEN as error:
+        raise UserError(f"{model_id}: its configuration cannot be read. {_first_line(error)}") from error
+
+
 def _local_folder(model_id: str | Path) -> Path | None:
     """Return the folder that `model_id` names, None when it can only be a hub id."""
     path = Path(model_id).expanduser()

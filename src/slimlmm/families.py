@@ -258,5 +258,5 @@ def backbone_of(config: Any, tower: Tower) -> Backbone | None:
     return BACKBONES.get(getattr(config, tower.config).model_type)
 
 
-#: prompt of processors with no chat template, by class name; they put the picture's placeholders in themselves
+#: prompt of processors with no chat template, by class name; they add the picture's placeholders
 PROMPTS: dict[str, str] = {"Blip2Processor": "Question: {question} Answer:"}

@@ -80,11 +80,14 @@ def get(config: Any, place: Field) -> Any:
 
 
 def edited(config: Any, changes: Mapping[Field, Any]) -> Any:
-    """Return a new configuration with these fields written; the dictionary is edited, by its real keys."""
+    """Return a new configuration with these fields written, by real key; None lets the class derive one."""
     data = config.to_dict()
     data.pop("transformers_version", None)
     for (part, name), value in changes.items():
-        (data[part] if part else data)[name] = value
+        target = data[part] if part else data
+        target[name] = value
+        if value is None:
+            del target[name]
     return type(config).from_dict(data)
 
 

@@ -1,0 +1,287 @@
+"""Laws of cutting, over all tiny families and all their axes; and what must be refused or noticed."""
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slimlmm import families
+from slimlmm.anatomy import dead_blocks, describe, predict_parameters
+from slimlmm.axes import Axis, Keep
+from slimlmm.errors import UserError
+from slimlmm.selfcheck import random_model, self_check, some_units
+from slimlmm.surgery import cut, masked
+from tiny import NAMES, tiny, tiny_batch, tiny_config
+
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def ready(name: str):
+    """Model, anatomy, batch and logits of one family, made once."""
+    model, _ = tiny(name)
+    batch = tiny_batch(name, model)
+    del batch["labels"]
+    with torch.no_grad():
+        return model, describe(model.config), batch, model(**batch).logits
+
+
+def cuttable(name: str) -> list[str]:
+    return [
+        axis.name
+        for axis in describe(tiny_config(name)).axes.values()
+        if not axis.refusal and axis.kind != "vocab"
+    ]
+
+
+CASES = [(name, axis) for name in NAMES for axis in cuttable(name)]
+
+
+def half(axis: Axis) -> int:
+    smaller = [size for size in axis.choices() if size < axis.size]
+    return smaller[len(smaller) // 2]
+
+
+def logits(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def everything(axis: Axis) -> Keep:
+    return {group.name: torch.arange(group.units) for group in axis.groups}
+
+
+@pytest.mark.parametrize(("name", "axis_name"), CASES)
+def test_cut_equals_masked_and_predicted_equals_counted(name, axis_name):
+    model, anatomy, batch, before = ready(name)
+    axis = anatomy.axis(axis_name)
+    size = half(axis)
+    keep = some_units(axis, size)
+    student = cut(model, anatomy, axis_name, keep)
+    with torch.no_grad(), masked(model, anatomy, axis_name, keep):
+        wanted = model(**batch).logits
+    got = logits(student, batch)
+    assert (got - wanted).abs().max() <= TOLERANCE
+    assert (got - before).abs().max() > 1e-2, "a vacuous test: the axis does not matter"
+    assert torch.equal(logits(model, batch), before), "the input model was touched"
+    assert predict_parameters(model.config, {axis_name: size}) == sum(p.numel() for p in student.parameters())
+    assert describe(student.config).axis(axis_name).size == size
+
+
+@pytest.mark.parametrize(("name", "axis_name"), CASES)
+def test_keep_all_is_the_identity(name, axis_name):
+    model, anatomy, batch, before = ready(name)
+    same = cut(model, anatomy, axis_name, everything(anatomy.axis(axis_name)))
+    assert torch.equal(logits(same, batch), before)
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in same.parameters()}
+    assert not shared, "the copy shares storage with its source"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cuts_of_different_axes_commute(name):
+    model, anatomy, batch, _ = ready(name)
+    names = cuttable(name)
+    for first, second in itertools.pairwise(names):
+        if (first, second) == ("vision.ffn", "vision.width") or "vision.kv_groups" in (first, second):
+            continue  # Dinov2's FFN follows its width: the second cut has other groups
+        keeps = {axis: some_units(anatomy.axis(axis), half(anatomy.axis(axis))) for axis in (first, second)}
+        outputs = []
+        for order in ((first, second), (second, first)):
+            student = model
+            for axis in order:
+                now = describe(student.config)
+                student = cut(student, now, axis, _still_there(keeps, order, axis, now))
+            outputs.append(logits(student, batch))
+        assert (outputs[0] - outputs[1]).abs().max() <= TOLERANCE, (first, second)
+
+
+def _still_there(keeps, order, axis, now) -> Keep:
+    """Groups of `axis` after the first cut: layers that went took theirs along, others were renumbered."""
+    first = order[0]
+    if axis == first or not first.endswith(".blocks") or first.partition(".")[0] != axis.partition(".")[0]:
+        return keeps[axis]
+    (units,) = keeps[first].values()
+    stride = now.group(first).stride
+    layers = [int(unit) * stride + i for unit in units for i in range(stride)]
+    names = {group.name: group for group in now.axis(axis).groups}
+    return {
+        name: keeps[axis][
+            name if group.layer is None else name.replace(f"[{group.layer}]", f"[{layers[group.layer]}]")
+        ]
+        for name, group in names.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permuting_units_before_the_cut_permutes_the_choice(name):
+    """Reordering FFN neurons changes nothing, and cutting the reordered ones gives the same function."""
+    model, anatomy, batch, before = ready(name)
+    axis = anatomy.axis("text.ffn")
+    shuffled = cut(model, anatomy, axis.name, everything(axis))
+    keep = some_units(axis, half(axis))
+    moved = {}
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for group in axis.groups:
+            order = torch.randperm(group.units, generator=rng)
+            for slot in group.slots:
+                parameter = shuffled.get_parameter(slot.parameter)
+                parameter.copy_(parameter.index_select(slot.dim, slot.rows(order, group.units)))
+            moved[group.name] = torch.isin(order, keep[group.name]).nonzero().flatten()
+    assert (logits(shuffled, batch) - before).abs().max() <= TOLERANCE
+    one = logits(cut(model, anatomy, axis.name, keep), batch)
+    other = logits(cut(shuffled, anatomy, axis.name, moved), batch)
+    assert (one - other).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen2_5_vl", "blip2-opt"])
+def test_a_chain_of_all_cuts_generates(name):
+    model, _, batch, _ = ready(name)
+    student = model
+    for axis_name in cuttable(name):
+        anatomy = describe(student.config)
+        axis = anatomy.axis(axis_name)
+        if any(size < axis.size for size in axis.choices()):
+            student = cut(student, anatomy, axis_name, some_units(axis, half(axis)))
+    answer = student.generate(**batch, max_new_tokens=3, min_new_tokens=1, do_sample=False)
+    assert answer.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_dead_blocks_go_with_no_change_of_output():
+    model, anatomy, batch, before = ready("llava-clip-llama")
+    assert dead_blocks(model.config) == {"vision.blocks": [2]}
+    student = cut(model, anatomy, "vision.blocks", {"vision.blocks": torch.tensor([0, 1])})
+    assert torch.equal(logits(student, batch), before)
+    assert student.config.vision_feature_layer == -1
+    assert dead_blocks(student.config) == {}
+
+
+def test_dtype_ties_mode_grad_and_generation_config_come_along():
+    model, _ = tiny("llava-dinov2-llama")
+    model = model.to(torch.bfloat16).train()
+    model.model.vision_tower.embeddings.patch_embeddings.projection.weight.requires_grad_(False)
+    model.generation_config.max_new_tokens = 17
+    anatomy = describe(model.config)
+    axis = anatomy.axis("text.width")
+    student = cut(model, anatomy, axis.name, some_units(axis, 24))
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert student.lm_head.weight is student.model.language_model.embed_tokens.weight
+    assert student.training
+    assert student.generation_config.max_new_tokens == 17
+    frozen = [name for name, p in student.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.vision_tower.embeddings.patch_embeddings.projection.weight"]
+    assert not any(b.is_meta for b in student.buffers())
+
+
+def test_masked_lets_gradients_flow_and_restores_after_an_error():
+    model, anatomy, batch, before = ready("llava-clip-llama")
+    keep = some_units(anatomy.axis("text.ffn"), 10)
+
+    def fail_inside():
+        with masked(model, anatomy, "text.ffn", keep):
+            model(**batch).logits.sum().backward()
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    model.zero_grad()
+    assert torch.equal(logits(model, batch), before)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_legal_size_of_any_axis_cuts_as_it_masks(data):
+    name, axis_name = data.draw(st.sampled_from(CASES))
+    model, anatomy, batch, _ = ready(name)
+    axis = anatomy.axis(axis_name)
+    size = data.draw(st.sampled_from(axis.choices()))
+    keep = some_units(axis, size, seed=data.draw(st.integers(0, 99)))
+    student = cut(model, anatomy, axis_name, keep)
+    with torch.no_grad(), masked(model, anatomy, axis_name, keep):
+        wanted = model(**batch).logits
+    assert (logits(student, batch) - wanted).abs().max() <= 2e-5
+    assert predict_parameters(model.config, {axis_name: size}) == sum(p.numel() for p in student.parameters())
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    heads=st.sampled_from([2, 3, 5]),
+    head_dim=st.sampled_from([4, 6]),
+    ffn=st.integers(3, 21),
+    width=st.sampled_from([30, 60]),
+    ratio=st.integers(1, 3),
+)
+def test_odd_sizes(heads, head_dim, ffn, width, ratio):
+    """Sizes that coincide or divide nothing: W = Q*D, FFN = W, odd head counts."""
+    config = tiny_config("llava-dinov2-llama")
+    for field, value in {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "intermediate_size": ffn,
+        "num_hidden_layers": 2,
+    }.items():
+        setattr(config.text_config, field, value)
+    config.vision_config.mlp_ratio = ratio
+    model = random_model(type(config).from_dict(config.to_dict()))
+    batch = tiny_batch("llava-dinov2-llama", model, n=1)
+    anatomy = describe(model.config)
+    for axis in anatomy.axes.values():
+        if axis.kind == "vocab" or len(axis.choices()) < 2:
+            continue
+        keep = some_units(axis, half(axis))
+        with torch.no_grad(), masked(model, anatomy, axis.name, keep):
+            wanted = model(**batch).logits
+        got = logits(cut(model, anatomy, axis.name, keep), batch)
+        assert (got - wanted).abs().max() <= TOLERANCE * max(1, float(wanted.abs().max())), axis.name
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({}, "needs a choice for"),
+        ({"text.width": torch.arange(24)}, "needs a choice for"),
+        ({"text.width": torch.arange(24), "text.width.projector": torch.arange(30)}, "different sizes"),
+        ({"text.width": torch.arange(24).flip(0), "text.width.projector": torch.arange(24)}, "sorted"),
+        ({"text.width": torch.arange(25, 49), "text.width.projector": torch.arange(24)}, "within 0..47"),
+        ({"text.width": torch.arange(25), "text.width.projector": torch.arange(25)}, "cannot be said"),
+    ],
+)
+def test_illegal_choices_are_refused(keep, message):
+    model, anatomy, _, _ = ready("llava-clip-llama")
+    with pytest.raises(UserError, match=message):
+        cut(model, anatomy, "text.width", keep)
+
+
+def test_the_self_check_passes_and_names_what_is_refused():
+    checks = {check.axis: check for check in self_check(tiny_config("llava-clip-llama"))}
+    assert all(check.ok for check in checks.values()), checks
+    (refused,) = self_check(tiny_config("llava-clip-llama"), ["vision.kv_groups"])
+    assert not refused.ok
+    assert "heads go with vision.width" in refused.reason
+    (unknown,) = self_check(tiny_config("llava-clip-llama"), ["vision.wdth"])
+    assert "Did you mean 'vision.width'" in unknown.reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("blip_2_vision_model", {"produce": ("qkv",), "consume": (), "outer": 3}),  # a forgotten name
+        (
+            "blip_2_vision_model",
+            {"produce": ("qkv",), "consume": ("projection",), "outer": 1},
+        ),  # a wrong order
+    ],
+)
+def test_the_self_check_notices_wrong_family_lines(monkeypatch, model_type, changes):
+    wrong = dataclasses.replace(families.BACKBONES[model_type], attention=(families.Attention(**changes),))
+    monkeypatch.setattr(families, "BACKBONES", {**families.BACKBONES, model_type: wrong})
+    monkeypatch.setattr("slimlmm.anatomy._ANATOMIES", {})
+    (check,) = self_check(tiny_config("blip2-opt"), ["vision.width"])
+    assert not check.ok
+    monkeypatch.undo()

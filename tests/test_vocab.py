@@ -1,0 +1,133 @@
+"""Trimming the vocabulary: same pieces, same logits, same ids everywhere; what cannot be is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from slimlmm import checkpoint
+from slimlmm.anatomy import describe
+from slimlmm.errors import UserError
+from slimlmm.surgery import cut
+from slimlmm.vocab import closed_tokens, subset_tokenizer, trim
+from tiny import CORPUS, NAMES, QWEN_SPECIALS, tiny, tiny_tokenizer
+
+
+def prompt(processor) -> tuple[str, Image.Image]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which brand is shown?"}]}
+    ]
+    return processor.apply_chat_template(chat, add_generation_prompt=True), picture
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_texts_keep_their_pieces_and_logits(name, tmp_path):
+    model, processor = tiny(name)
+    text, picture = prompt(processor)
+    student, trimmed = trim(model, processor, [text, "The brand is Alder"])
+    old, new = processor.tokenizer, trimmed.tokenizer
+    assert len(new) < len(old)
+    assert student.get_input_embeddings().weight.shape[0] == len(new)
+    x, y = (p(images=[picture], text=[text], return_tensors="pt") for p in (processor, trimmed))
+    assert old.convert_ids_to_tokens(x["input_ids"][0]) == new.convert_ids_to_tokens(y["input_ids"][0])
+    ids = old.convert_tokens_to_ids(new.convert_ids_to_tokens(range(len(new))))
+    with torch.no_grad():
+        assert torch.equal(model(**x).logits[..., ids], student(**y).logits)
+    assert student.generation_config.eos_token_id == new.eos_token_id
+    checkpoint.save(student, trimmed, tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**y).logits, student(**y).logits)
+    if loaded.processor is not None:
+        again = loaded.processor(images=[picture], text=[text], return_tensors="pt")
+        assert torch.equal(again["input_ids"], y["input_ids"])
+
+
+def test_ids_are_renumbered_at_every_level_and_nowhere_else():
+    model, processor = tiny("qwen2_5_vl")
+    model.generation_config.suppress_tokens = [3, 318, 319]
+    student, trimmed = trim(model, processor, [CORPUS[0]])
+    new = trimmed.tokenizer
+    config = student.config
+    assert config.image_token_id == new.convert_tokens_to_ids("<|image_pad|>") == trimmed.image_token_id
+    assert config.vision_start_token_id == new.convert_tokens_to_ids("<|vision_start|>")
+    assert config.text_config.eos_token_id == new.eos_token_id
+    assert config.text_config.vocab_size == len(new)
+    assert student.generation_config.suppress_tokens[0] == 3
+    assert processor.image_token_id == model.config.image_token_id != trimmed.image_token_id
+    blip, blip_processor = tiny("blip2-opt")
+    assert trim(blip, blip_processor, [])[0].config.qformer_config.vocab_size == 50
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=20), max_size=4), st.text(max_size=30))
+def test_any_text_survives_and_kept_texts_keep_their_pieces(kept, other):
+    tokenizer = tiny_tokenizer(QWEN_SPECIALS)
+    kept = [*kept, *CORPUS[:2]]
+    small = subset_tokenizer(tokenizer, closed_tokens(tokenizer, kept))
+    for text in kept:
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+        assert small.convert_ids_to_tokens(small(text)["input_ids"]) == pieces
+    assert small.decode(small(other)["input_ids"]) == tokenizer.decode(tokenizer(other)["input_ids"])
+
+
+def test_the_earliest_merges_fill_up():
+    tokenizer = tiny_tokenizer()
+    few = closed_tokens(tokenizer, [])
+    assert len(closed_tokens(tokenizer, [], at_least=len(few) + 7)) == len(few) + 7
+    assert closed_tokens(tokenizer, [], at_least=10**6) == list(range(len(tokenizer)))
+
+
+def test_settings_and_special_attributes_come_along():
+    core = json.loads(tiny_tokenizer(QWEN_SPECIALS).backend_tokenizer.to_str())
+    core["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 3,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    core["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|video_pad|>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|video_pad|>": {"id": "<|video_pad|>", "ids": [323], "tokens": ["<|video_pad|>"]}
+        },
+    }
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)),
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<|image_pad|>"},
+        model_max_length=77,
+        padding_side="left",
+    )
+    small = subset_tokenizer(tokenizer, closed_tokens(tokenizer, ["the picture"]))
+    assert small.image_token_id == small.convert_tokens_to_ids("<|image_pad|>") < len(small)
+    assert small("a")["input_ids"][-1] == small.convert_tokens_to_ids("<|video_pad|>")
+    assert (small.model_max_length, small.padding_side) == (77, "left")
+
+
+def test_what_cannot_be_trimmed_is_refused():
+    model, processor = tiny("llava-clip-llama")
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    for core, kind in ((plain, "BPE"), (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "WordLevel")):
+        with pytest.raises(UserError, match=f"this one is {kind}"):
+            closed_tokens(tf.PreTrainedTokenizerFast(tokenizer_object=core), ["a"])
+    with pytest.raises(UserError, match="needs a fast tokenizer, not CLIPImageProcessorPil"):
+        trim(model, processor.image_processor, ["a"])
+    anatomy = describe(model.config)
+    with pytest.raises(UserError, match="token 2 must stay, it is the eos_token_id"):
+        cut(model, anatomy, "vocab", {"vocab": torch.tensor([0, 1, 3, 4, 9])})
