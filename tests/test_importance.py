@@ -1,14 +1,23 @@
-"""Scores against oracles: finite differences of gates, brute force, permutation, and really skipped or cut blocks."""
+"""Scores against oracles: finite differences of gates, brute force, permutation, really cut blocks."""
 
 import functools
 
 import pytest
 import torch
-from tiny import NAMES, tiny, tiny_batch
 
 from slimlmm import anatomy, importance, surgery
 from slimlmm.errors import UserError
-from slimlmm.importance import CRITERIA, evaluating, forward, greedy_blocks, mean_loss, normalise, rank_blocks, score
+from slimlmm.importance import (
+    CRITERIA,
+    evaluating,
+    forward,
+    greedy_blocks,
+    mean_loss,
+    normalise,
+    rank_blocks,
+    score,
+)
+from tiny import NAMES, tiny, tiny_batch
 
 MAIN = "llava-dinov2-llama"
 
@@ -35,7 +44,9 @@ def test_taylor_is_the_derivative_of_a_gate_on_all_that_a_unit_owns(name):
     axes = cuttable(described)
     scores = score(model, described, axes, "taylor", batches, loss)
     model64 = tiny(name)[0].double()
-    batches64 = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+    batches64 = [
+        {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches
+    ]
     for axis in axes:
         for group in described.axis(axis).groups[:1]:
             unit = group.units // 2
@@ -44,7 +55,7 @@ def test_taylor_is_the_derivative_of_a_gate_on_all_that_a_unit_owns(name):
 
 
 def finite_difference(model, group, unit, batches, step=2e-3):
-    """(L(1 + step) - L(1 - step)) / 2 step for a factor on everything that `unit` owns, summed over batches."""
+    """(L(1 + step) - L(1 - step)) / 2 step for a factor on all that `unit` owns, summed over batches."""
     named = dict(model.named_parameters(remove_duplicate=False))
     values = []
     for gate in (1 + step, 1 - step):
@@ -53,7 +64,9 @@ def finite_difference(model, group, unit, batches, step=2e-3):
             for slot in group.slots:
                 rows = slot.rows(torch.tensor([unit]), group.units)
                 parameter = named[slot.parameter]
-                parameter.index_copy_(slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate)
+                parameter.index_copy_(
+                    slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate
+                )
         values.append(sum(float(loss(model, batch).detach()) for batch in batches))
         with torch.no_grad():
             for parameter, value in before.items():
@@ -107,7 +120,10 @@ def test_magnitude_by_brute_force(name):
         for group in described.axis(axis).groups:
             unit = group.units - 1
             squares = sum(
-                state[slot.parameter].index_select(slot.dim, slot.rows(torch.tensor([unit]), group.units)).square().sum()
+                state[slot.parameter]
+                .index_select(slot.dim, slot.rows(torch.tensor([unit]), group.units))
+                .square()
+                .sum()
                 for slot in group.slots
             )
             assert scores[group.name][unit] == pytest.approx(float(squares.sqrt()), rel=1e-5)
@@ -202,7 +218,9 @@ def test_greedy_drops_first_what_costs_least_and_then_measures_again():
     for block in first:
         student = surgery.cut(model, described, "text.blocks", {name: torch.tensor([block])})
         costs[block] = mean_loss(student, batches, loss)
-    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [min(costs, key=costs.get)]
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [
+        min(costs, key=costs.get)
+    ]
     assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=3) == [0, 1, 2]
 
 

@@ -1,16 +1,16 @@
-"""A rotation at full size changes nothing; at a smaller size the slice keeps what the kept directions say, exactly."""
+"""A rotation at full size changes nothing; at a smaller size the slice keeps what the kept directions say."""
 
 import copy
 import functools
 
 import pytest
 import torch
-from tiny import NAMES, tiny, tiny_batch
 
 from slimlmm import anatomy, repair, surgery
 from slimlmm.importance import forward
 from slimlmm.rotation import basis, rotate
 from slimlmm.wiring import NotRotatable, classify, trace
+from tiny import NAMES, tiny, tiny_batch
 
 MAIN = "llava-dinov2-llama"
 AXES = ("text.width", "vision.width")
@@ -79,7 +79,7 @@ def test_a_tied_model_rotates_exactly_where_tying_allows_it(name):
 
 
 def test_an_untied_copy_of_a_tied_model_rotates_exactly():
-    model, described, batches = case("smolvlm")
+    model, _, batches = case("smolvlm")
     free = untied(model)
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
@@ -93,7 +93,7 @@ def test_an_untied_copy_of_a_tied_model_rotates_exactly():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("axis", AXES)
 def test_a_stream_that_fills_only_some_directions_is_cut_without_loss(name, axis):
-    """The oracle for the slice: where the dropped directions are empty, the cut model is the old model (all norm kinds)."""
+    """The oracle for the slice: where the dropped directions are empty, the cut model is the old model."""
     model, described, batches = case(name)
     found = described.axis(axis)
     size = [choice for choice in found.choices() if choice < found.size][-1]
@@ -113,7 +113,7 @@ def test_a_stream_that_fills_only_some_directions_is_cut_without_loss(name, axis
 
 
 def confined(model, group, wiring, size):
-    """A copy whose stream lies in a random subspace of `size` dimensions (with the all-ones vector inside)."""
+    """A copy whose stream lies in a random subspace of `size` dimensions that holds the all-ones vector."""
     flat = copy.deepcopy(model)
     rng = torch.Generator().manual_seed(0)
     span = torch.randn(group.units, size, generator=rng, dtype=torch.float64)
@@ -144,7 +144,9 @@ def quieten(model, group, keep):
             named[slot.parameter].index_fill_(slot.dim, slot.rows(dropped, group.units), 0.0)
 
 
-@pytest.mark.parametrize(("name", "axis"), [("llava-dinov2-llama", "vision.width"), ("idefics3", "text.width")])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("llava-dinov2-llama", "vision.width"), ("idefics3", "text.width")]
+)
 def test_the_basis_is_orthogonal_and_sorted_by_variance(name, axis):
     stream = calibrated(name, axis).stream
     units = next(iter(stream.moments.values())).gram().shape[0]
@@ -155,7 +157,9 @@ def test_the_basis_is_orthogonal_and_sorted_by_variance(name, axis):
         ones = torch.cat([torch.full((size,), size**-0.5), torch.zeros(units - size)]).double()
         assert torch.allclose(change.sum(1) * units**-0.5, ones, atol=1e-10)
     else:
-        pooled = sum(stream.moments[n].gram() / stream.moments[n].gram().trace() for n in stream.wiring.readers)
+        pooled = sum(
+            stream.moments[n].gram() / stream.moments[n].gram().trace() for n in stream.wiring.readers
+        )
         power = (change @ pooled * change).sum(1)
         assert (power[:-1] >= power[1:] - 1e-10).all()
 
@@ -212,7 +216,10 @@ def test_the_trace_finds_who_reads_through_which_norm():
     assert [slot.parameter for slot in vision.raw] == ["model.multi_modal_projector.linear_1.weight"]
     assert "model.vision_tower.layernorm.weight" in vision.dead
     text = trace(model, described.group("text.width"), batches[0])
-    assert (text.final, text.tied) == ("model.language_model.norm", "model.language_model.embed_tokens.weight")
+    assert (text.final, text.tied) == (
+        "model.language_model.norm",
+        "model.language_model.embed_tokens.weight",
+    )
     clip, described, batches = case("llava-clip-llama")
     wiring = trace(clip, described.group("vision.width"), batches[0])
     assert wiring.entry == "model.vision_tower.pre_layrnorm"

@@ -22,6 +22,7 @@ from slimlmm.probing import Field, Place, Skeleton, View, edited, get, key_of, m
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Places = Mapping[Place, tuple[int, int]]
+_REMEMBERED = 64
 _ANATOMIES: dict[str, Anatomy] = {}
 
 
@@ -33,6 +34,8 @@ def describe(config: Any) -> Anatomy:
     """Return all axes of `config` by probing it; no weights are read or made."""
     key = key_of(config)
     if key not in _ANATOMIES:
+        if len(_ANATOMIES) >= _REMEMBERED:
+            _ANATOMIES.clear()
         family = family_of(config)
         axes: dict[str, Axis] = {}
         for tower in family.towers:

@@ -23,8 +23,9 @@ from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits
-from slimlmm.losses import NEEDS_TEACHER, combine
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.losses import NEEDS_TEACHER, combine, cross_entropy
+from slimlmm.measure import flop_counter
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 
@@ -32,11 +33,16 @@ Progress = Callable[[dict[str, float]], None]
 
 
 class TrainResult(BaseModel):
-    """What a training took and gave. Losses are means per answer token; `history` holds one record per logging interval."""
+    """What a training took and gave.
+
+    Losses are means per answer token; `history` holds one record per logging interval. `flops` are those of the student's
+    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it).
+    """
 
     steps: int
     row_visits: int
     seconds: float
+    flops: float
     first_loss: float | None
     last_loss: float | None
     history: list[dict[str, float]]
@@ -136,6 +142,10 @@ def train(
     """
     if not rows:
         raise UserError("no rows to train on.")
+    if settings.pictures_per_step % settings.accumulate:
+        raise UserError(
+            f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}."
+        )
     lacking = [name for name, weight in settings.losses.items() if weight and name in NEEDS_TEACHER]
     if teacher is None and lacking:
         raise UserError(f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin.")
@@ -144,11 +154,11 @@ def train(
 
     def collate(groups: list[list[Row]]) -> Batch:
         batch = collator(groups)
-        members = batch.pop("rows")
         batch["labels"] = batch["shift_labels"]
-        batch["row_count"] = torch.tensor(len(members))
+        batch["row_count"] = torch.tensor(len(batch["rows"]))
         if teacher:
-            batch["teacher_hidden"] = teacher.hidden(members)
+            batch["teacher_hidden"] = teacher.of(batch)
+        del batch["rows"]
         return batch
 
     trainer = DistillTrainer(
@@ -162,20 +172,37 @@ def train(
     )
     report = _Report(lambda: trainer.row_visits, progress)
     trainer.add_callback(report)
+    row_flops = _row_flops(model, collate([trainer.train_dataset[0]]))
     began = time.perf_counter()
     with _frozen(model, anatomy, settings.freeze):
         model.train()
-        trainer.train()
-        model.eval()
+        try:
+            trainer.train()
+        finally:
+            model.eval()
+            if teacher:
+                teacher.flush()
     history = report.history
     return TrainResult(
         steps=trainer.state.global_step,
         row_visits=trainer.row_visits,
         seconds=time.perf_counter() - began,
+        flops=row_flops * trainer.row_visits,
         first_loss=history[0]["loss"] if history else None,
         last_loss=history[-1]["loss"] if history else None,
         history=history,
     )
+
+
+def _row_flops(model: PreTrainedModel, batch: Batch) -> float:
+    """Return floating-point operations per row of one forward and backward pass."""
+    counter = flop_counter()
+    batch = to_device(batch, model.device)
+    with counter:
+        logits_AV, labels_A, _ = answer_logits(model, batch)
+        cross_entropy(logits_AV, labels_A).backward()
+    model.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
 def _arguments(settings: Training, out: Path, seed: int) -> TrainingArguments:
@@ -194,6 +221,7 @@ def _arguments(settings: Training, out: Path, seed: int) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,
@@ -266,13 +294,10 @@ def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> boo
     was_training = model.training
     model.eval()
     try:
-        device = model.device
         packed = Collator(processor, packed=True)(groups)
         apart = Collator(processor, packed=False)(groups)
-        from slimlmm.forward import to_device
-
-        a, _, _ = answer_logits(model, to_device(packed, device))
-        b, _, _ = answer_logits(model, to_device(apart, device))
+        a, _, _ = answer_logits(model, to_device(packed, model.device))
+        b, _, _ = answer_logits(model, to_device(apart, model.device))
     except (UserError, ValueError, TypeError, RuntimeError, IndexError):
         return False
     finally:

@@ -1,7 +1,8 @@
 """How much each unit matters: criteria behind one interface, and whole blocks ranked by ablation.
 
-A criterion declares what it needs (nothing, weights, activations or gradients) and returns one score per unit of every
-group; higher means keep. A *loss* is any callable ``(model, batch) -> scalar``: cross-entropy, distillation or their sum.
+A criterion declares what it needs (nothing, weights, activations or gradients) and returns one score per unit
+of every group; higher means keep. A *loss* is any callable ``(model, batch) -> scalar``: cross-entropy,
+distillation or their sum.
 
 Shape legend: B sequences, T tokens, U units of a group.
 """
@@ -51,14 +52,14 @@ class Criterion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one parameter holds of one group: the rows of a slot, or the whole parameter for unit `block` of a block axis."""
+    """What one parameter holds of one group: the rows of a slot, or all of it for unit `block`."""
 
     group: Group
     slot: Slot | None = None
     block: int = 0
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Sum elementwise `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
+        """Sum `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
         if self.slot is None:
             totals = values.new_zeros(
                 self.group.units, dtype=torch.promote_types(values.dtype, torch.float32)
@@ -72,12 +73,12 @@ class Share:
 
 
 def per_unit(values: Tensor, slot: Slot, units: int) -> Tensor:
-    """View the last dimension of `values` as [..., outer, U, inner], the rows that the units own in `slot`."""
+    """View the last dimension of `values` as [..., outer, U, inner]: the rows that units own in `slot`."""
     owned = values.narrow(-1, slot.offset, slot.outer * units * slot.inner)
     return owned.reshape(*values.shape[:-1], slot.outer, units, slot.inner)
 
 
-def score(
+def score(  # noqa: PLR0917
     model: PreTrainedModel,
     anatomy: Anatomy,
     axes: Sequence[str],
@@ -87,14 +88,13 @@ def score(
     *,
     seed: int = 0,
 ) -> Scores:
-    """Return one score per unit, group name -> [U] fp64 on the CPU, for every group of `axes`; higher means keep.
+    """Return one score per unit, group name -> [U] fp64 on the CPU, for each group of `axes`; higher: keep.
 
-    `batches` are passed once; `loss` must be given where the criterion needs gradients. The model runs in eval mode and
-    comes back as it was (weights, flags, mode); gradients that it holds are dropped by `taylor`.
+    `batches` are passed once; `loss` must be given where the criterion needs gradients. The model runs in
+    eval mode and comes back as it was (weights, flags, mode); gradients that it holds are dropped by
+    `taylor`.
     """
-    if criterion not in CRITERIA:
-        raise UserError(f"unknown criterion {criterion!r}. {nearest(criterion, list(CRITERIA))}")
-    needs = CRITERIA[criterion].needs
+    needs = needs_of(criterion)
     if needs == "gradients" and loss is None:
         raise UserError(f"the criterion {criterion!r} needs a loss; activation, magnitude and random do not.")
     groups = tuple(group for name in axes for group in anatomy.axis(name).groups)
@@ -104,12 +104,20 @@ def score(
     return {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
 
 
+def needs_of(criterion: str) -> Needs:
+    """Return what a criterion needs, or a UserError that names the nearest one."""
+    if criterion not in CRITERIA:
+        raise UserError(f"unknown criterion {criterion!r}. {nearest(criterion, list(CRITERIA))}")
+    return CRITERIA[criterion].needs
+
+
 def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"] = "block") -> Scores:
     """Scale scores so that they can be compared across groups: mean 1 in every group, or in every tower.
 
-    ``block`` divides each group by its own mean (all groups weigh the same, as uniform sizes want it); ``modality`` divides
-    by the mean over the whole tower (the part of the axis name before the dot) and keeps differences between its layers.
-    Scores of two towers or two axes are on different scales and compare only after this. Source: UKMP (AAAI 2025).
+    ``block`` divides each group by its own mean (all groups weigh the same, as uniform sizes want it);
+    ``modality`` divides by the mean over the whole tower (the part of the axis name before the dot) and keeps
+    differences between its layers. Scores of two towers or two axes are on different scales and compare only
+    after this. Source: UKMP (AAAI 2025).
     """
 
     def family(name: str) -> str:
@@ -127,11 +135,12 @@ def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"
 def taylor(task: Task) -> Scores:
     """Score by first-order Taylor: |sum over batches and over all that the unit owns of gradient x weight|.
 
-    The signed sum is the derivative of the summed loss with respect to a gate at 1 on everything the unit owns, so its
-    magnitude is the first-order change in loss if the unit goes. Signs are kept until the end, over batches and over slots
-    (for the residual width: over every layer), as in the paper's code. Each gradient is reduced when it arrives and freed
-    at once: never more than one is alive, and no optimizer state is needed.
-    Source: arXiv 2312.05795, section 3 (AntGMM); Molchanov et al. 2019 (arXiv 1906.10771), eq. 8 without the square.
+    The signed sum is the derivative of the summed loss with respect to a gate at 1 on everything the unit
+    owns, so its magnitude is the first-order change in loss if the unit goes. Signs are kept until the end,
+    over batches and over slots (for the residual width: over every layer), as in the paper's code. Each
+    gradient is reduced when it arrives and freed at once: never more than one is alive, and no optimizer
+    state is needed. Source: arXiv 2312.05795, section 3 (AntGMM); Molchanov et al. 2019 (arXiv 1906.10771),
+    eq. 8 without the square.
     """
     totals = _zeros(task)
     shares = _shares(task)
@@ -165,7 +174,7 @@ def magnitude(task: Task) -> Scores:
 
 
 def random(task: Task) -> Scores:
-    """Score at random, uniform in [0, 1); the control arm. The same seed and group name give the same scores."""
+    """Score at random, uniform in [0, 1), the control arm; same seed and group name, same scores."""
     found: Scores = {}
     for group in task.groups:
         rng = torch.Generator().manual_seed(zlib.crc32(f"{task.seed}:{group.name}".encode()))
@@ -174,11 +183,11 @@ def random(task: Task) -> Scores:
 
 
 def activation(task: Task) -> Scores:
-    """Score by activation: sum over consumers of L2-over-sequences(mean-over-tokens |input of the consumer|).
+    """Score by activation: over consumers, sum of L2-over-sequences(mean-over-tokens |its input|).
 
-    A unit of several elements (a head) counts with their L2 norm. Tokens masked out by ``attention_mask`` do not count in
-    the text tower. Whole blocks: 1 - cos(input, output), averaged over tokens.
-    Source: Minitron (arXiv 2407.14679), section 2.2; ShortGPT (arXiv 2403.03853) for blocks.
+    A unit of several elements (a head) counts with their L2 norm. Tokens masked out by ``attention_mask`` do
+    not count in the text tower. Whole blocks: 1 - cos(input, output), averaged over tokens. Source: Minitron
+    (arXiv 2407.14679), section 2.2; ShortGPT (arXiv 2403.03853) for blocks.
     """
     squares = _zeros(task)
     modules = dict(task.model.named_modules())
@@ -233,9 +242,10 @@ CRITERIA: dict[str, Criterion] = {
 def rank_blocks(
     model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss
 ) -> Tensor:
-    """Return how much the mean loss grows when each block alone is skipped; [blocks] fp64, same unit as the loss.
+    """Return how much the mean loss grows when each block alone is skipped; [blocks] fp64, unit of the loss.
 
-    One pass over `batches` per block. First-order Taylor ranks whole blocks badly: skipping is no small change.
+    One pass over `batches` per block. First-order Taylor ranks whole blocks badly: skipping is no small
+    change.
     """
     blocks = _blocks(model, anatomy.axis(axis))
     with evaluating(model):
@@ -247,13 +257,14 @@ def rank_blocks(
     return torch.tensor(growth, dtype=torch.float64)
 
 
-def greedy_blocks(
+def greedy_blocks(  # noqa: PLR0917
     model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
 ) -> list[int]:
-    """Return the `keep` blocks that stay when, one at a time, the block whose loss costs least is dropped; ascending.
+    """Return the `keep` blocks that stay when, one at a time, the one that costs least is dropped; ascending.
 
-    Each step measures every remaining block with the earlier ones already skipped: (L + keep + 1)(L - keep) / 2 passes for
-    L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand in for each other.
+    Each step measures every remaining block with the earlier ones already skipped: (L + keep + 1)(L - keep) /
+    2 passes for L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand
+    in for each other.
     """
     blocks = _blocks(model, anatomy.axis(axis))
     if not 1 <= keep <= len(blocks):
@@ -296,7 +307,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block only `parameters` require gradients; all start and end with ``grad = None``, flags are restored."""
+    """Within the block only `parameters` require gradients; afterwards flags are restored, gradients gone."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = {id(parameter) for parameter in parameters}
     for parameter, _ in before:
@@ -359,7 +370,7 @@ def _zeros(task: Task) -> Scores:
 
 
 def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
-    """Return, for every parameter that holds something of the groups, its shares; a tied parameter counts once."""
+    """Return the shares of every parameter that holds some of the groups; a tied parameter counts once."""
     named = dict(task.model.named_parameters(remove_duplicate=False))
     shares: dict[nn.Parameter, list[Share]] = {}
     for group in task.groups:
@@ -382,7 +393,7 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
 
 
 def _sequence_means(size_BTU: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) counts as one sequence."""
+    """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) is one sequence."""
     if size_BTU.dim() == 2:
         size_BTU = size_BTU[None]
     size_BTU = size_BTU.flatten(1, -2)

@@ -135,11 +135,22 @@ def flops(model: Any, processor: Any, batch: Any, answer_tokens: int = 8) -> flo
     """
     settings = generation_settings(model, processor, answer_tokens) | {"min_new_tokens": answer_tokens}
     inputs = batch.to(model.device, dtype=model.dtype)
-    cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=cpu_attention)
+    counter = flop_counter()
     with evaluating(model), _frozen(model), torch.no_grad(), counter:
         model.generate(**inputs, **settings)
     return float(counter.get_total_flops() / len(inputs["input_ids"]))
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter of floating-point operations, taught the CPU attention kernels that it lacks."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        },
+    )
 
 
 def latency(
@@ -338,6 +349,11 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     """
     b, heads, s, d = query
     return int(2 * b * heads * s * key[-2] * (d + value[-1]))
+
+
+def _attention_backward_flops(_gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return 2.5 times the forward pass: scores again, and two products for each of the two forward ones."""
+    return _attention_flops(query, key, value) * 5 // 2
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:

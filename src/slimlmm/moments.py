@@ -1,4 +1,4 @@
-"""Second moments of activations, streamed, and what they predict: the dropped inputs of a linear map from the kept ones.
+"""Second moments of activations, streamed, and what they predict: dropped inputs of a map from kept ones.
 
 Shape legend: N features, K kept, D dropped, O outputs of the consumer.
 """
@@ -16,7 +16,7 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 class Moments:
-    """Count, sum and Gram matrix of feature vectors, fp64, kept apart for two halves of the samples (fit, held out)."""
+    """Count, sum and Gram matrix of vectors, fp64, apart for two halves of the samples (fit, held out)."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.gram_2NN = torch.zeros(2, features, features, dtype=torch.float64, device=device)
@@ -24,21 +24,21 @@ class Moments:
         self.count_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.calls = 0
 
-    def add(self, values: Tensor, where: Tensor | None = None) -> None:
-        """Add the vectors of `values` [samples, ..., N]; `where` [samples, ...] says which count (all, if None).
+    def add(self, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add the vectors of `values` [samples, ..., N], each `weight` [samples, ...] times (once, if None).
 
-        The first half of the samples goes to one half of the moments and the rest to the other, so tokens of one sample
-        never stand on both sides; a single sample goes to the two halves in turn, call by call.
+        The first half of the samples goes to one half of the moments and the rest to the other, so tokens of
+        one sample never stand on both sides; a single sample goes to the two halves in turn, call by call.
         """
         middle = values.shape[0] // 2
         first = self.calls % 2
         for half, part in ((first, slice(middle, None)), (1 - first, slice(0, middle))):
-            rows = values[part].detach()
-            rows = rows[where[part].bool()] if where is not None else rows.reshape(-1, values.shape[-1])
-            rows = rows.double()
-            self.gram_2NN[half] += rows.T @ rows
-            self.total_2N[half] += rows.sum(0)
-            self.count_2[half] += len(rows)
+            rows = values[part].detach().reshape(-1, values.shape[-1]).double()
+            times = rows.new_ones(len(rows)) if weight is None else weight[part].reshape(-1).double()
+            weighted = rows * times[:, None]
+            self.gram_2NN[half] += weighted.T @ rows
+            self.total_2N[half] += weighted.sum(0)
+            self.count_2[half] += times.sum()
         self.calls += 1
 
     def gram(self, half: int | None = None, *, centred: bool = False) -> Tensor:
@@ -47,7 +47,7 @@ class Moments:
             gram, total, count = self.gram_2NN.sum(0), self.total_2N.sum(0), self.count_2.sum()
         else:
             gram, total, count = self.gram_2NN[half], self.total_2N[half], self.count_2[half]
-        count = count.clamp(min=1)
+        count = count.clamp(min=1e-300)
         mean = total / count
         return gram / count - (torch.outer(mean, mean) if centred else 0)
 
@@ -58,7 +58,7 @@ class Moments:
             if half is None
             else (self.total_2N[half], self.count_2[half])
         )
-        mean: Tensor = total / count.clamp(min=1)
+        mean: Tensor = total / count.clamp(min=1e-300)
         return mean
 
     def transformed(self, matrix: Tensor) -> Moments:
@@ -73,10 +73,10 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Dropped features from kept ones: x_D ~ matrix x_K + offset, with the ridge that was chosen and its held-out error.
+    """Dropped features from kept ones: x_D ~ matrix [D, K] x_K + offset [D], the ridge, its held-out error.
 
-    `error` and `plain_error` are mean squared errors of the consumer's output on held-out samples relative to its own
-    (centred) power, with the prediction and with the dropped inputs simply cut off.
+    `error` and `plain_error` are mean squared errors of the consumer's output on held-out samples relative to
+    its own (centred) power, with the prediction and with the dropped inputs simply cut off.
     """
 
     matrix: Tensor
@@ -98,51 +98,58 @@ def predict(
 ) -> Prediction:
     """Fit x_D ~ A x_K (+ c where the consumer has a bias) by ridge regression, for the consumer W of x.
 
-    A = G_DK (G_KK + r d I)^-1 with d = mean diag G_KK; with a bias G is the covariance and c = mean_D - A mean_K exactly.
-    Folding it, W'_K = W_K + W_D A, minimises E|W x - W'_K x_K|^2 + r d |W'_K - W_K|^2: the least-squares refit
-    W G_NK G_KK^-1 of GRAIL (arXiv 2602.23795), with the ridge drawn to the sliced weights instead of to zero, so that
-    keeping everything is the identity and r -> infinity is the plain slice. r is chosen on the half of the samples that
-    the fit has not seen, then refitted on all; r whose W'_K has more than `growth` times the rms of W_K are passed over.
+    A = G_DK (G_KK + r d I)^-1 with d = mean diag G_KK; with a bias G is the covariance and c = mean_D - A
+    mean_K exactly. Folding it, W'_K = W_K + W_D A, minimises E|W x - W'_K x_K|^2 + r d |W'_K - W_K|^2: the
+    least-squares refit W G_NK G_KK^-1 of GRAIL (arXiv 2602.23795), with the ridge drawn to the sliced weights
+    instead of to zero, so that keeping everything is the identity and r -> infinity is the plain slice. r is
+    chosen on the half of the samples that the fit has not seen, then refitted on all; r whose W'_K has more
+    than `growth` times the rms of W_K are passed over.
     """
     weight = weight_ON.detach().double()
-    ordered = sorted(ridges)
-    held = moments.gram(1, centred=bias)
-    shift = (moments.mean(1) - moments.mean(0)) if bias else None
-    errors = [
-        _output_error(
-            held, shift, kept, dropped, weight, _solve(moments.gram(0, centred=bias), kept, dropped, ridge)
-        )
-        for ridge in ordered
-    ]
     nothing = torch.zeros(len(dropped), len(kept), dtype=torch.float64, device=weight.device)
-    plain = _output_error(moments.gram(1, centred=False), None, kept, dropped, weight, nothing)
-    power = (weight @ moments.gram(1, centred=True) * weight).sum().clamp(min=1e-300)
-    order = sorted(range(len(ordered)), key=errors.__getitem__)
-    if not float(moments.count_2.min()):
-        order = list(reversed(range(len(ordered))))
-    before = weight[:, kept].square().mean().sqrt()
-    gram = moments.gram(centred=bias)
-    for index in order:
-        matrix = _solve(gram, kept, dropped, ordered[index])
-        if (
-            weight[:, kept] + weight[:, dropped] @ matrix
-        ).square().mean().sqrt() <= growth * before or not before:
-            break
-    else:
-        index, matrix = order[0], nothing
+    if not float(moments.count_2.sum()):  # a consumer that nothing depends on
+        zero = torch.zeros(len(dropped), dtype=torch.float64, device=weight.device)
+        return Prediction(matrix=nothing, offset=zero, ridge=0.0, error=0.0, plain_error=0.0)
+    ridge, error = _best_ridge(moments, kept, dropped, weight, bias, ridges, growth)
+    matrix = _solve(moments.gram(centred=bias), kept, dropped, ridge) if ridge < float("inf") else nothing
+    plain = _output_error(moments.gram(1), None, kept, dropped, weight, nothing)
+    power = float((weight @ moments.gram(1, centred=True) * weight).sum()) or 1e-300
     mean = moments.mean()
     offset = mean[dropped] - matrix @ mean[kept] if bias else torch.zeros_like(mean[dropped])
     return Prediction(
-        matrix=matrix,
-        offset=offset,
-        ridge=ordered[index],
-        error=float(errors[index] / power),
-        plain_error=float(plain / power),
+        matrix=matrix, offset=offset, ridge=ridge, error=error / power, plain_error=plain / power
     )
 
 
+def _best_ridge(  # noqa: PLR0917
+    moments: Moments,
+    kept: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    bias: bool,
+    ridges: Sequence[float],
+    growth: float,
+) -> tuple[float, float]:
+    """Return the ridge with the least held-out error whose weights do not grow, and that error; inf if all do."""
+    halves = [moments.gram(half, centred=bias) for half in (0, 1)]
+    shift = moments.mean(1) - moments.mean(0) if bias else None
+    error = {}
+    for ridge in ridges:
+        matrix = _solve(halves[0], kept, dropped, ridge)
+        error[ridge] = _output_error(halves[1], shift, kept, dropped, weight, matrix)
+    order = sorted(ridges, key=lambda ridge: error[ridge])
+    if not float(moments.count_2.min()):  # nothing held out: the most careful first
+        order = sorted(ridges, reverse=True)
+    limit = growth * weight[:, kept].norm()
+    for ridge in order:
+        matrix = _solve(moments.gram(centred=bias), kept, dropped, ridge)
+        if (weight[:, kept] + weight[:, dropped] @ matrix).norm() <= limit or not limit:
+            return ridge, error[ridge]
+    return float("inf"), error[order[-1]]
+
+
 def _solve(gram_NN: Tensor, kept: Tensor, dropped: Tensor, ridge: float) -> Tensor:
-    """Return G_DK (G_KK + ridge * mean diag(G_KK) * I)^-1; a larger ridge where rounding left G_KK indefinite."""
+    """Return G_DK (G_KK + ridge mean diag(G_KK) I)^-1; a larger ridge where rounding left G_KK indefinite."""
     inner = gram_NN[kept][:, kept]
     scale = inner.diagonal().mean().clamp(min=1e-300)
     identity = torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
@@ -153,10 +160,10 @@ def _solve(gram_NN: Tensor, kept: Tensor, dropped: Tensor, ridge: float) -> Tens
         ridge = max(10 * ridge, 1e-12)
 
 
-def _output_error(
+def _output_error(  # noqa: PLR0917
     gram: Tensor, shift: Tensor | None, kept: Tensor, dropped: Tensor, weight: Tensor, matrix: Tensor
 ) -> float:
-    """Return E|W_D (x_D - A x_K)|^2 under `gram`, plus the part due to the fit half's other mean (`shift`)."""
+    """Return E|W_D (x_D - A x_K)|^2 under `gram`, plus what the fit half's other mean (`shift`) adds."""
     outer = weight[:, dropped]
     both = torch.cat([outer, -outer @ matrix], 1)
     places = torch.cat([dropped, kept])

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from slimlmm.errors import UserError, nearest
+
+
+T = TypeVar("T")
 
 
 class Settings(BaseModel):
@@ -15,8 +24,8 @@ class Training(Settings):
     """One training: fine-tuning, or recovery by distillation."""
 
     steps: int = Field(gt=0, description="Number of optimizer steps.")
-    pictures_per_step: int = Field(16, gt=0, description="Pictures in one optimizer step, over all devices' micro-batches.")
-    questions_per_picture: int = Field(16, gt=0, description="Questions packed behind one picture.")
+    pictures_per_step: int = Field(16, gt=0, description="Pictures in one optimizer step, over all micro-batches.")
+    questions_per_picture: int = Field(16, gt=0, description="Most questions packed behind one picture.")
     accumulate: int = Field(1, gt=0, description="Micro-batches in one optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of the language model and projector.")
     vision_rate: float = Field(1.0, ge=0, description="Learning rate of the top vision block, relative to learning_rate.")
@@ -25,10 +34,116 @@ class Training(Settings):
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in [0, 1) with a rising learning rate.")
     schedule: str = Field("cosine", description="Learning-rate schedule of transformers (cosine, linear, constant_with_warmup ...).")
     clip: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
-    freeze: tuple[str, ...] = Field(
-        ("patch_embedding",), description="Parts without gradient: vision, text, projector, patch_embedding."
+    freeze: tuple[Literal["vision", "text", "projector", "patch_embedding"], ...] = Field(
+        ("patch_embedding",), description="Parts without gradient."
     )
-    losses: dict[str, float] = Field(
+    losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin"], float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1}, description="Weight of each loss by name."
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
+
+
+class Round(Settings):
+    """One turn of score, cut, recover, evaluate."""
+
+    drop: tuple[Literal["unused_tokens", "dead_blocks"], ...] = Field(
+        (), description="Lossless cuts: tokens that the data never use; blocks that never reach the output."
+    )
+    sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")
+    criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
+        "taylor", description="How the units of inner and width axes are scored."
+    )
+    blocks: Literal["ablation", "last", "random"] = Field(
+        "ablation", description="Which blocks go: those whose greedy removal costs least, the last ones, or random ones."
+    )
+    repair: Literal["best", "none"] = Field(
+        "best", description="Closed-form repair of the cut: the one of least calibration loss, or none."
+    )
+    train: Training | None = Field(None, description="Recovery training after the cut; null for none.")
+
+
+class Stage(Settings):
+    """A list of rounds under one name."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the stage, lower case.")
+    rounds: tuple[Round, ...] = Field(description="Rounds, in order.")
+
+    @field_validator("rounds")
+    @classmethod
+    def _some(cls, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
+        if not rounds:
+            raise ValueError("a stage needs at least one round")
+        return rounds
+
+
+class DataSettings(Settings):
+    """What of the data is used for what."""
+
+    max_bad_share: float = Field(0.01, ge=0, lt=1, description="Share of broken rows in [0, 1) that may be skipped.")
+    train_rows: int | None = Field(None, gt=0, description="Train rows used; null for all.")
+    calibration_rows: int = Field(256, gt=0, description="Train rows for scores, repairs and ablation.")
+    validation_rows: int | None = Field(500, gt=0, description="Validation rows evaluated in every round; null for all.")
+    test_rows: int | None = Field(None, gt=0, description="Test rows for teacher and student at the end; null for all.")
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
+    shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
+    row_visits: int = Field(
+        400_000, gt=0, description="Row visits of all recoveries of the default schedule, most of them on the last shape."
+    )
+    max_drop: float | None = Field(
+        None, ge=0, description="Points of validation exact match that a round may lose against the teacher; null for no floor."
+    )
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    data: DataSettings = DataSettings()
+    bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
+
+
+def parse(raw: Any, source: str) -> Recipe:
+    """Validate a recipe; a UserError lists every problem with its path and, for unknown keys, the nearest valid name."""
+    return _valid(TypeAdapter(Recipe), raw, source, Recipe)
+
+
+def parse_trainings(raw: Any, source: str) -> list[Training]:
+    """Validate a list of trainings, as `parse` does a recipe."""
+    return _valid(TypeAdapter(list[Training]), raw, source, Training)
+
+
+def _valid(adapter: TypeAdapter[T], raw: Any, source: str, root: type[Settings]) -> T:
+    try:
+        return adapter.validate_python(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {_problem(e, root)}" for e in error.errors()]
+        raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
+
+
+def read(path: Path) -> Recipe:
+    """Read a YAML recipe (safe loading)."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    return parse(raw or {}, str(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML, defaults included."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _problem(error: Any, root: type[Settings]) -> str:
+    """Say what is wrong with one value; an unknown key is answered with the keys that its place knows."""
+    if error["type"] != "extra_forbidden":
+        return f"{error['msg']} (got {error['input']!r})"
+    place = [part for part in error["loc"][:-1] if isinstance(part, str)]
+    kind = PLACES.get(place[-1], root) if place else root
+    return f"unknown key. {nearest(str(error['loc'][-1]), sorted(kind.model_fields))}"
+
+
+#: settings by the key that holds them
+PLACES: dict[str, type[Settings]] = {"stages": Stage, "rounds": Round, "train": Training, "data": DataSettings}

@@ -1,9 +1,9 @@
-"""Closed-form lifts around a cut: let what stays stand in for what goes, from calibration activations, without training.
+"""Closed-form lifts around a cut: what stays stands in for what goes, by calibration, without training.
 
-All repairs change the *uncut* model in place, so that the slice which follows is the repaired student; keeping everything
-changes nothing. Inner dimensions (FFN, KV groups, heads, projector interior): ridge refit of the consumer. Residual width:
-rotation of the stream, then refit of its readers. `fold` returns the keep-sets to cut with, because after a rotation the
-kept channels are the first ones.
+All repairs change the *uncut* model in place, so that the slice which follows is the repaired student;
+keeping everything changes nothing. Inner dimensions (FFN, KV groups, heads, projector interior): ridge refit
+of the consumer. Residual width: rotation of the stream, then refit of its readers. `fold` returns the
+keep-sets to cut with, because after a rotation the kept channels are the first ones.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from transformers import PreTrainedModel
 from slimlmm import surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.collate import Batch
-from slimlmm.errors import UserError
-from slimlmm.importance import Loss, evaluating, forward, mean_loss
+from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, only_gradients_of
 from slimlmm.moments import RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
 
-#: least ridge for attention outputs: below it the refit blew weights up (rms .07 -> 1.1 with 1e-3 in our first trial)
+#: least ridge for attention outputs: with 1e-3 a refit blew weights up in our first trial (rms .07 -> 1.1)
 ATTENTION_RIDGE = 3e-2
+#: share of a token's weight in the moments that its gradient decides
+EMPHASIS = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
-    """Calibration moments of one axis: of each consumer's input by parameter name, and of the residual stream.
+    """Calibration moments of one axis: of consumers' inputs by parameter name, and of the residual stream.
 
     `stream` is None where the axis has no residual group or its basis cannot be changed; `reason` says why.
     """
@@ -49,34 +50,93 @@ def collect(
     anatomy: Anatomy,
     axis: str,
     batches: Sequence[Batch],
+    *,
     groups: Iterable[str] | None = None,
+    loss: Loss | None = None,
+    emphasis: float = EMPHASIS,
 ) -> Statistics:
-    """Run the batches once and return the moments that `fold` needs for `axis` (only for `groups`, to bound the memory).
+    """Run the batches once and return the moments that `fold` needs for `axis` (or for some of its `groups`).
 
-    Memory: 16 n^2 bytes per consumer with n inputs. Tokens masked out by ``attention_mask`` do not count in the text tower;
-    elsewhere every token counts the same.
+    Without a `loss` every token counts the same (in the text tower: every token that ``attention_mask`` lets
+    through). With one, token t of a consumer counts (1 - e) + e |dL/dy_t|^2 / mean |dL/dy|^2 times, y the
+    consumer's output and e the `emphasis`: the second-order weight of an error there, so that tokens nobody
+    reads do not decide. Memory: 16 n^2 bytes per consumer with n inputs, and with a loss the activations of a
+    backward pass.
     """
     found = Statistics(axis=axis)
-    wanted = [g for g in anatomy.axis(axis).groups if groups is None or g.name in set(groups)]
-    if not batches:
-        raise UserError(f"repairing {axis} needs calibration rows; the data gave none.")
     modules = dict(model.named_modules())
-    mask: list[Tensor | None] = [None]
+    chosen = None if groups is None else set(groups)
     with ExitStack() as stack, evaluating(model):
-        for group in wanted:
+        ears = _Ears(stack, weighted=loss is not None, emphasis=emphasis, text=axis.startswith("text."))
+        for group in anatomy.axis(axis).groups:
+            if chosen is not None and group.name not in chosen:
+                continue
             if is_stream(group, anatomy.axis(axis)):
-                _listen_to_stream(model, group, batches, found, stack)
+                try:
+                    wiring = trace(model, group, batches[0])
+                except NotRotatable as reason:
+                    found.reason = str(reason)
+                else:
+                    found.stream = listen(model, group, wiring, ears.attach)
                 continue
             for slot in linear_consumers(modules, group):
-                moments = Moments(modules[owner(slot.parameter)].in_features, model.device)
+                linear = modules[owner(slot.parameter)]
+                moments = Moments(linear.get_parameter("weight").shape[1], model.device)
                 found.consumers[slot.parameter] = moments
-                hook = _adder(moments, mask if axis.startswith("text.") else [None])
-                stack.callback(modules[owner(slot.parameter)].register_forward_pre_hook(hook).remove)
-        with torch.no_grad():
-            for batch in batches:
-                mask[0] = batch.get("attention_mask")
-                forward(model, batch)
+                ears.attach(linear, moments)
+        with only_gradients_of(model, []), torch.set_grad_enabled(loss is not None):
+            for batch in at_least_one(batches, f"repairing {axis}"):
+                ears.mask = batch.get("attention_mask")
+                if loss is None:
+                    forward(model, batch)
+                else:
+                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
     return found
+
+
+class _Ears:
+    """Hooks that feed moments with inputs of modules, weighted by mask or by gradient of the output."""
+
+    def __init__(self, stack: ExitStack, *, weighted: bool, emphasis: float, text: bool) -> None:
+        self.stack, self.weighted, self.emphasis, self.text = stack, weighted, emphasis, text
+        self.mask: Tensor | None = None
+
+    def attach(
+        self, module: nn.Module, moments: Moments, view: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> None:
+        """Let inputs of `module`, as `view` shows them, count; a later use on pooled vectors does not."""
+        ranks: set[int] = set()
+
+        def hear(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            values = inputs[0].detach()
+            ranks.add(values.dim())
+            if values.dim() != max(ranks):
+                return
+            if not self.weighted:
+                self._add(moments, view(values), self._masked(values))
+                return
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._add(moments, view(values), self._weight(gradient))
+            )
+
+        self.stack.callback(module.register_forward_hook(hear).remove)
+
+    def _masked(self, values: Tensor) -> Tensor | None:
+        fits = self.text and self.mask is not None and self.mask.shape == values.shape[:-1]
+        return self.mask if fits else None
+
+    def _weight(self, gradient: Tensor) -> Tensor:
+        power = gradient.detach().double().square().sum(-1)
+        return 1 - self.emphasis + self.emphasis * power / power.mean().clamp(min=1e-300)
+
+    @staticmethod
+    def _add(moments: Moments, values: Tensor, weight: Tensor | None) -> None:
+        """Add; a view with several vectors per token gives each the token's weight."""
+        if weight is not None and weight.dim() < values.dim() - 1:
+            weight = weight[..., None].expand(values.shape[:-1])
+        moments.add(values, weight)
 
 
 def fold(
@@ -92,9 +152,10 @@ def fold(
 ) -> Keep:
     """Repair the coming cut of `axis` in place on the uncut model; return the keep-sets to cut with.
 
-    Inner groups keep their units, and their consumers are refitted (`refit`). With `turn`, the residual group of a width
-    axis is rotated and then keeps its first channels; without (or where it cannot be rotated) it keeps those of `keep`.
-    Groups without statistics are left alone, so large models can be folded a few groups at a time.
+    Inner groups keep their units, and their consumers are refitted (`refit`). With `turn`, the residual group
+    of a width axis is rotated and then keeps its first channels; without (or where it cannot be rotated) it
+    keeps those of `keep`. Groups without statistics are left alone, so large models can be folded a few
+    groups at a time.
     """
     named = dict(model.named_modules())
     final = dict(keep)
@@ -130,7 +191,7 @@ def fold(
     return final
 
 
-def refit(
+def refit(  # noqa: PLR0917
     linear: nn.Module,
     group: Group,
     slot: Slot,
@@ -138,10 +199,11 @@ def refit(
     moments: Moments,
     ridges: Sequence[float] = RIDGES,
 ) -> Prediction:
-    """Refit one consumer to the kept units in place; dropped columns become zero, so the uncut model computes as the cut one.
+    """Refit one consumer to the kept units in place, its dropped columns to zero: it computes as if cut.
 
-    W'_S = W_S + W_D A and, with a bias, b' = b + W_D (m_D - A m_S) for A = C_DS (C_SS + r d I)^-1 (`moments.predict`).
-    Consumers of attention (units of several elements) use a ridge of at least ATTENTION_RIDGE.
+    W'_S = W_S + W_D A and, with a bias, b' = b + W_D (m_D - A m_S) for A = C_DS (C_SS + r d I)^-1
+    (`moments.predict`). Consumers of attention (units of several elements) use a ridge of at least
+    ATTENTION_RIDGE.
     """
     weight = linear.get_parameter("weight")
     bias = linear.bias if isinstance(linear.bias, Tensor) else None
@@ -173,7 +235,7 @@ class Choice:
     loss: float
 
 
-def fold_best(
+def fold_best(  # noqa: PLR0917
     model: PreTrainedModel,
     anatomy: Anatomy,
     axis: str,
@@ -182,10 +244,11 @@ def fold_best(
     batches: Sequence[Batch],
     loss: Loss,
 ) -> tuple[Keep, list[Choice]]:
-    """Try the ways to repair this cut on copies, fold the one whose cut model has the least loss; (keep-sets, all tries).
+    """Try ways to repair this cut, fold the one whose cut model has the least loss; (keep-sets, all tries).
 
-    Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to the
-    embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds two more copies.
+    Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
+    the embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds two
+    more copies.
     """
     ways: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
     ways.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
@@ -203,7 +266,7 @@ def fold_best(
 
 
 def tied_powers(statistics: Statistics) -> tuple[float, ...]:
-    """Return the ways to share a tied embedding that are worth a try: one without a tied head, none without a stream."""
+    """Return the values of `tied_power` worth a try: one without a tied head, none without a stream."""
     if statistics.stream is None:
         return ()
     return (0.0, 0.5, 1.0) if statistics.stream.wiring.tied else (0.0,)
@@ -230,23 +293,3 @@ def _rotation(
     anatomy: Anatomy, axis: str, keep: Keep, statistics: Statistics, power: float
 ) -> Callable[[PreTrainedModel], Keep]:
     return lambda model: fold(model, anatomy, axis, keep, statistics, tied_power=power)
-
-
-def _listen_to_stream(
-    model: PreTrainedModel, group: Group, batches: Sequence[Batch], found: Statistics, stack: ExitStack
-) -> None:
-    try:
-        wiring = trace(model, group, batches[0])
-    except NotRotatable as reason:
-        found.reason = str(reason)
-    else:
-        found.stream = listen(model, group, wiring, stack)
-
-
-def _adder(moments: Moments, mask: list[Tensor | None]) -> Any:
-    def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        values = inputs[0]
-        where = mask[0]
-        moments.add(values, where if where is not None and where.shape == values.shape[:-1] else None)
-
-    return add

@@ -1,26 +1,25 @@
-"""Change of basis of a residual stream, so that its first channels carry the most and a slice of them loses the least.
+"""Change of basis of a residual stream, so that a slice of its first channels loses least.
 
-y = s B x with B orthogonal: everything that writes the stream is multiplied by s B, everything that reads it by B^T / s, and
-what stands between (norm weights and biases, LayerScale) is folded into its neighbours first. Source: SliceGPT
-(arXiv 2401.15024), section 3, extended here to LayerNorm without turning it into RMSNorm, to LayerScale and to tied heads.
+y = s B x with B orthogonal: everything that writes the stream is multiplied by s B, everything that reads it
+by B^T / s, and what stands between (norm weights and biases, LayerScale) is folded into its neighbours first.
+Source: SliceGPT (arXiv 2401.15024), section 3, extended here to LayerNorm without turning it into RMSNorm, to
+LayerScale and to tied heads.
 
 Shape legend: N channels of the stream, K kept ones, O outputs of a reader, U units of a slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
-from slimlmm.collate import Batch
-from slimlmm.importance import evaluating, forward, per_unit
+from slimlmm.importance import per_unit
 from slimlmm.moments import RIDGES, Moments, predict
 from slimlmm.wiring import Wiring, owner
 
@@ -29,60 +28,44 @@ from slimlmm.wiring import Wiring, owner
 class Stream:
     """What is known of a residual stream: its wiring, and moments of what each reader gets.
 
-    `moments`: by norm (its input after normalisation, before weight and bias), and by parameter for readers without norm.
+    `moments`: by norm (its input after normalisation, before weight and bias), and by parameter for readers
+    without norm.
     """
 
     wiring: Wiring
     moments: dict[str, Moments]
 
 
-def listen(model: PreTrainedModel, group: Group, wiring: Wiring, stack: ExitStack) -> Stream:
-    """Hook norms and raw readers of the stream until `stack` closes; the moments fill as batches run.
+def listen(model: PreTrainedModel, group: Group, wiring: Wiring, attach: Callable[..., None]) -> Stream:
+    """Attach moments to norms and raw readers of the stream; they fill as batches run.
 
-    Every token counts, padding included (few, and the same in all samples). A norm that is used again on a pooled vector
-    (BLIP-2) counts its first use only.
+    `attach` (module, moments, view) makes the module's inputs, as `view` shows them, count (see
+    `repair.collect`).
     """
     modules = dict(model.named_modules())
     device = next(model.parameters()).device
     moments: dict[str, Moments] = {}
-    ranks: dict[str, int] = {}
-
-    def hook(name: str, slot: Slot | None) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            values = inputs[0].detach()
-            if ranks.setdefault(name, values.dim()) != values.dim():
-                return
-            if slot is None:
-                moments[name].add(_normalised(values, wiring.kinds[name] == "layer"))
-            else:
-                moments[name].add(per_unit(values, slot, group.units).transpose(-1, -2))
-
-        return add
-
-    norms = [name for name, kind in wiring.kinds.items() if kind != "scale"]
-    places: list[tuple[str, str, Slot | None]] = [(name, name, None) for name in norms]
-    places += [(slot.parameter, owner(slot.parameter), slot) for slot in wiring.raw]
-    for key, module, slot in places:
-        moments[key] = Moments(group.units, device)
-        stack.callback(modules[module].register_forward_pre_hook(hook(key, slot)).remove)
+    for name, kind in wiring.kinds.items():
+        if kind != "scale":
+            moments[name] = Moments(group.units, device)
+            attach(modules[name], moments[name], partial(_normalised, centred=kind == "layer"))
+    for slot in wiring.raw:
+        moments[slot.parameter] = Moments(group.units, device)
+        attach(
+            modules[owner(slot.parameter)],
+            moments[slot.parameter],
+            partial(_chunks, slot=slot, units=group.units),
+        )
     return Stream(wiring=wiring, moments=moments)
-
-
-def observe(model: PreTrainedModel, group: Group, wiring: Wiring, batches: Iterable[Batch]) -> Stream:
-    """Run the batches and return the moments of the stream."""
-    with ExitStack() as stack, evaluating(model), torch.no_grad():
-        stream = listen(model, group, wiring, stack)
-        for batch in batches:
-            forward(model, batch)
-    return stream
 
 
 def basis(stream: Stream, size: int) -> Tensor:
     """Return the orthogonal B [N, N] whose first `size` rows span the directions of most variance; fp64.
 
-    The variance is pooled over all readers, each scaled to the same total power: C = sum_r G_r / tr G_r. With LayerNorm the
-    mean must survive the slice: B = diag(R, I) U^T with U = [1/sqrt N, leading directions orthogonal to it] and R [K, K]
-    orthogonal with first column 1/sqrt K, so that the all-ones vector of N channels becomes that of K channels, scaled.
+    The variance is pooled over all readers, each scaled to the same total power: C = sum_r G_r / tr G_r. With
+    LayerNorm the mean must survive the slice: B = diag(R, I) U^T with U = [1/sqrt N, leading directions
+    orthogonal to it] and R [K, K] orthogonal with first column 1/sqrt K, so that the all-ones vector of N
+    channels becomes that of K channels, scaled.
     """
     wiring = stream.wiring
     used = [
@@ -111,46 +94,57 @@ def rotate(
     tied_power: float = 0.5,
     ridges: Sequence[float] = RIDGES,
 ) -> None:
-    """Rotate the stream in place so that keeping its first `size` channels loses least; then refit the readers to them.
+    """Rotate the stream in place so that its first `size` channels lose least; then refit the readers.
 
-    At ``size == N`` the function of the model is unchanged, except through an opening norm (`Wiring.entry`) and a tied head,
-    where it is approximate. `rescaled` says that the slice which follows rescales norms by sqrt(N/K) (RMSNorm under
-    surgery.cut); where it does not (LayerNorm), the stream is scaled by s = sqrt(K/N) instead, which is exact with the same
-    epsilon. Norm weights become one number that keeps the rms of the readers (Adam sees weights of the usual size),
-    multiplied by the square root of the share of variance that the kept channels carry. `tied_power` p in [0, 1]: a head
-    tied to the embedding becomes E (1 + p (diag(w)/c - 1)) B^T, so p = 0 keeps the embedding exact and p = 1 the head.
+    At ``size == N`` the function of the model is unchanged, except through an opening norm (`Wiring.entry`)
+    and a tied head, where it is approximate. `rescaled` says that the slice which follows rescales norms by
+    sqrt(N/K) (RMSNorm under surgery.cut); where it does not (LayerNorm), the stream is scaled by s =
+    sqrt(K/N) instead, which is exact with the same epsilon. Norm weights become one number that keeps the rms
+    of the readers (Adam sees weights of the usual size), multiplied by the square root of the share of
+    variance that the kept channels carry. `tied_power` p in [0, 1]: a head tied to the embedding becomes E (1
+    + p (diag(w)/c - 1)) B^T, so p = 0 keeps the embedding exact and p = 1 the head.
     """
-    change = basis(stream, size)
-    scale = 1.0 if rescaled else (size / group.units) ** 0.5
-    work = _Rotation(model, group, stream, change, scale, size, tied_power)
+    work = _Rotation(
+        named=dict(model.named_parameters(remove_duplicate=False)),
+        group=group,
+        stream=stream,
+        change=basis(stream, size),
+        scale=1.0 if rescaled else (size / group.units) ** 0.5,
+        size=size,
+        tied_power=tied_power,
+    )
     with torch.no_grad():
         work.producers()
         work.readers(ridges)
         work.norms()
 
 
+@dataclass(slots=True, kw_only=True)
 class _Rotation:
-    """One rotation in progress: the pieces that producers, readers and norms need of each other."""
+    """One rotation in progress: the pieces that producers, readers and norms need of each other.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        group: Group,
-        stream: Stream,
-        change: Tensor,
-        scale: float,
-        size: int,
-        tied_power: float,
-    ) -> None:
-        self.named = dict(model.named_parameters(remove_duplicate=False))
-        self.group, self.stream, self.wiring = group, stream, stream.wiring
-        self.change, self.scale, self.size, self.tied_power = change, scale, size, tied_power
-        self.done: set[tuple[int, int, int]] = set()
-        self.size_of: dict[str, float] = {}
-        self.bias_of: dict[str, list[Tensor]] = {}
+    `size_of` holds the one number that a norm or a LayerScale (by its linear layer) keeps, `bias_of`
+    what a norm's bias adds to readers that have no bias to take it, `done` the places already rotated.
+    """
+
+    named: dict[str, nn.Parameter]
+    group: Group
+    stream: Stream
+    change: Tensor
+    scale: float
+    size: int
+    tied_power: float
+    done: set[tuple[int, int, int]] = field(default_factory=set)
+    size_of: dict[str, float] = field(default_factory=dict)
+    bias_of: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def wiring(self) -> Wiring:
+        """The wiring of the stream."""
+        return self.stream.wiring
 
     def producers(self) -> None:
-        """Multiply everything that writes the stream by s B, after LayerScale or the opening norm's weight is folded in."""
+        """Multiply what writes the stream by s B, with LayerScale or the opening norm's weight folded in."""
         for slot in self.group.slots:
             name = owner(slot.parameter)
             if slot.role != "produce" or not self._first(slot):
@@ -172,7 +166,7 @@ class _Rotation:
             _apply(self.named[slot.parameter], slot, self.group.units, matrix)
 
     def readers(self, ridges: Sequence[float]) -> None:
-        """Multiply everything that reads the stream by B^T, with norm weights and biases folded in; then refit to K channels."""
+        """Multiply what reads the stream by B^T, with norm weights and biases folded in, and refit it."""
         for norm, slots in self.wiring.readers.items():
             if not slots:
                 continue
@@ -217,7 +211,7 @@ class _Rotation:
                 weight.fill_(value - (kind == "rms1"))
 
     def _refit(self, slot: Slot, moments: Moments, size: float, ridges: Sequence[float]) -> None:
-        """Let the kept channels stand in for the dropped ones in one reader; moments and weights in the new basis."""
+        """Let kept channels stand in for dropped ones in one reader; moments, weights in the new basis."""
         kept = torch.arange(self.size, device=self.change.device)
         dropped = torch.arange(self.size, self.group.units, device=self.change.device)
         if not len(dropped):
@@ -247,7 +241,7 @@ class _Rotation:
             self.bias_of[norm] = gains
 
     def _rest_of_bias(self, name: str, bias: Tensor, tied: float) -> None:
-        """Set the norm's bias: the part that its readers could not take, fitted on the kept channels, or zero."""
+        """Set the norm's bias: what its readers could not take, fitted on the kept channels, or zero."""
         new = torch.zeros_like(self.change[0])
         if name == self.wiring.final:
             new = self.change @ bias.double() / tied
@@ -259,13 +253,13 @@ class _Rotation:
         bias.copy_(new)
 
     def _share(self, norm: str, matrix: Tensor) -> float:
-        """Return sqrt(tr of the kept part of M G M^T / tr G): what the norm's denominator loses with the dropped channels."""
+        """Return sqrt(kept part of tr M G M^T / tr G): what the norm's denominator loses by the cut."""
         gram = self.stream.moments[norm].gram()
         kept = ((matrix @ gram) * matrix).sum(1)[: self.size].sum()
         return float((kept / gram.trace().clamp(min=1e-300)).sqrt()) or 1.0
 
     def _scale_size(self, linear: str) -> float:
-        """Return the one LayerScale value that keeps the rms of the linear layer's weight when the scale is folded into it."""
+        """Return the one LayerScale value that keeps the rms of the weight which the scale is folded into."""
         if linear not in self.size_of:
             weight = self.named[f"{linear}.weight"].double()
             scale = self._weight(self.wiring.scaled[linear])
@@ -274,7 +268,7 @@ class _Rotation:
         return self.size_of[linear]
 
     def _weight(self, name: str) -> Tensor:
-        """Return the factors that a norm or scale multiplies with, [N] fp64 (1 + w for that kind of RMSNorm)."""
+        """Return the factors that a norm or scale applies, [N] fp64 (1 + w for that kind of RMSNorm)."""
         weight = self._parameter(name).double()
         return weight + 1 if self.wiring.kinds[name] == "rms1" else weight
 
@@ -297,7 +291,7 @@ class _Rotation:
         target.copy_(columns.reshape(target.shape))
 
     def _first(self, slot: Slot) -> bool:
-        """Tell whether this place of this tensor comes up for the first time (tied parameters have several names)."""
+        """Tell whether this place of this tensor comes up for the first time."""
         place = (id(self.named[slot.parameter]), slot.dim, slot.offset)
         fresh = place not in self.done
         self.done.add(place)
@@ -319,6 +313,11 @@ def _normalised(values: Tensor, centred: bool) -> Tensor:
         values = values - values.mean(-1, keepdim=True)
     unit: Tensor = values / values.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
     return unit
+
+
+def _chunks(values: Tensor, slot: Slot, units: int) -> Tensor:
+    """Return a reader's input as vectors over the units, [..., outer * inner, U]."""
+    return per_unit(values, slot, units).transpose(-1, -2).flatten(-3, -2)
 
 
 def _reflection(size: int) -> Tensor:

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from slimlmm.collate import Collator
 from slimlmm.data import Row, by_picture
-from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 
 ROWS_A_SHARD = 4096
@@ -51,6 +50,7 @@ class TeacherCache:
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._pending: dict[str, Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for shard in sorted(folder.glob("shard-*.safetensors")):
             self._register(shard)
@@ -67,22 +67,27 @@ class TeacherCache:
         self, rows: Sequence[Row], *, pictures_a_batch: int = 16, progress: Callable[[int, int], None] | None = None
     ) -> int:
         """Run the teacher on the rows that are not cached yet; return how many those were."""
-        missing = {key: row for row in rows if (key := self.key(row)) not in self._where}
+        missing = {key: row for row in rows if not self._has(key := self.key(row))}
         groups = by_picture(list(missing.values()), 16)
-        pending: dict[str, Tensor] = {}
         done = 0
         for start in range(0, len(groups), pictures_a_batch):
             batch = self.collator(groups[start : start + pictures_a_batch])
-            for row, hidden_AH in zip(batch["rows"], self.live(batch), strict=True):
-                pending[self.key(row)] = hidden_AH.half()
+            self.of(batch)
             done += len(batch["rows"])
-            if len(pending) >= ROWS_A_SHARD:
-                self._write(pending)
             if progress:
                 progress(done, len(missing))
-        if pending:
-            self._write(pending)
+        self.flush()
         return len(missing)
+
+    def of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
+        keys = [self.key(row) for row in batch["rows"]]
+        if not all(self._has(key) for key in keys):
+            self._pending.update({key: hidden.half() for key, hidden in zip(keys, self.live(batch), strict=True)})
+        found = torch.cat([self._read(key) for key in keys])
+        if len(self._pending) >= ROWS_A_SHARD:
+            self.flush()
+        return found
 
     @torch.inference_mode()
     def live(self, batch: dict[str, Any]) -> list[Tensor]:
@@ -96,10 +101,6 @@ class TeacherCache:
         texts = [prompter.turns(row.question, row.answer)[1] for row in rows]
         return [len(ids) for ids in prompter.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def hidden(self, rows: Sequence[Row]) -> Tensor:
-        """Return the cached hidden states of the rows, concatenated in order: [A, H] fp16."""
-        return torch.cat([self._read(self.key(row)) for row in rows])
-
     def logits(self, hidden_AH: Tensor) -> Tensor:
         """Return the teacher's logits [A, V] from cached hidden states through its frozen head."""
         with torch.no_grad():
@@ -107,9 +108,23 @@ class TeacherCache:
             logits: Tensor = self.head(hidden_AH.to(weight.device, weight.dtype))
         return logits
 
+    def flush(self) -> None:
+        """Write what is not on disk yet as one shard, under a temporary name that is replaced when whole."""
+        if not self._pending:
+            return
+        shard = self.folder / f"shard-{len(list(self.folder.glob('shard-*.safetensors'))):05d}.safetensors"
+        temporary = shard.with_suffix(".tmp")
+        save_file(self._pending, temporary)
+        temporary.rename(shard)
+        self._register(shard)
+        self._pending = {}
+
+    def _has(self, key: str) -> bool:
+        return key in self._pending or key in self._where
+
     def _read(self, key: str) -> Tensor:
-        if key not in self._where:
-            raise UserError(f"the teacher cache {self.folder} lacks a row that training asks for; fill it first.")
+        if key in self._pending:
+            return self._pending[key]
         shard = self._where[key]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")
@@ -119,12 +134,3 @@ class TeacherCache:
     def _register(self, shard: Path) -> None:
         with safe_open(shard, framework="pt") as file:
             self._where.update(dict.fromkeys(file.keys(), shard))
-
-    def _write(self, pending: dict[str, Tensor]) -> None:
-        """Write one shard under a temporary name, rename it when whole, and empty `pending`."""
-        shard = self.folder / f"shard-{len(list(self.folder.glob('shard-*.safetensors'))):05d}.safetensors"
-        temporary = shard.with_suffix(".tmp")
-        save_file(pending, temporary)
-        temporary.rename(shard)
-        self._register(shard)
-        pending.clear()

@@ -1,7 +1,7 @@
-"""Which norm feeds which reader of a residual stream, found by following one forward pass through the autograd graph.
+"""Which norm feeds which reader of a residual stream, found by following a forward pass through its graph.
 
-Shapes tell who owns a channel, not who reads it through which norm; to rotate the stream one must know both. Nothing here
-looks at class names: norms are told apart by what they compute, links by what the graph says.
+Shapes tell who owns a channel, not who reads it through which norm; to rotate the stream one must know both.
+Nothing here looks at class names: norms are told apart by what they compute, links by what the graph says.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ PRODUCTS = ("mm", "Linear", "Convolution", "Matmul")
 
 
 class NotRotatable(Exception):  # noqa: N818
-    """Why the basis of this residual stream cannot be changed; the message is for the plan, the caller falls back."""
+    """Why the basis of this residual stream cannot be changed; the caller falls back and tells."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Wiring:
-    """The residual stream of one group: `readers` by norm, `raw` readers, scales by producer, and the tied head, if any.
+    """The residual stream of one group: `readers` by norm, `raw` readers, scales by producer, the tied head.
 
-    `kinds` gives every live norm and scale by module name. `entry` is a norm that opens the stream (CLIP's first one) and
-    `before_entry` the parameters that feed it. `final` is the norm in front of a head that shares its matrix with the
-    embedding `tied`. `dead` parameters never reach the logits.
+    `kinds` gives every live norm and scale by module name. `entry` is a norm that opens the stream (CLIP's
+    first one) and `before_entry` the parameters that feed it. `final` is the norm in front of a head that
+    shares its matrix with the embedding `tied`. `dead` parameters never reach the logits.
     """
 
     kinds: dict[str, NormKind] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def owner(parameter: str) -> str:
 
 
 def trace(model: PreTrainedModel, group: Group, batch: Batch) -> Wiring:
-    """Return the wiring of the residual stream `group`, or raise NotRotatable with the reason. One forward pass with its graph."""
+    """Return the wiring of the residual stream `group` from one forward pass, or raise NotRotatable."""
     with evaluating(model), _all_gradients(model), torch.enable_grad(), _Recorder(model, group) as record:
         logits = forward(model, batch).logits
         graph = _Graph(logits.grad_fn)
@@ -86,7 +86,7 @@ def trace(model: PreTrainedModel, group: Group, batch: Batch) -> Wiring:
 
 
 def classify(module: nn.Module, size: int) -> NormKind:
-    """Tell a norm by what it computes on a random vector: LayerNorm, RMSNorm with weight w or 1 + w, or a plain scale."""
+    """Tell a norm by what it computes: LayerNorm, RMSNorm with weight w or 1 + w, or a plain scale."""
     weight = next(p for name, p in module.named_parameters(recurse=False) if name != "bias").detach()
     offset = getattr(module, "bias", None)
     offset = offset.detach() if isinstance(offset, Tensor) else torch.zeros_like(weight)
@@ -114,7 +114,7 @@ def classify(module: nn.Module, size: int) -> NormKind:
 
 
 class _Recorder:
-    """Context manager that notes the autograd nodes of inputs and outputs of every module that holds a slot of the group."""
+    """Context manager that notes the autograd nodes at every module that holds a slot of the group."""
 
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
         self.modules = dict(model.named_modules())
@@ -225,7 +225,7 @@ def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph
     return wiring
 
 
-def _link_readers(
+def _link_readers(  # noqa: PLR0917
     model: PreTrainedModel,
     slots: list[Slot],
     record: _Recorder,
@@ -260,7 +260,7 @@ def _link_readers(
 def _check_norms(
     named: dict[str, nn.Parameter], slots: list[Slot], record: _Recorder, graph: _Graph, wiring: Wiring
 ) -> None:
-    """Refuse norms whose output is used by anything but linear readers; recognise the one that opens the stream."""
+    """Refuse norms whose output goes elsewhere than to linear readers; find the one that opens the stream."""
     for name in [n for n, kind in wiring.kinds.items() if kind != "scale"]:
         node = record.out[name]
         if all(_is(end, PRODUCTS) for end in graph.ends(node)):
@@ -276,7 +276,7 @@ def _check_norms(
 
 @contextmanager
 def _all_gradients(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block all parameters require gradients (so that the graph reaches them); flags are restored."""
+    """Within the block all parameters require gradients, so that the graph reaches them."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(True)

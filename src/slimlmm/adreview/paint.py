@@ -41,6 +41,8 @@ class Canvas:
     pictures: list[Box] = field(default_factory=list)
     caps: dict[str, float] = field(default_factory=dict)
     """Height of a capital of each text."""
+    letters: list[tuple[str, str, Box]] = field(default_factory=list)
+    """Every character written: name of its text, character, box (the height is that of the line)."""
 
 
 def paint(facts: Facts, rng: Random) -> Canvas:
@@ -152,6 +154,11 @@ def _write(canvas: Canvas, name: str, text: str, spot: Box, style: Lettering) ->
     letters, edge = font(style.face, style.size), 2 if style.halo else 0
     canvas.caps[name] = -letters.getbbox("H", anchor="ls")[1]
     canvas.draw.text(middle, text, style.ink, letters, anchor="mm", stroke_width=edge, stroke_fill=style.halo)
+    left = middle[0] - letters.getlength(text) / 2
+    ends = [round(left + letters.getlength(text[:end])) for end in range(len(text) + 1)]
+    canvas.letters += [
+        (name, character, (ends[at], spot[1], ends[at + 1], spot[3])) for at, character in enumerate(text)
+    ]
 
 
 def _slogan(canvas: Canvas, lines: tuple[str, ...], y: int, case: Case) -> None:

@@ -1,0 +1,227 @@
+"""The command line: each verb parses, calls one function, prints; ``--json`` wherever something is reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from slimlmm.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune and distill a vision-language model into a plain Hugging Face checkpoint 10-40x smaller, and prove what was kept.",
+)
+
+Model = Annotated[str, typer.Argument(help="Local folder or hub id of the model.")]
+Data = Annotated[Path, typer.Option("--data", help="Folder or file of rows: image, question, answer[, task].")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub. Off: stock classes only.")]
+Recipe = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
+
+
+def main() -> None:
+    """Run the command line; bad input gives one message and exit code 2, Ctrl-C exit code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to resume.", 130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _stop(f"{error.filename or 'file'}: {error.strerror}.", 2)
+    except Exception as error:
+        _stop_or_raise(error)
+
+
+def _stop_or_raise(error: Exception) -> None:
+    """Show usage errors and clean exits of the parser as it would itself; anything else is a bug and keeps its traceback."""
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        sys.exit(error.exit_code)
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    if isinstance(error, click.Abort):
+        sys.exit(130)
+    raise error
+
+
+def _stop(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]slimlmm:[/red] {message.replace('[', chr(92) + '[')}", highlight=False)
+    sys.exit(code)
+
+
+def _report(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1, default=str))
+    else:
+        show()
+
+
+@app.command(epilog="Example: `slimlmm inspect path/to/model`")
+def inspect(model: Model, json_out: Json = False, trust_remote_code: Trust = False) -> None:
+    """Show the axes of a model: size, legal sizes, share of parameters, and what cannot be cut and why."""
+    from slimlmm import commands
+
+    found = commands.inspect(model, trust_remote_code=trust_remote_code)
+    _report(found, json_out, lambda: Console().print(commands.inspection(found)))
+
+
+@app.command(epilog="Example: `slimlmm cut MODEL --set text.ffn=128 --set vision.blocks=3 --out small --criterion magnitude`")
+def cut(
+    model: Model,
+    out: Out,
+    sizes: Annotated[list[str], typer.Option("--set", help="axis=size; repeat for several axes.")],
+    criterion: Annotated[str, typer.Option(help="magnitude or random (no data); taylor or activation with --data.")] = "magnitude",
+    data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor and activation.")] = None,
+    seed: Seed = 0,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Prune only: cut axes to the given sizes and save a plain checkpoint; no training."""
+    from slimlmm import commands
+
+    found = commands.cut(model, out, sizes, criterion=criterion, source=data, seed=seed, trust_remote_code=trust_remote_code)
+    _report(found, json_out, lambda: print(f"{found['parameters_before']:,} -> {found['parameters']:,} parameters: {out}"))
+
+
+@app.command(epilog="Example: `slimlmm finetune MODEL --data DATA --out corrected`")
+def finetune(
+    model: Model,
+    data: Data,
+    out: Out,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML list of trainings (see docs/recipes.md).")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the train rows, when there is no recipe.")] = 3.0,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Teacher correction: fine-tune a model on your own data, evaluated before and after."""
+    from slimlmm import commands
+    from slimlmm.progress import reporter
+
+    with reporter(quiet) as tell:
+        found = commands.finetune(
+            model, data, out, recipe=recipe, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code, tell=tell
+        )
+    _report(found, json_out, lambda: print(commands.finetuned(found)))
+
+
+@app.command(epilog="Example: `slimlmm compress MODEL --data DATA --out runs/mine --shrink 18`")
+def compress(
+    model: Model,
+    data: Data,
+    out: Out,
+    shrink: Annotated[float | None, typer.Option(help="Teacher's parameters over the student's.")] = None,
+    recipe: Recipe = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of validation accuracy that may be lost.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    quiet: Quiet = False,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """The main job: prune and distill in stages; the same command again resumes at the last finished round."""
+    from slimlmm import commands, pipeline, report
+    from slimlmm.progress import reporter
+
+    settings = commands.settings(recipe, shrink=shrink, max_drop=max_drop, seed=seed)
+    with reporter(quiet) as tell:
+        found = pipeline.run(
+            model, data, out, settings, command=_command(), trust_remote_code=trust_remote_code, tell=tell
+        )
+    _report(found.model_dump(mode="json"), json_out, lambda: Console().print(report.final_table(found)))
+
+
+@app.command(epilog="Example: `slimlmm evaluate runs/mine/final --data DATA --split test`")
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    rows: Annotated[int | None, typer.Option(help="Most rows, whole pictures, seeded; all by default.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another model on the same rows: paired drop and agreement.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Exact match of generated answers per task, with n and standard error."""
+    from slimlmm import commands
+    from slimlmm.progress import reporter
+
+    with reporter(quiet) as tell:
+        found = commands.evaluate(
+            model, data, split=split, count=rows, against=against, seed=seed, trust_remote_code=trust_remote_code, tell=tell
+        )
+    _report(found, json_out, lambda: Console().print(commands.accuracy_table(found)))
+
+
+@app.command(epilog="Example: `slimlmm bench runs/mine/final --against MODEL --data DATA`")
+def bench(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="Another model, timed in turns with the first.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to answer; AdReview creatives without it.")] = None,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls at batch 1; a sixth of it at batch 32.")] = 50,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Parameters, bytes, FLOPs, memory, batch-1 latency and batch-32 throughput; measured, or null."""
+    from slimlmm import commands
+
+    found = commands.bench(model, against=against, source=data, calls=calls, trust_remote_code=trust_remote_code)
+    _report(found, json_out, lambda: Console().print(commands.bench_table(found)))
+
+
+@app.command(epilog="Example: `slimlmm adreview data/adreview --train 12000 --val 1000 --test 2400`")
+def adreview(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    train: Annotated[int, typer.Option(min=0, help="Train rows (10 a picture).")] = 12_000,
+    val: Annotated[int, typer.Option(min=0, help="Validation rows.")] = 1_000,
+    test: Annotated[int, typer.Option(min=0, help="Test rows.")] = 2_400,
+    seed: Seed = 0,
+    json_out: Json = False,
+) -> None:
+    """Write AdReview, the open advertisement-review data set, as JSONL and pictures."""
+    from slimlmm import commands
+
+    found = commands.adreview(folder, train=train, val=val, test=test, seed=seed)
+    _report(found, json_out, lambda: print(f"{folder}: {found['rows']} rows, sha256 {found['sha256']}"))
+
+
+@app.command(epilog="Example: `slimlmm demo --out runs/demo`")
+def demo(out: Out = Path("runs/demo"), quiet: Quiet = False, json_out: Json = False) -> None:
+    """Compress the bundled teacher live on AdReview, and evaluate the bundled 18x student."""
+    from slimlmm import commands
+    from slimlmm.demo import demo as run
+    from slimlmm.progress import reporter
+
+    with reporter(quiet) as tell:
+        found = run(out, command=_command(), tell=tell)
+    _report(found, json_out, lambda: Console().print(commands.demo_page(found)))
+
+
+def _command() -> str:
+    return shlex.join(["slimlmm", *sys.argv[1:]])

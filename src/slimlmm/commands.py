@@ -1,0 +1,358 @@
+"""What the command line's verbs do, as plain functions: input checked, result returned as a dictionary, tables beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Group as Lines
+from rich.table import Table
+
+from slimlmm import adreview as generator
+from slimlmm import checkpoint, data, importance, measure, plan, surgery
+from slimlmm import evaluate as evaluation
+from slimlmm import recipe as recipes
+from slimlmm.anatomy import describe, predict_parameters
+from slimlmm.axes import Anatomy
+from slimlmm.collate import Collator
+from slimlmm.distill import can_pack, train
+from slimlmm.errors import UserError
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.losses import cross_entropy
+from slimlmm.progress import Reporter
+from slimlmm.recipe import Recipe, Training
+from slimlmm.report import duration, final_table, points, rounds_table
+from slimlmm.results import Results, effect
+from slimlmm.selfcheck import self_check
+from slimlmm.snapshot import model_record
+
+
+def settings(path: Path | None, *, shrink: float | None, max_drop: float | None, seed: int | None) -> Recipe:
+    """Return the recipe of a file (or the defaults) with what the command line says over it."""
+    base = recipes.read(path) if path else Recipe()
+    said = {"shrink": shrink, "max_drop": max_drop, "seed": seed}
+    if shrink is not None and base.stages:
+        raise UserError(f"{path} lists stages, so --shrink has no effect; leave one of the two out.")
+    raw = base.model_dump(mode="json") | {key: value for key, value in said.items() if value is not None}
+    return recipes.parse(raw, "command line")
+
+
+def inspect(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Describe every axis of a model from its config alone; no weights are read."""
+    config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
+    anatomy = describe(config)
+    total = predict_parameters(config, {})
+    axes = []
+    for name, axis in anatomy.axes.items():
+        choices = axis.choices() if not axis.refusal else ()
+        least = min(choices) if choices else None
+        axes.append(
+            {
+                "axis": name,
+                "size": axis.size,
+                "allowed": _ranges(choices),
+                "parameters_at_least": predict_parameters(config, {name: least}) if least else None,
+                "share": 1 - predict_parameters(config, {name: least}) / total if least else None,
+                "exact": axis.exact,
+                "note": axis.note,
+                "refusal": axis.refusal,
+            }
+        )
+    return {"model": model, "model_type": anatomy.model_type, "parameters": total, "axes": axes}
+
+
+def inspection(found: dict[str, Any]) -> Lines:
+    """Return the terminal view of `inspect`."""
+    table = Table(title=f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters")
+    for head, side in (("axis", "left"), ("size", "right"), ("allowed", "left"), ("share", "right"), ("cut", "left"), ("note", "left")):
+        table.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
+    for axis in found["axes"]:
+        share = "-" if axis["share"] is None else f"{100 * axis['share']:.1f} %"
+        kind = "[red]refused[/red]" if axis["refusal"] else "exact" if axis["exact"] else "close"
+        table.add_row(axis["axis"], str(axis["size"]), axis["allowed"], share, kind, axis["refusal"] or axis["note"])
+    return Lines(table, "share: parameters that go when this axis alone is cut to its smallest legal size")
+
+
+def _ranges(choices: Sequence[int]) -> str:
+    """Say legal sizes briefly: "9, 18 .. 576 by 9"."""
+    if len(choices) <= 6:
+        return ", ".join(map(str, choices)) or "-"
+    step = choices[1] - choices[0]
+    return f"{choices[0]} .. {choices[-1]}" + (f" by {step}" if step > 1 else "")
+
+
+def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
+    """Parse ``axis=size`` words; all problems at once."""
+    sizes, problems = {}, []
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value.isdigit():
+            problems.append(f"{text!r} is not axis=size (a whole number)")
+            continue
+        try:
+            axis = anatomy.axis(name)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if axis.kind == "vocab":
+            problems.append("vocab goes with the tokenizer and needs texts: put drop: [unused_tokens] into a recipe for compress")
+        elif not 0 < int(value) <= axis.size:
+            problems.append(f"{text}: the axis has {axis.size}; give 1 to {axis.size}")
+        sizes[name] = int(value)
+    if problems:
+        raise UserError("--set: " + "; ".join(problems))
+    return sizes
+
+
+def cut(
+    model: str,
+    out: Path,
+    texts: Sequence[str],
+    *,
+    criterion: str = "magnitude",
+    source: Path | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Prune without training: prove the cut on a shallow copy, score, slice, save."""
+    needs = importance.needs_of(criterion)
+    if needs in ("activations", "gradients") and source is None:
+        raise UserError(f"the criterion {criterion!r} needs --data; magnitude and random do not.")
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
+    checkpoint.refuse_foreign(out.expanduser().absolute())
+    sizes = sizes_of(texts, describe(loaded.model.config))
+    failed = [check for check in self_check(loaded.model.config, sizes) if not check.ok]
+    if failed:
+        raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))
+    rows = data.sample(data.load(source).need("train", source), 256, seed) if source else []
+    before, student = loaded.model.num_parameters(), loaded.model
+    for axis, size in sizes.items():
+        anatomy = describe(student.config)
+        batches = _batches(student, loaded.processor, rows)
+        scores = importance.score(student, anatomy, [axis], criterion, batches, _answer_loss, seed=seed)
+        student = surgery.cut(student, anatomy, axis, plan.choose(scores, anatomy, axis, size))
+    checkpoint.save(student, loaded.processor, out, source=loaded.path)
+    return {"out": str(out), "sizes": sizes, "parameters_before": before, "parameters": student.num_parameters()}
+
+
+def _batches(model: Any, processor: Any, rows: Sequence[data.Row]) -> list[dict[str, Any]]:
+    if not rows:
+        return []
+    collator = Collator(processor, packed=can_pack(model, processor, rows))
+    groups = data.by_picture(rows, 16)
+    return [to_device(collator(groups[at : at + 4]), model.device) for at in range(0, len(groups), 4)]
+
+
+def _answer_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    logits_AV, labels_A, _ = answer_logits(model, batch)
+    return cross_entropy(logits_AV, labels_A) / labels_A.numel()
+
+
+def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> list[Training]:
+    """Return the trainings of a YAML list, or one that passes `epochs` times over the rows."""
+    if path is None:
+        pictures = len(data.by_picture(rows, 16))
+        steps = max(1, round(epochs * pictures / 16))
+        return [Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})]
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{path}: must be a list of trainings, each with steps, learning_rate ...")
+    return recipes.parse_trainings(raw, str(path))
+
+
+def finetune(
+    model: str,
+    source: Path,
+    out: Path,
+    *,
+    recipe: Path | None,
+    epochs: float,
+    seed: int,
+    tell: Reporter,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune on the train rows and save; validation accuracy before and after."""
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device="cuda" if torch.cuda.is_available() else "cpu")
+    _processor(loaded, model)
+    checkpoint.refuse_foreign(out.expanduser().absolute())
+    splits = data.load(source, seed=seed)
+    for note in splits.notes:
+        tell.say(note)
+    rows = splits.need("train", source)
+    validation = data.sample(splits.need("validation", source), 500, seed)
+    phases = trainings(recipe, rows, epochs)
+    torch.manual_seed(seed)
+    before = evaluation.evaluate(loaded.model, loaded.processor, validation)
+    done = [
+        train(
+            loaded.model, loaded.processor, rows, phase, out.parent / f".{out.name}.training", seed=seed,
+            progress=lambda facts: tell.step("fine-tuning", facts["step"], facts["steps"], loss=facts["loss"]),
+        )
+        for phase in phases
+    ]
+    after = evaluation.evaluate(loaded.model, loaded.processor, validation)
+    checkpoint.save(loaded.model, loaded.processor, out, source=loaded.path)
+    return {
+        "out": str(out),
+        "validation_before": before.summary.model_dump(),
+        "validation_after": after.summary.model_dump(),
+        "row_visits": sum(one.row_visits for one in done),
+        "seconds": sum(one.seconds for one in done),
+        "flops": sum(one.flops for one in done),
+    }
+
+
+def finetuned(found: dict[str, Any]) -> str:
+    """Return the sentence that `finetune` prints."""
+    before, after = (found[key]["overall"] for key in ("validation_before", "validation_after"))
+    return (
+        f"validation exact match {100 * before['accuracy']:.1f} % -> {100 * after['accuracy']:.1f} % of {after['n']} rows, "
+        f"{found['row_visits']:,} row visits in {found['seconds']:.0f} s: {found['out']}"
+    )
+
+
+def _processor(loaded: checkpoint.Loaded, model: str) -> None:
+    if loaded.processor is None:
+        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
+
+
+def evaluate(
+    model: str,
+    source: Path,
+    *,
+    split: str,
+    count: int | None,
+    against: str | None,
+    seed: int,
+    tell: Reporter,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluate one model, or two on the same rows, on a split of the data."""
+    if split not in data.SPLITS:
+        raise UserError(f"--split {split!r}: known: {', '.join(data.SPLITS)}.")
+    splits = data.load(source, seed=seed)
+    for note in splits.notes:
+        tell.say(note)
+    rows = data.sample(splits.need(split, source), count, seed)
+    found = []
+    for name in [model] + ([against] if against else []):
+        loaded = checkpoint.load(name, trust_remote_code=trust_remote_code)
+        _processor(loaded, name)
+        found.append(
+            evaluation.evaluate(
+                loaded.model, loaded.processor, rows, progress=lambda done, total: tell.step("evaluating", done, total)
+            )
+        )
+    result: dict[str, Any] = {"model": model, "split": split, **found[0].summary.model_dump()}
+    if against:
+        result |= {"against": against, "effect": effect(found[1], found[0], seed=seed).model_dump(), "other": found[1].summary.model_dump()}
+    return result
+
+
+def accuracy_table(found: dict[str, Any]) -> Table:
+    """Return the terminal view of `evaluate`."""
+    table = Table(title=f"{found['model']}: exact match on {found['split']}, per cent")
+    for head in ("task", "n", "accuracy", "+- s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
+        table.add_column(head, justify="left" if head == "task" else "right")
+    for task, score in [*found["tasks"].items(), ("all", found["overall"])]:
+        cells = [task, str(score["n"]), f"{100 * score['accuracy']:.1f}", f"{100 * score['se']:.1f}"]
+        if "effect" in found:
+            other = found["other"]["overall"] if task == "all" else found["other"]["tasks"][task]
+            drop = found["effect"]["drop"] if task == "all" else found["effect"]["drop_tasks"][task]
+            cells += [
+                f"{100 * other['accuracy']:.1f}",
+                f"{100 * drop['mean']:+.1f} [{100 * drop['low']:+.1f}, {100 * drop['high']:+.1f}]",
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def bench(
+    model: str, *, against: str | None, source: Path | None, calls: int, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Measure one model, or two in turns, on rows of the data (or fresh AdReview creatives)."""
+    sides = [checkpoint.load(name, trust_remote_code=trust_remote_code) for name in (model, against) if name]
+    for side, name in zip(sides, (model, against), strict=False):
+        _processor(side, str(name))
+    rows = _bench_rows(source)
+    found: dict[str, Any] = {"environment": measure.environment().model_dump(), "rows": len(rows)}
+    found["models"] = [model_record(side, None, rows).model_dump() for side in sides]
+    batches = max(3, calls // 6)
+    if against:
+        found["latency"] = measure.compare(sides[0], sides[1], rows, n=calls).model_dump()
+        found["throughput"] = measure.compare(sides[0], sides[1], rows, batch_size=32, n=batches, warmup=1).model_dump()
+    else:
+        one = sides[0]
+        found["latency"] = {"first": measure.latency(one.model, one.processor, rows, n=calls).model_dump()}
+        found["throughput"] = {"first": measure.throughput(one.model, one.processor, rows, n=batches).model_dump()}
+    return found
+
+
+def _bench_rows(source: Path | None) -> list[data.Row]:
+    if source is not None:
+        splits = data.load(source)
+        return splits.test or splits.validation or splits.train
+    rows = []
+    for index in range(16):
+        picture, questions = generator.creative(index, "test")
+        content = generator.build.jpeg(picture)
+        rows += [data.Row(one["id"], content, one["question"], one["answer"], one["task"]) for one in questions]
+    return rows
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    """Return the terminal view of `bench`."""
+    names = [one["name"] for one in found["models"]]
+    table = Table(title="measured on this machine")
+    table.add_column("figure")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("ratio", justify="right")
+    sides = ("first", "second")[: len(names)]
+
+    def row(label: str, values: list[float | None], shown: str, ratio: float | None = None) -> None:
+        cells = ["-" if value is None else format(value, shown) for value in values]
+        table.add_row(label, *cells, "-" if ratio is None else f"{ratio:.2f}")
+
+    counts = [one["parameters"]["total"] for one in found["models"]]
+    row("parameters", counts, ",", counts[0] / counts[-1] if len(counts) > 1 else None)
+    row("bytes on disk", [one["disk_bytes"] for one in found["models"]], ",")
+    row(f"FLOPs per answer of {found['models'][0]['flops_answer_tokens']} tokens", [one["flops"] for one in found["models"]], ".3g")
+    row("peak memory, MB", [one["memory"]["peak"] / 1e6 if one["memory"] else None for one in found["models"]], ",.0f")
+    latency, throughput = found["latency"], found["throughput"]
+    for label, key in (("latency p50, ms (batch 1)", "p50"), ("latency p95, ms", "p95")):
+        row(label, [1e3 * latency[side][key] for side in sides], ".1f", latency.get("ratio") if key == "p50" else None)
+    row("rows/s at batch 32", [throughput[side]["rows_per_second"] for side in sides], ".1f", throughput.get("ratio"))
+    return table
+
+
+def adreview(folder: Path, *, train: int, val: int, test: int, seed: int) -> dict[str, Any]:
+    """Write AdReview into a new or empty folder."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder.")
+    return asdict(generator.write(folder, train=train, val=val, test=test, seed=seed))
+
+
+def demo_page(found: dict[str, Any]) -> Lines:
+    """Return the terminal view of the demo: the live run, then what the bundled student costs and keeps."""
+    live = Results.model_validate(found["live"])
+    parts: list[Any] = [rounds_table(live).rich("rounds of the live run"), final_table(live)]
+    if "student" in found:
+        one, headline = found["student"], Results.model_validate(found["student"]["headline"])
+        score, totals = one["accuracy"]["overall"], headline.totals
+        whole = live.teacher.parameters["total"]
+        lost = "" if headline.effect is None else f"; its own run lost {points(headline.effect.drop)} points"
+        cost = "" if totals is None else f" and took {duration(totals.seconds)} on {headline.environment.gpu or headline.environment.cpu}"
+        parts.append(
+            f"bundled student: {one['parameters']:,} parameters ({whole / one['parameters']:.1f}x fewer), "
+            f"{100 * score['accuracy']:.1f} % exact match on the same {score['n']} test rows{lost}{cost} (make headline)"
+        )
+    parts.append(f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}")
+    return Lines(*parts)

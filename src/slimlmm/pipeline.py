@@ -1,0 +1,426 @@
+"""The main job: teacher and data in, a plain checkpoint 10-40x smaller out, every round written down.
+
+`run` reads like the diagram in the README: load -> [score -> choose -> repair -> cut -> recover -> evaluate]* -> measure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimlmm import checkpoint, data, importance, plan, repair, report, results, surgery, vocab
+from slimlmm.anatomy import dead_blocks, describe, predict_parameters
+from slimlmm.axes import Keep
+from slimlmm.collate import Batch, Collator, Prompter
+from slimlmm.distill import TrainResult, can_pack, train
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Evaluation, Score, drop, evaluate
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.losses import combine
+from slimlmm.measure import compare, environment
+from slimlmm.progress import Quiet, Reporter
+from slimlmm.recipe import Recipe, Round, Stage, dump
+from slimlmm.results import Results
+from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.selfcheck import self_check
+from slimlmm.snapshot import model_record
+from slimlmm.teacher import TeacherCache, weights_fingerprint
+
+CALIBRATION_LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
+
+
+@dataclass(slots=True)
+class _Job:
+    """What every round of one run shares."""
+
+    folder: RunFolder
+    recipe: Recipe
+    train_rows: list[data.Row]
+    calibration: list[data.Row]
+    validation: list[data.Row]
+    tell: Reporter
+    cache: TeacherCache | None = None
+    teacher_validation: Evaluation | None = None
+
+
+@dataclass(slots=True)
+class _Done:
+    """A finished round: the model it left, its record, and whether it kept the promise."""
+
+    model: PreTrainedModel
+    processor: Any
+    record: results.Round
+    folder: Path
+    kept_promise: bool
+
+
+def run(
+    model: str | Path,
+    source: str | Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    command: str | None = None,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
+) -> Results:
+    """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; resumes at the last finished round.
+
+    Raises:
+        UserError: bad model, data or recipe, a budget or an axis that cannot be met, or a folder of another run.
+    """
+    tell = tell or Quiet()
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
+    if loaded.processor is None:
+        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
+    splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed)
+    rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
+    stages = _stages(loaded.model, rows["train"], recipe)
+    _check_stages(loaded.model.config, stages)
+    for note in splits.notes:
+        tell.say(note)
+    identity = {
+        "model": weights_fingerprint(loaded.model),
+        "data": data.fingerprint([row for part in rows.values() for row in part]),
+        "recipe": dump(recipe),
+    }
+    folder = RunFolder.open(out, identity, dump(recipe.model_copy(update={"stages": stages})))
+    job = _job(folder, recipe, rows, tell)
+    _prove(loaded.model.config, stages, tell)
+    job.teacher_validation = _evaluation(folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation")
+    done = _rounds(job, loaded, stages)
+    last = next((one for one in reversed(done) if one.kept_promise), None)
+    if last is None:
+        raise UserError(f"no round kept within {recipe.max_drop} points of the teacher; see {folder.path}/stages for what was tried.")
+    checkpoint.save(last.model, last.processor, folder.final)
+    test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
+    found = _finish(job, loaded, checkpoint.load(folder.final, device=_device()), done, test)
+    found = found.model_copy(
+        update={
+            "name": out.name,
+            "command": command,
+            "data": results.Dataset(
+                name=str(source),
+                fingerprint=identity["data"],
+                rows={name: len(part) for name, part in rows.items()},
+                notes=tuple(splits.notes),
+            ),
+        }
+    )
+    found.save(folder.path / "results.json")
+    report.write(found, folder.path)
+    return found
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stages(model: PreTrainedModel, rows: Sequence[data.Row], recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the recipe's stages, or the default schedule for its shrink."""
+    if recipe.stages:
+        return recipe.stages
+    if recipe.shrink is None:
+        raise UserError("say how small: --shrink 18, or stages in the recipe.")
+    whole = predict_parameters(model.config, {})
+    final = plan.sizes_for(model.config, recipe.shrink, whole)
+    per_picture = round(len(rows) / len({row.picture_key() for row in rows}))
+    return plan.stages_for(model.config, final, row_visits=recipe.row_visits, rows_per_picture=per_picture)
+
+
+def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
+    """Refuse axes and sizes that the config cannot say, all at once, before anything runs."""
+    anatomy, problems = describe(config), []
+    current = {name: axis.size for name, axis in anatomy.axes.items()}
+    for stage in stages:
+        for number, turn in enumerate(stage.rounds):
+            where = f"stages.{stage.name}.rounds.{number}.sizes"
+            for name, size in turn.sizes.items():
+                try:
+                    anatomy.axis(name)
+                except UserError as error:
+                    problems.append(f"{where}: {error}")
+                    continue
+                if not 0 < size <= current[name]:
+                    problems.append(f"{where}.{name}={size}: the axis has {current[name]} by then; give 1 to {current[name]}.")
+                current[name] = size
+    if problems:
+        raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
+
+
+def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> _Job:
+    settings = recipe.data
+    training = data.sample(rows["train"], settings.train_rows, recipe.seed)
+    return _Job(
+        folder=folder,
+        recipe=recipe,
+        train_rows=training,
+        calibration=data.sample(training, settings.calibration_rows, recipe.seed + 1),
+        validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
+        tell=tell,
+    )
+
+
+def _prove(config: Any, stages: Sequence[Stage], tell: Reporter) -> None:
+    """Prove on a shallow copy that every axis of the recipe is cut rightly for this very configuration."""
+    axes = sorted({name for stage in stages for turn in stage.rounds for name in turn.sizes})
+    failed = []
+    for check in self_check(config, axes):
+        tell.say(f"self-check {check.axis}", **({"error": check.error} if check.ok else {"failed": check.reason}))
+        if not check.ok:
+            failed.append(f"{check.axis}: {check.reason}")
+    if failed:
+        raise UserError("this configuration cannot be cut as asked:\n  " + "\n  ".join(failed))
+
+
+def _rounds(job: _Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> list[_Done]:
+    """Make the rounds in order; stop after one that breaks the promised floor."""
+    done: list[_Done] = []
+    model, processor = loaded.model, loaded.processor
+    turns = [(stage.name, index, turn) for stage in stages for index, turn in enumerate(stage.rounds, 1)]
+    for number, (name, index, turn) in enumerate(turns, 1):
+        if job.cache is None and not turn.drop:
+            job.cache = TeacherCache(model, Collator(processor, packed=can_pack(model, processor, job.calibration)), job.folder.cache)
+        folder = job.folder.stage(number, f"{name}.{index}")
+        if (folder / "done.json").exists():
+            one = _resumed(job, folder)
+            job.tell.say(f"round {number}/{len(turns)} {name}.{index} was done", parameters=one.record.parameters)
+        else:
+            job.tell.say(f"round {number}/{len(turns)} {name}.{index}", **turn.sizes)
+            one = _round(job, model, processor, turn, (number, name, index), folder)
+        done.append(one)
+        model, processor = one.model, one.processor
+        if not one.kept_promise:
+            job.tell.say(f"round {number} lost more than the promised {job.recipe.max_drop} points; stopping at the round before")
+            break
+    return done
+
+
+def _resumed(job: _Job, folder: Path) -> _Done:
+    loaded = checkpoint.load(folder / "model", device=_device())
+    record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
+    return _Done(loaded.model, loaded.processor, record, folder, _promise(job, record))
+
+
+def _promise(job: _Job, record: results.Round) -> bool:
+    """Tell whether the round's validation score is within `max_drop` points of the teacher's."""
+    if job.recipe.max_drop is None:
+        return True
+    score = record.after_recovery or record.after_cut
+    assert score is not None
+    assert job.teacher_validation is not None
+    return 100 * (job.teacher_validation.accuracy - score.accuracy) <= job.recipe.max_drop
+
+
+def _round(
+    job: _Job, model: PreTrainedModel, processor: Any, turn: Round, place: tuple[int, str, int], folder: Path
+) -> _Done:
+    """Score, choose, repair, cut, recover, evaluate; written down before it counts."""
+    number, name, index = place
+    began = time.perf_counter()
+    before = describe(model.config).sizes
+    counted = model.num_parameters()
+    for what in turn.drop:
+        model, processor = _drop(what, job, model, processor)
+    for axis, size in turn.sizes.items():
+        model = _cut(job, model, processor, turn, (axis, size), folder)
+    after = describe(model.config).sizes
+    cut_score = _score(job, model, processor, f"{name}.{index} after the cut")
+    trained, score = None, None
+    if turn.train:
+        trained = train(
+            model, processor, job.train_rows, turn.train, folder / "training", teacher=job.cache, seed=job.recipe.seed + number,
+            progress=lambda facts: job.tell.step(
+                f"round {number} {name}.{index} training", facts["step"], facts["steps"], loss=facts["loss"]
+            ),
+        )
+        score = _score(job, model, processor, f"{name}.{index} recovered")
+    changed = [axis for axis in after if after[axis] != before[axis]]
+    record = results.Round(
+        number=number,
+        stage=name,
+        round=index,
+        criterion=turn.criterion if turn.sizes else None,
+        before={axis: before[axis] for axis in changed},
+        after={axis: after[axis] for axis in changed},
+        parameters_before=counted,
+        parameters=model.num_parameters(),
+        after_cut=cut_score,
+        after_recovery=score,
+        seconds=time.perf_counter() - began,
+        **_training_facts(trained),
+    )
+    checkpoint.save(model, processor, folder / "model")
+    (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "done.json", {"round": number, "parameters": record.parameters})
+    return _Done(model, processor, record, folder, _promise(job, record))
+
+
+def _training_facts(trained: TrainResult | None) -> dict[str, Any]:
+    if trained is None:
+        return {}
+    last = trained.history[-1] if trained.history else {}
+    return {
+        "losses": {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")},
+        "steps": trained.steps,
+        "row_visits": trained.row_visits,
+        "flops": trained.flops,
+    }
+
+
+def _drop(what: str, job: _Job, model: PreTrainedModel, processor: Any) -> tuple[PreTrainedModel, Any]:
+    """Make one lossless cut."""
+    if what == "unused_tokens":
+        prompter = Prompter(processor)
+        pairs = {(row.question, row.answer) for row in job.train_rows + job.validation}
+        return vocab.trim(model, processor, sorted({text for pair in pairs for text in prompter.turns(*pair)}))
+    for axis, dead in dead_blocks(model.config).items():
+        anatomy = describe(model.config)
+        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
+        model = surgery.cut(model, anatomy, axis, {axis: torch.tensor(alive)})
+    return model, processor
+
+
+def _cut(
+    job: _Job, model: PreTrainedModel, processor: Any, turn: Round, what: tuple[str, int], folder: Path
+) -> PreTrainedModel:
+    """Choose the units of one axis, repair, cut, and write the plan with its scores."""
+    axis, size = what
+    anatomy = describe(model.config)
+    found = anatomy.axis(axis)
+    if size == found.size:
+        return model
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    batches = [
+        to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)
+    ]
+    scores: dict[str, Tensor] = {}
+    tries: list[repair.Choice] = []
+    if found.kind == "blocks":
+        keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
+    else:
+        scores = importance.score(model, anatomy, [axis], turn.criterion, batches, _calibration_loss(job), seed=job.recipe.seed)
+        keep = plan.choose(scores, anatomy, axis, size)
+        if turn.repair == "best":
+            statistics = repair.collect(model, anatomy, axis, batches)
+            keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
+    student = surgery.cut(model, anatomy, axis, keep)
+    predicted = predict_parameters(model.config, {axis: size})
+    if student.num_parameters() != predicted:
+        raise UserError(f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted.")
+    if scores:
+        save_file({name: values.contiguous() for name, values in scores.items()}, folder / f"scores-{axis}.safetensors")
+    write_json(
+        folder / f"plan-{axis}.json",
+        {
+            "axis": axis,
+            "before": found.size,
+            "after": size,
+            "repairs_tried": {one.name: one.loss for one in tries},
+            "keep": {name: units.tolist() for name, units in keep.items()},
+        },
+    )
+    job.tell.say(f"  {axis} {found.size} -> {size}", **{one.name: one.loss for one in tries})
+    return student
+
+
+def _blocks(
+    job: _Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]
+) -> Tensor:
+    """Return the blocks that stay."""
+    axis, size = what
+    anatomy = describe(model.config)
+    group = anatomy.axis(axis).groups[0]
+    count = group.kept(size)
+    if turn.blocks == "last":
+        return torch.arange(count)
+    if turn.blocks == "random":
+        generator = torch.Generator().manual_seed(job.recipe.seed)
+        return torch.randperm(group.units, generator=generator)[:count].sort().values
+    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, _calibration_loss(job), count))
+
+
+def _calibration_loss(job: _Job) -> importance.Loss:
+    """Cross-entropy + forward KL against the teacher, mean per answer token."""
+
+    def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+        assert job.cache is not None
+        logits_AV, labels_A, _ = answer_logits(model, batch)
+        teacher_AV = job.cache.logits(job.cache.of(batch).to(model.device))
+        return combine(CALIBRATION_LOSSES, logits_AV, teacher_AV, labels_A)["total"] / labels_A.numel()
+
+    return loss
+
+
+def _chunks(groups: list[list[data.Row]], size: int) -> list[list[list[data.Row]]]:
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
+def _score(job: _Job, model: PreTrainedModel, processor: Any, what: str) -> Score:
+    found = evaluate(
+        model, processor, job.validation, progress=lambda done, total: job.tell.step(f"validation, {what}", done, total)
+    )
+    overall = found.summary.overall
+    lost = None
+    if job.teacher_validation is not None:
+        lost = 100 * drop(job.teacher_validation, found, samples=1000).mean
+    job.tell.say(f"  {what}: {100 * overall.accuracy:.1f} % of {overall.n}", **({} if lost is None else {"points_lost": lost}))
+    return overall
+
+
+def _evaluation(path: Path, loaded: checkpoint.Loaded, rows: list[data.Row], tell: Reporter, what: str) -> Evaluation:
+    """Evaluate once; afterwards read the result from the run folder."""
+    if path.exists():
+        return Evaluation.model_validate_json(path.read_bytes())
+    found = evaluate(
+        loaded.model, loaded.processor, rows, progress=lambda done, total: tell.step(f"evaluating the {what}", done, total)
+    )
+    temporary = path.with_suffix(".part")
+    temporary.write_text(found.model_dump_json(), encoding="utf-8")
+    temporary.replace(path)
+    tell.say(f"{what}: {100 * found.accuracy:.1f} % of {found.summary.overall.n}")
+    return found
+
+
+def _finish(
+    job: _Job, teacher: checkpoint.Loaded, student: checkpoint.Loaded, done: list[_Done], test: list[data.Row]
+) -> Results:
+    """Evaluate both on the test split, time them in turns, and gather the record."""
+    folder = job.folder.path
+    evaluations = [
+        _evaluation(folder / f"{name}-test.json", side, test, job.tell, f"{name}, test")
+        for name, side in (("teacher", teacher), ("student", student))
+    ]
+    job.tell.say("timing teacher and student in turns")
+    calls = job.recipe.bench_calls
+    latency = compare(teacher, student, test, n=calls)
+    throughput = compare(teacher, student, test, batch_size=32, n=max(3, calls // 6), warmup=1)
+    records = [
+        model_record(side, evaluation, test) for side, evaluation in zip((teacher, student), evaluations, strict=True)
+    ]
+    rounds = tuple(one.record for one in done)
+    kept = [one for one in done if one.kept_promise]
+    notes = () if len(kept) == len(done) else (f"Stopped: round {done[-1].record.number} broke the promised floor.",)
+    return Results(
+        name=folder.name,
+        seed=job.recipe.seed,
+        environment=environment(),
+        data=results.Dataset(name="", rows={}),
+        teacher=records[0].model_copy(update={"validation": job.teacher_validation.summary.overall if job.teacher_validation else None}),
+        rounds=rounds,
+        student=records[1],
+        effect=results.effect(*evaluations),
+        latency=latency,
+        throughput=throughput,
+        ratios=results.ratios(*records, latency, throughput),
+        totals=results.totals(rounds, sum(one.seconds for one in evaluations)),
+        notes=notes,
+    )

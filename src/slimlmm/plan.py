@@ -1,0 +1,210 @@
+"""Budget -> sizes -> rounds, and scores -> kept units; what cannot be reached is refused with the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from slimlmm.anatomy import describe, predict_parameters, resized
+from slimlmm.axes import Anatomy, Axis, Keep
+from slimlmm.errors import UserError
+from slimlmm.recipe import Round, Stage, Training
+
+#: share of the (logarithmic) shrinkage that each level carries: depth least, width most (docs/lab-notes.md)
+SHARES = {"blocks": 0.22, "inner": 0.30, "width": 0.48}
+#: stages in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
+STAGES = ("blocks", "inner", "width")
+#: most that one round may divide the parameters by
+ROUND_RATIO = 1.8
+#: least sizes that the planner goes to by itself
+FLOORS = {"blocks": 2, "inner": 1, "width": 32}
+#: share of all row visits that the last shape gets
+LAST_SHARE = 0.45
+
+
+def sizes_for(config: Any, shrink: float, whole: int) -> dict[str, int]:
+    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level.
+
+    FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
+
+    An axis of level l keeps the fraction s^SHARES[l]; the largest s in (0, 1] that fits is found by bisection, then the
+    left-over budget goes to whichever axis can grow by the smallest step.
+
+    Args:
+        config: configuration of the model that will be cut.
+        shrink: wanted ratio of parameters.
+        whole: parameters of the original model.
+
+    Raises:
+        UserError: the smallest sizes still have too many parameters; the message says how far one can go.
+    """
+    target = whole / shrink
+    anatomy = describe(config)
+    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in STAGES}
+    least = _count(config, _fit(config, _scaled(axes, 0.0)))
+    if least > target:
+        raise UserError(
+            f"--shrink {shrink:g} needs {target:,.0f} parameters or fewer, but the smallest shape that the axes of "
+            f"{anatomy.model_type!r} allow has {least:,} ({whole / least:.1f}x). Ask for --shrink {whole / least:.1f} or less."
+        )
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _count(config, _fit(config, _scaled(axes, middle))) <= target else (low, middle)
+    return _grown(config, axes, _fit(config, _scaled(axes, low)), target)
+
+
+def _count(config: Any, sizes: Mapping[str, int]) -> int:
+    return predict_parameters(config, follow_width(describe(config), sizes, sizes))
+
+
+def _scaled(axes: Mapping[str, Axis], scale: float) -> dict[str, int]:
+    """Return for every axis the largest legal size not above its share of the scale (the smallest legal one at least)."""
+    sizes = {}
+    for name, axis in axes.items():
+        wanted = axis.size * scale ** SHARES[axis.kind] if scale > 0 else 0
+        choices = _choices(axis)
+        below = [size for size in choices if size <= wanted + 1e-9]
+        sizes[name] = below[-1] if below else choices[0]
+    return sizes
+
+
+def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str, int]) -> dict[str, int]:
+    """Restate FFN sizes that the config holds as a whole number of the width: the same number of the widths in `widths`."""
+    stated = dict(sizes)
+    for name in sizes:
+        axis, width = anatomy.axes[name], anatomy.axes.get(f"{name.partition('.')[0]}.width")
+        if axis.kind == "inner" and name.endswith(".ffn") and width and axis.multiple == width.size > 1:
+            stated[name] = sizes[name] // width.size * widths.get(width.name, width.size)
+    return stated
+
+
+def _choices(axis: Axis) -> list[int]:
+    """Legal sizes from the planner's floor on; widths and FFNs in multiples of 16 where that leaves a choice."""
+    legal = [size for size in axis.choices() if size >= min(FLOORS[axis.kind], axis.size)]
+    even = [size for size in legal if size % 16 == 0 or size == axis.size]
+    return even if axis.kind == "width" and even else legal if axis.kind == "blocks" or len(even) < 3 else even
+
+
+def _fit(config: Any, sizes: dict[str, int]) -> dict[str, int]:
+    """Lower widths until the stock config accepts all sizes at once (heads must divide the hidden size, for one)."""
+    anatomy = describe(config)
+    sizes = dict(sizes)
+    for _ in range(64):
+        try:
+            resized(config, follow_width(anatomy, sizes, sizes))
+        except UserError:
+            name = "text.width" if "text.width" in sizes else next(iter(sizes))
+            choices = [size for size in anatomy.axis(name).choices() if size < sizes[name]]
+            if not choices:
+                raise
+            sizes[name] = choices[-1]
+            continue
+        return sizes
+    raise UserError(f"no sizes near {sizes} are accepted by the stock {config.model_type!r} config.")
+
+
+def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], target: float) -> dict[str, int]:
+    """Spend what is left of the budget, one smallest step at a time."""
+    sizes = dict(sizes)
+    while True:
+        options = []
+        for name, axis in axes.items():
+            larger = [size for size in _choices(axis) if size > sizes[name]]
+            if not larger:
+                continue
+            trial = {**sizes, name: larger[0]}
+            try:
+                resized(config, follow_width(describe(config), trial, trial))
+                count = _count(config, trial)
+            except UserError:
+                continue
+            if count <= target:
+                options.append((larger[0] / sizes[name] / SHARES[axis.kind], name, larger[0]))
+        if not options:
+            return sizes
+        _, name, size = min(options)
+        sizes[name] = size
+
+
+def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int) -> tuple[Stage, ...]:
+    """Return the default schedule: lossless cuts, then blocks, inner, width, each round at most `ROUND_RATIO`.
+
+    Every round is recovered before the next cut; the last shape gets `LAST_SHARE` of the row visits.
+    """
+    anatomy = describe(config)
+    current = {name: anatomy.axis(name).size for name in final}
+    plans: list[tuple[str, dict[str, int]]] = []
+    for level in STAGES:
+        for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}):
+            plans.append((level, sizes))
+            current |= sizes
+    if not plans:
+        raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
+    visits = [row_visits * (1 - LAST_SHARE) / max(1, len(plans) - 1)] * (len(plans) - 1) + [row_visits * LAST_SHARE]
+    stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
+    for level in STAGES:
+        rounds = [
+            Round(sizes=sizes, train=_training(index / len(plans), share, rows_per_picture))
+            for index, ((name, sizes), share) in enumerate(zip(plans, visits, strict=True))
+            if name == level
+        ]
+        stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
+    return tuple(stages)
+
+
+def _training(progress: float, visits: float, rows_per_picture: int) -> Training:
+    """Smaller shapes bear, and need, a higher learning rate (recovery.md: larger cut, larger rate)."""
+    pictures = 8 if progress < 0.7 else 16
+    return Training(
+        steps=max(1, round(visits / pictures / max(1, rows_per_picture))),
+        pictures_per_step=pictures,
+        learning_rate=3e-4 * 4**progress,
+    )
+
+
+def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) -> list[dict[str, int]]:
+    """Split one level's cut into rounds of at most `ROUND_RATIO`, geometrically, in legal sizes."""
+    if all(current[name] == size for name, size in final.items()):
+        return []
+    anatomy = describe(config)
+    ratio = _count(config, current) / _count(config, {**current, **final})
+    count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)))
+    steps: list[dict[str, int]] = []
+    last = dict(current)
+    for index in range(1, count + 1):
+        sizes = {}
+        for name, size in final.items():
+            wanted = current[name] * (size / current[name]) ** (index / count)
+            choices = [c for c in _choices(anatomy.axis(name)) if c >= size] or [size]
+            sizes[name] = size if index == count else min(choices, key=lambda c: abs(math.log(c / wanted)))
+        sizes = {name: size for name, size in sizes.items() if size < last[name]}
+        if not sizes:
+            continue
+        sizes = _accepted(config, {**last, **sizes}, sizes, final)
+        last |= sizes
+        steps.append(sizes)
+    return steps
+
+
+def _accepted(
+    config: Any, whole: Mapping[str, int], sizes: dict[str, int], final: Mapping[str, int]
+) -> dict[str, int]:
+    """Keep an intermediate shape that the stock config accepts; where it does not, move that level to its final sizes."""
+    try:
+        resized(config, follow_width(describe(config), whole, whole))
+    except UserError:
+        return {name: final[name] for name in sizes}
+    return sizes
+
+
+def choose(scores: Mapping[str, torch.Tensor], anatomy: Anatomy, axis: str, size: int) -> Keep:
+    """Return for every group of the axis its best-scored units, as many as `size` asks for, ascending."""
+    keep = {}
+    for group in anatomy.axis(axis).groups:
+        best = scores[group.name].topk(group.kept(size)).indices
+        keep[group.name] = best.sort().values
+    return keep

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from tiny import tiny
+
+from slimlmm.collate import IGNORE, Collator, Prompter
+from slimlmm.data import by_picture
+from slimlmm.distill import can_pack
+from slimlmm.forward import answer_logits
+
+PACKING = ("llava-clip-llama", "llava-siglip-qwen2", "llava-dinov2-llama")
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_packed_questions_give_the_logits_of_separate_rows(name, rows):
+    model, processor = tiny(name)
+    groups = by_picture(rows.train, 16)[:3]
+    with torch.inference_mode():
+        packed, labels, hidden = answer_logits(model.eval(), Collator(processor, packed=True)(groups))
+        apart, labels_apart, hidden_apart = answer_logits(model, Collator(processor, packed=False)(groups))
+    assert torch.equal(labels, labels_apart)
+    assert torch.allclose(packed, apart, atol=1e-4)
+    assert torch.allclose(hidden, hidden_apart, atol=1e-4)
+    assert can_pack(model, processor, rows.train)
+
+
+def test_per_token_inputs_are_not_packed(rows):
+    model, processor = tiny("qwen2_5_vl")
+    assert not can_pack(model, processor, rows.train)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_labels_spell_the_answers_and_nothing_else(packed, rows):
+    _, processor = tiny("llava-dinov2-llama")
+    groups = by_picture(rows.train, 16)[:2]
+    collator = Collator(processor, packed=packed)
+    batch = collator(groups)
+    labels = batch["shift_labels"]
+    spelled = processor.tokenizer.decode(labels[labels != IGNORE].tolist())
+    texts = [collator.prompter.turns(row.question, row.answer)[1] for row in batch["rows"]]
+    assert spelled == "".join(texts)
+    assert all(text.endswith(processor.tokenizer.eos_token) for text in texts)
+
+
+def test_head_sees_answer_positions_only(rows):
+    model, processor = tiny("llava-dinov2-llama")
+    batch = Collator(processor, packed=True)(by_picture(rows.train, 16)[:2])
+    logits, labels, hidden = answer_logits(model, batch)
+    assert logits.shape[0] == labels.shape[0] == hidden.shape[0] == int((batch["shift_labels"] != IGNORE).sum())
+    assert torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-5)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_prompt_is_a_prefix_of_prompt_and_answer():
+    _, processor = tiny("llava-dinov2-llama")
+    prompt, answer = Prompter(processor).turns("What?", "a dog")
+    whole = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+        ]
+    )
+    assert whole.startswith(prompt + answer)

@@ -1,0 +1,123 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from slimlmm import data
+from slimlmm.errors import UserError
+
+
+def png(colour="red", size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_of(path, records, name="train.jsonl"):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "a.png").write_bytes(png())
+    (path / "b.png").write_bytes(png("blue"))
+    (path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+GOOD = {"image": "a.png", "question": "What?", "answer": "red"}
+
+
+def test_short_and_conversational_forms_give_the_same_row(tmp_path):
+    chat = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        ],
+        "images": ["a.png"],
+    }
+    folder_of(tmp_path / "short", [GOOD] * 2)
+    folder_of(tmp_path / "chat", [chat] * 2)
+    short, long = (data.load(tmp_path / name).train[0] for name in ("short", "chat"))
+    assert (short.question, short.answer) == (long.question, long.answer)
+    assert short.picture_bytes() == long.picture_bytes()
+
+
+def test_embedded_bytes_in_parquet(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(), "path": None}] * 3, "question": ["q"] * 3, "answer": ["a"] * 3}
+    )
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    rows = data.load(tmp_path).train
+    assert rows[0].open().getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({**GOOD, "image": "gone.png"}, "missing"),
+        ({**GOOD, "image": "broken.png"}, "cannot be decoded"),
+        ({**GOOD, "answer": " "}, "empty answer"),
+        ({**GOOD, "question": ""}, "empty question"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "URL"),
+    ],
+)
+def test_bad_rows_are_counted_named_and_refused_beyond_the_share(tmp_path, record, reason):
+    folder_of(tmp_path, [GOOD] * 9 + [record])
+    (tmp_path / "broken.png").write_bytes(png(size=(64, 64))[:60])
+    with pytest.raises(UserError, match=reason) as caught:
+        data.load(tmp_path)
+    assert "1 of 10" in str(caught.value)
+    splits = data.load(tmp_path, max_bad_share=0.2)
+    assert any("skipped 1 of 10" in note for note in splits.notes)
+
+
+def test_picture_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 50)
+    folder_of(tmp_path, [GOOD])
+    with pytest.raises(UserError, match="cannot be decoded|larger than"):
+        data.load(tmp_path)
+
+
+def test_missing_validation_is_split_off_aloud_by_whole_pictures(tmp_path):
+    folder_of(tmp_path, [GOOD, {**GOOD, "image": "b.png"}] * 4)
+    splits = data.load(tmp_path)
+    assert any("split off train" in note for note in splits.notes)
+    assert {row.picture_key() for row in splits.train}.isdisjoint(row.picture_key() for row in splits.validation)
+
+
+def test_an_empty_split_and_a_missing_folder_are_named(tmp_path):
+    folder_of(tmp_path, [GOOD])
+    with pytest.raises(UserError, match="'test' is empty"):
+        data.load(tmp_path).need("test", tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        data.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="none of train"):
+        (tmp_path / "empty").mkdir()
+        data.load(tmp_path / "empty")
+
+
+def test_a_file_that_is_no_json_is_one_clear_message(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{ not json\n")
+    with pytest.raises(UserError, match=r"train\.jsonl: cannot be read"):
+        data.load(tmp_path)
+
+
+def test_sample_takes_whole_pictures_and_is_seeded(rows):
+    some = data.sample(rows.train, 35, seed=1)
+    assert len(some) == 35
+    assert some == data.sample(rows.train, 35, seed=1)
+    assert len({row.picture_key() for row in some}) == 4
+
+
+def test_by_picture_loses_nothing_and_bounds_groups(rows):
+    groups = data.by_picture(rows.train, 4)
+    assert sorted(row.id for group in groups for row in group) == sorted(row.id for row in rows.train)
+    assert max(map(len, groups)) == 4
+    assert all(len({row.picture_key() for row in group}) == 1 for group in groups)
+
+
+def test_fingerprint_sees_answers_and_picture_bytes(tmp_path):
+    folder_of(tmp_path, [GOOD])
+    before = data.fingerprint(data.load(tmp_path).train)
+    (tmp_path / "a.png").write_bytes(png("green"))
+    assert data.fingerprint(data.load(tmp_path).train) != before

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from slimlmm.errors import UserError
+from slimlmm.losses import combine, cross_entropy, forward_kl, pairwise_margin
+
+A, V = 5, 11
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    return torch.randn(A, V, dtype=torch.float64), torch.randn(A, V, dtype=torch.float64), torch.randint(0, V, (A,))
+
+
+def test_forward_kl_of_a_model_with_itself_is_zero(logits):
+    student, _, _ = logits
+    assert float(forward_kl(student, student)) == pytest.approx(0, abs=1e-12)
+
+
+def test_forward_kl_equals_its_definition(logits):
+    student, teacher, _ = logits
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    assert torch.allclose(forward_kl(student, teacher), (p * (p / q).log()).sum())
+
+
+def test_forward_kl_differs_from_cross_entropy_by_the_teachers_entropy(logits):
+    student, teacher, _ = logits
+    p = teacher.softmax(-1)
+    soft = -(p * student.log_softmax(-1)).sum()
+    entropy = -(p * p.log()).sum()
+    assert torch.allclose(forward_kl(student, teacher), soft - entropy)
+
+
+def test_pairwise_margin_by_hand():
+    rows = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.5], [1.0, 1.2, 0.0]])
+    labels = torch.tensor([0, 0, 0])
+    # margins: (3+1)/2 - 3 = -1 -> 0;  (2+1.5)/2 - 0 = 1.75 -> 1.75 * 1;  (1.2+1)/2 - 1 = .1 -> .1 * .1
+    assert float(pairwise_margin(rows, labels)) == pytest.approx(1.75 + 0.01, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, pairwise_margin])
+def test_label_losses_have_the_gradient_of_finite_differences(logits, loss):
+    student, _, labels = logits
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels), student.requires_grad_(), atol=1e-6)
+
+
+def test_forward_kl_has_the_gradient_of_finite_differences(logits):
+    student, teacher, _ = logits
+    assert torch.autograd.gradcheck(lambda x: forward_kl(x, teacher), student.requires_grad_(), atol=1e-6)
+
+
+def test_combine_weights_and_sums(logits):
+    student, teacher, labels = logits
+    parts = combine({"cross_entropy": 2.0, "forward_kl": 0.5}, student, teacher, labels)
+    expected = 2 * functional.cross_entropy(student, labels, reduction="sum") + 0.5 * forward_kl(student, teacher)
+    assert torch.allclose(parts["total"], expected)
+
+
+def test_unknown_loss_names_the_nearest(logits):
+    student, teacher, labels = logits
+    with pytest.raises(UserError, match="forward_kl"):
+        combine({"forward_k": 1.0}, student, teacher, labels)
+
+
+def test_kl_without_a_teacher_is_refused(logits):
+    student, _, labels = logits
+    with pytest.raises(UserError, match="needs a teacher"):
+        combine({"forward_kl": 1.0}, student, None, labels)

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from tiny import NAMES, tiny
+
+from slimlmm import plan
+from slimlmm.anatomy import describe, predict_parameters, resized
+from slimlmm.errors import UserError
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_fit_the_budget_and_the_config(name):
+    model, _ = tiny(name)
+    whole = model.num_parameters()
+    sizes = plan.sizes_for(model.config, 2.5, whole)
+    anatomy = describe(model.config)
+    stated = plan.follow_width(anatomy, sizes, sizes)
+    assert predict_parameters(model.config, stated) <= whole / 2.5
+    assert predict_parameters(model.config, stated) >= whole / 2.5 / 1.4
+    resized(model.config, stated)
+
+
+def test_an_unreachable_budget_says_how_far_one_can_go():
+    model, _ = tiny("llava-dinov2-llama")
+    with pytest.raises(UserError, match=r"smallest shape .* \(\d+\.\dx\)"):
+        plan.sizes_for(model.config, 10_000, model.num_parameters())
+
+
+def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final_sizes():
+    model, _ = tiny("llava-dinov2-llama")
+    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
+    stages = plan.stages_for(model.config, sizes, row_visits=10_000, rows_per_picture=10)
+    names = [stage.name for stage in stages]
+    assert names == [name for name in ("lossless", "blocks", "inner", "width") if name in names]
+    reached = {name: axis.size for name, axis in describe(model.config).axes.items()}
+    turns = [turn for stage in stages for turn in stage.rounds if turn.sizes]
+    for turn in turns:
+        assert all(size < reached[name] for name, size in turn.sizes.items())
+        reached |= turn.sizes
+    assert {name: reached[name] for name in sizes} == sizes
+    visits = [turn.train.steps * turn.train.pictures_per_step * 10 for turn in turns]
+    assert visits[-1] == max(visits)
+    assert sum(visits) == pytest.approx(10_000, rel=0.1)
+
+
+def test_choose_takes_the_best_units_in_order():
+    model, _ = tiny("llava-dinov2-llama")
+    anatomy = describe(model.config)
+    scores = {group.name: torch.arange(group.units).flip(0).double() for group in anatomy.axis("text.ffn").groups}
+    keep = plan.choose(scores, anatomy, "text.ffn", 8)
+    assert all(units.tolist() == list(range(8)) for units in keep.values())

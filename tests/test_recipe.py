@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slimlmm import recipe
+from slimlmm.demo import bundled
+from slimlmm.errors import UserError
+
+
+def test_all_problems_at_once_with_paths_and_the_nearest_key():
+    raw = {
+        "shrnk": 18,
+        "seed": -1,
+        "stages": [{"name": "a", "rounds": [{"sizes": {}, "train": {"steps": 0, "learnin_rate": 1}}]}],
+    }
+    with pytest.raises(UserError) as caught:
+        recipe.parse(raw, "r.yaml")
+    text = str(caught.value)
+    assert "4 problem(s)" in text
+    for part in ("shrnk: unknown key. Did you mean 'shrink'", "seed:", "stages.0.rounds.0.train.steps", "'learning_rate'"):
+        assert part in text
+
+
+def test_dump_and_parse_round_trip():
+    one = recipe.Recipe(shrink=4.0, stages=(recipe.Stage(name="x", rounds=(recipe.Round(sizes={"text.ffn": 8}),)),))
+    assert recipe.parse(yaml.safe_load(recipe.dump(one)), "again") == one
+
+
+def test_yaml_that_is_none_is_one_message(tmp_path):
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        recipe.read(tmp_path / "r.yaml")
+    with pytest.raises(UserError, match="cannot read"):
+        recipe.read(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    (tmp_path / "r.yaml").write_text("seed: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match="not valid YAML"):
+        recipe.read(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(bundled(".").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path: Path):
+    recipe.read(path)

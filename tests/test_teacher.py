@@ -1,0 +1,56 @@
+import torch
+from tiny import tiny
+
+from slimlmm.collate import Collator
+from slimlmm.data import Row, by_picture
+from slimlmm.forward import answer_logits
+from slimlmm.teacher import TeacherCache, weights_fingerprint
+
+NAME = "llava-dinov2-llama"
+
+
+def test_cached_equals_live_up_to_half_precision(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    cache = TeacherCache(model, collator, tmp_path)
+    some = rows.train[:40]
+    assert cache.fill(some) == 40
+    batch = collator(by_picture(some[:20], 16))
+    live, _, _ = answer_logits(model, batch)
+    cached = TeacherCache(model, collator, tmp_path).logits(TeacherCache(model, collator, tmp_path).of(batch))
+    assert torch.allclose(cached, live, atol=5e-3 * float(live.abs().max()))
+
+
+def test_a_second_run_reads_from_disk_and_never_runs_the_teacher(tmp_path, rows, monkeypatch):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    TeacherCache(model, collator, tmp_path).fill(rows.train[:20])
+    again = TeacherCache(model, collator, tmp_path)
+    monkeypatch.setattr(again, "live", lambda batch: (_ for _ in ()).throw(AssertionError("the teacher ran")))
+    assert again.fill(rows.train[:20]) == 0
+    assert again.of(collator(by_picture(rows.train[:20], 16))).dtype == torch.float16
+
+
+def test_keys_follow_content(tmp_path, rows):
+    model, processor = tiny(NAME)
+    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path)
+    row = rows.train[0]
+    same = Row("other id", row.picture_bytes(), row.question, row.answer, "other task")
+    assert cache.key(row) == cache.key(same)
+    for other in (
+        Row(row.id, row.image, row.question, row.answer + "!"),
+        Row(row.id, row.image, row.question + "?", row.answer),
+        Row(row.id, rows.test[0].image, row.question, row.answer),
+    ):
+        assert cache.key(other) != cache.key(row)
+
+
+def test_another_teacher_is_a_miss(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    key = TeacherCache(model, collator, tmp_path).key(rows.train[0])
+    before = weights_fingerprint(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert weights_fingerprint(model) != before
+    assert TeacherCache(model, collator, tmp_path).key(rows.train[0]) != key
