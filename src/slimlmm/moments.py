@@ -130,7 +130,7 @@ def _best_ridge(  # noqa: PLR0917
     ridges: Sequence[float],
     growth: float,
 ) -> tuple[float, float]:
-    """Return the ridge with the least held-out error whose weights do not grow, and that error; inf if all do."""
+    """Return the ridge of least held-out error whose weights do not grow (inf if all do), and that error."""
     halves = [moments.gram(half, centred=bias) for half in (0, 1)]
     shift = moments.mean(1) - moments.mean(0) if bias else None
     error = {}

@@ -21,15 +21,13 @@ from transformers import PreTrainedModel
 from slimlmm import surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, only_gradients_of
+from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
 from slimlmm.moments import RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
 
 #: least ridge for attention outputs: with 1e-3 a refit blew weights up in our first trial (rms .07 -> 1.1)
 ATTENTION_RIDGE = 3e-2
-#: share of a token's weight in the moments that its gradient decides
-EMPHASIS = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,28 +50,24 @@ def collect(
     batches: Sequence[Batch],
     *,
     groups: Iterable[str] | None = None,
-    loss: Loss | None = None,
-    emphasis: float = EMPHASIS,
 ) -> Statistics:
-    """Run the batches once and return the moments that `fold` needs for `axis` (or for some of its `groups`).
+    """Run the batches once; return the moments that `fold` needs for `axis` (or some of its `groups`).
 
-    Without a `loss` every token counts the same (in the text tower: every token that ``attention_mask`` lets
-    through). With one, token t of a consumer counts (1 - e) + e |dL/dy_t|^2 / mean |dL/dy|^2 times, y the
-    consumer's output and e the `emphasis`: the second-order weight of an error there, so that tokens nobody
-    reads do not decide. Memory: 16 n^2 bytes per consumer with n inputs, and with a loss the activations of a
-    backward pass.
+    Every token counts the same; in the text tower, each that ``attention_mask`` lets through. (Weighting
+    tokens by the gradient at the consumer's output was tried and was worse: too few of them carry the fit.)
+    Memory: 16 n^2 bytes per consumer with n inputs.
     """
     found = Statistics(axis=axis)
     modules = dict(model.named_modules())
     chosen = None if groups is None else set(groups)
-    with ExitStack() as stack, evaluating(model):
-        ears = _Ears(stack, weighted=loss is not None, emphasis=emphasis, text=axis.startswith("text."))
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        ears = _Ears(stack, text=axis.startswith("text."))
         for group in anatomy.axis(axis).groups:
             if chosen is not None and group.name not in chosen:
                 continue
             if is_stream(group, anatomy.axis(axis)):
                 try:
-                    wiring = trace(model, group, batches[0])
+                    wiring = trace(model, group, next(at_least_one(batches, f"repairing {axis}")))
                 except NotRotatable as reason:
                     found.reason = str(reason)
                 else:
@@ -84,21 +78,17 @@ def collect(
                 moments = Moments(linear.get_parameter("weight").shape[1], model.device)
                 found.consumers[slot.parameter] = moments
                 ears.attach(linear, moments)
-        with only_gradients_of(model, []), torch.set_grad_enabled(loss is not None):
-            for batch in at_least_one(batches, f"repairing {axis}"):
-                ears.mask = batch.get("attention_mask")
-                if loss is None:
-                    forward(model, batch)
-                else:
-                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        for batch in at_least_one(batches, f"repairing {axis}"):
+            ears.mask = batch.get("attention_mask")
+            forward(model, batch)
     return found
 
 
 class _Ears:
-    """Hooks that feed moments with inputs of modules, weighted by mask or by gradient of the output."""
+    """Hooks that feed moments with inputs of modules, until `stack` closes; `mask` is the batch's."""
 
-    def __init__(self, stack: ExitStack, *, weighted: bool, emphasis: float, text: bool) -> None:
-        self.stack, self.weighted, self.emphasis, self.text = stack, weighted, emphasis, text
+    def __init__(self, stack: ExitStack, *, text: bool) -> None:
+        self.stack, self.text = stack, text
         self.mask: Tensor | None = None
 
     def attach(
@@ -107,36 +97,14 @@ class _Ears:
         """Let inputs of `module`, as `view` shows them, count; a later use on pooled vectors does not."""
         ranks: set[int] = set()
 
-        def hear(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def hear(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             values = inputs[0].detach()
             ranks.add(values.dim())
-            if values.dim() != max(ranks):
-                return
-            if not self.weighted:
-                self._add(moments, view(values), self._masked(values))
-                return
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._add(moments, view(values), self._weight(gradient))
-            )
+            if values.dim() == max(ranks):
+                fits = self.text and self.mask is not None and self.mask.shape == values.shape[:-1]
+                moments.add(view(values), self.mask if fits else None)
 
-        self.stack.callback(module.register_forward_hook(hear).remove)
-
-    def _masked(self, values: Tensor) -> Tensor | None:
-        fits = self.text and self.mask is not None and self.mask.shape == values.shape[:-1]
-        return self.mask if fits else None
-
-    def _weight(self, gradient: Tensor) -> Tensor:
-        power = gradient.detach().double().square().sum(-1)
-        return 1 - self.emphasis + self.emphasis * power / power.mean().clamp(min=1e-300)
-
-    @staticmethod
-    def _add(moments: Moments, values: Tensor, weight: Tensor | None) -> None:
-        """Add; a view with several vectors per token gives each the token's weight."""
-        if weight is not None and weight.dim() < values.dim() - 1:
-            weight = weight[..., None].expand(values.shape[:-1])
-        moments.add(values, weight)
+        self.stack.callback(module.register_forward_pre_hook(hear).remove)
 
 
 def fold(
