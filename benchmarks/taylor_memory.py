@@ -23,9 +23,7 @@ MODES = ("import", "forward", "taylor", "backward")
 
 def build(width: int) -> tf.PreTrainedModel:
     """Return a random LLaVA (DINOv2 tower, Llama text) of `width` channels in the text tower."""
-    vision = tf.Dinov2Config(
-        hidden_size=width // 2, num_hidden_layers=6, num_attention_heads=8, image_size=112
-    )
+    vision = tf.Dinov2Config(hidden_size=width // 2, num_hidden_layers=6, num_attention_heads=8, image_size=112)
     text = tf.LlamaConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -35,9 +33,7 @@ def build(width: int) -> tf.PreTrainedModel:
         vocab_size=8000,
         tie_word_embeddings=True,
     )
-    config = tf.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=7999, tie_word_embeddings=True
-    )
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=7999, tie_word_embeddings=True)
     torch.manual_seed(0)
     model: tf.PreTrainedModel = tf.LlavaForConditionalGeneration(config).train(False)
     return model
@@ -75,7 +71,7 @@ def measure(mode: str, model_id: str | None, width: int, size: int) -> dict[str,
     else:
         value = loss(model, batch)
         if mode == "backward":
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "parameters_m": parameters}
 

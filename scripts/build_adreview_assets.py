@@ -43,8 +43,7 @@ class Source:
         """Read the icon sets below `parts/node_modules`."""
         self.modules = parts / "node_modules"
         self.fluent3d = {
-            p.stem.replace("-fe0f", ""): p
-            for p in (self.modules / "@lobehub/fluent-emoji-3d/assets").glob("*.webp")
+            p.stem.replace("-fe0f", ""): p for p in (self.modules / "@lobehub/fluent-emoji-3d/assets").glob("*.webp")
         }
         self.sets: dict[str, Any] = {}
         self.chars: dict[str, dict[str, str]] = {}
@@ -156,16 +155,13 @@ def build_fonts(source: Source) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=Path, help="folder in which npm installed the packages")
     source = Source(parser.parse_args().parts)
     shutil.rmtree(ASSETS / "pictures", ignore_errors=True)
     products = {n: product(source, n, c) for table in PRODUCTS.values() for n, c in table.items()}
     people = {
-        kind: {name: person(source, name, code) for name, code in table.items()}
-        for kind, table in PEOPLE.items()
+        kind: {name: person(source, name, code) for name, code in table.items()} for kind, table in PEOPLE.items()
     }
     index = {"products": products, "people": people}
     (ASSETS / "pictures.json").write_text(json.dumps(index, indent=1) + "\n")

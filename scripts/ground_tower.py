@@ -2,7 +2,8 @@
 
 A language model that cannot yet find anything in the picture gives the tower no useful gradient (docs/lab-notes.md: 840 steps
 of end-to-end training left every reading task at chance). So the tower first learns from what the generator knows: for each
-patch the character and the word (or syllable) at its centre, for the picture the product and the person. The heads are thrown away.
+patch the character and the word (or syllable) at its centre, the word that follows it and the text it is part of; for the
+picture the product and the person. The heads are thrown away.
 
 Shape legend: B pictures, P patches, C channels.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from slimlmm.adreview.catalogue import CLAIMS, FILLERS, PRODUCTS, SLOGAN_WORDS, 
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789$%"
 PEOPLE = ("none", "adult", "child")
+#: texts by name, each once for its first word and once for the rest; 0 is nothing
+TEXTS = ("", "slogan", "claim", "brand", "price", "slogan+", "claim+", "brand+", "price+")
 
 
 def vocabulary() -> list[str]:
@@ -62,44 +66,59 @@ class Labels:
         self.words = {word: index for index, word in enumerate(vocabulary())}
         self.products = {name: index for index, name in enumerate(products())}
 
-    def draw(self, index: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:  # type: ignore[type-arg]
-        """Return picture [S, S, 3], characters [P], words [P], product, person."""
+    def draw(self, index: int, seed: int) -> tuple[Any, ...]:
+        """Return picture [S, S, 3]; characters, words, next words, texts, each [P]; product; person."""
         facts, painted = canvas(index, "train", seed)
-        characters = np.zeros((self.grid, self.grid), np.int64)
-        words = np.zeros((self.grid, self.grid), np.int64)
-        at = 0
-        while at < len(painted.letters):
-            name, line = painted.letters[at][0], painted.letters[at][2][1]
-            end = at
-            while end < len(painted.letters) and painted.letters[end][0] == name and painted.letters[end][2][1] == line:
-                end += 1
-            self._line(painted.letters[at:end], characters, words)
-            at = end
+        maps = np.zeros((4, self.grid, self.grid), np.int64)
+        for name in {letter[0] for letter in painted.letters}:
+            self._text(name, [letter for letter in painted.letters if letter[0] == name], maps)
         product, person = self.products[facts.product], PEOPLE.index(facts.person)
-        return np.asarray(painted.image), characters.ravel(), words.ravel(), product, person
+        return np.asarray(painted.image), *maps.reshape(4, -1), product, person
 
-    def _line(self, letters: list, characters: np.ndarray, words: np.ndarray) -> None:  # type: ignore[type-arg]
-        """Label the patches whose centre column lies in a character and whose row holds the middle of the line."""
-        name, (_, top, _, bottom) = letters[0][0], letters[0][2]
-        middle = (top + bottom) / 2
-        rows = sorted({int((middle + shift) // self.patch) for shift in (-4, 0, 4)} & set(range(self.grid)))
-        unit = {}
-        for start, end, word in pieces(name, "".join(letter[1] for letter in letters)):
-            unit |= {position: self.words.get(word, 0) for position in range(start, end)}
-        for position, (_, character, (left, _, right, _)) in enumerate(letters):
-            for column in range(self.grid):
-                if left <= column * self.patch + self.patch / 2 < right:
-                    characters[rows, column] = CHARACTERS.find(character.lower()) + 1
-                    words[rows, column] = unit.get(position, 0)
+    def _text(self, name: str, letters: list[Any], maps: Any) -> None:
+        """Label the patches whose centre column lies in a character and whose row holds the middle of its line."""
+        tops = [letter[2][1] for letter in letters]
+        whole = "".join(
+            (" " if at and tops[at] != tops[at - 1] else "") + letter[1] for at, letter in enumerate(letters)
+        )
+        units = list(pieces(name, whole))
+        at = 0
+        for order, (_, character, (left, top, right, bottom)) in enumerate(letters):
+            at += 1 if order and tops[order] != tops[order - 1] else 0
+            place = next((n for n, (start, end, _) in enumerate(units) if start <= at < end), None)
+            at += 1
+            if place is None:
+                continue
+            following = units[place + 1][2] if place + 1 < len(units) else ""
+            text = TEXTS.index(name + ("+" if place else ""))
+            labels = (
+                CHARACTERS.find(character.lower()) + 1,
+                self.words.get(units[place][2], 0),
+                self.words.get(following, 0),
+                text,
+            )
+            middle = (top + bottom) / 2
+            for row in {int((middle + shift) // self.patch) for shift in (-4, 0, 4)} & set(range(self.grid)):
+                for column in range(self.grid):
+                    if left <= column * self.patch + self.patch / 2 < right:
+                        maps[:, row, column] = labels
 
-    def batch(self, start: int, count: int, seed: int) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def batch(self, start: int, count: int, seed: int) -> list[Any]:
         """Return the stacked fields of `count` pictures."""
         return [np.stack(field) for field in zip(*(self.draw(start + i, seed) for i in range(count)), strict=True)]
 
 
 def ground(
-    tower: nn.Module, mean: list[float], std: list[float], *, side: int, patch: int, steps: int = 700, pictures: int = 16,
-    rate: float = 4e-4, seed: int = 1,
+    tower: Any,
+    mean: list[float],
+    std: list[float],
+    *,
+    side: int,
+    patch: int,
+    steps: int = 700,
+    pictures: int = 16,
+    rate: float = 4e-4,
+    seed: int = 1,
 ) -> None:
     """Train `tower` (Dinov2Model) in place on patch and picture labels; prints a JSON record every 20 steps."""
     labels = Labels(side, patch)
@@ -108,11 +127,15 @@ def ground(
         {
             "character": nn.Linear(width, len(CHARACTERS) + 1),
             "word": nn.Linear(width, len(labels.words)),
+            "next": nn.Linear(width, len(labels.words)),
+            "text": nn.Linear(width, len(TEXTS)),
             "product": nn.Linear(2 * width, len(labels.products)),
             "person": nn.Linear(2 * width, len(PEOPLE)),
         }
     )
-    norms = nn.ModuleDict({"patch": nn.BatchNorm1d(width, affine=False), "picture": nn.BatchNorm1d(2 * width, affine=False)})
+    norms = nn.ModuleDict(
+        {"patch": nn.BatchNorm1d(width, affine=False), "picture": nn.BatchNorm1d(2 * width, affine=False)}
+    )
     for parameter in tower.embeddings.patch_embeddings.parameters():
         parameter.requires_grad_(False)
     trained = [p for p in tower.parameters() if p.requires_grad]
@@ -135,7 +158,10 @@ def ground(
         schedule.step()
         if step % 20 == 19:
             facts = {f"loss/{name}": round(value.item(), 4) for name, value in losses.items()}
-            print(json.dumps({"step": step + 1, **facts, **right, "seconds": round(time.perf_counter() - began)}), flush=True)
+            print(
+                json.dumps({"step": step + 1, **facts, **right, "seconds": round(time.perf_counter() - began)}),
+                flush=True,
+            )
     for parameter in tower.parameters():
         parameter.requires_grad_(True)
     tower.eval()
@@ -145,13 +171,14 @@ def _losses(
     hidden_BPC: Tensor, targets: list[Tensor], heads: nn.ModuleDict, norms: nn.ModuleDict
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the losses and the shares of right labels (on patches that show text)."""
-    character_BP, word_BP, product_B, person_B = targets
+    *patch_labels, product_B, person_B = targets
+    shown = patch_labels[3].flatten() > 0
     patches = norms["patch"](hidden_BPC[:, 1:].flatten(0, 1))
     picture = norms["picture"](torch.cat((hidden_BPC[:, 0], hidden_BPC[:, 1:].mean(1)), -1))
     losses, right = {}, {}
-    for name, wanted in (("character", character_BP.flatten()), ("word", word_BP.flatten())):
+    for name, labels_BP in zip(("character", "word", "next", "text"), patch_labels, strict=True):
+        wanted = labels_BP.flatten()
         logits = heads[name](patches)
-        shown = wanted > 0
         each = functional.cross_entropy(logits, wanted, reduction="none")
         losses[name] = each[shown].mean() + 0.5 * each[~shown].mean()
         right[name] = round((logits.argmax(-1) == wanted)[shown].float().mean().item(), 3)

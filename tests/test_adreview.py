@@ -92,9 +92,7 @@ def test_creative_alone_equals_creative_in_the_set(written):
 
 
 def test_held_out_pictures_never_occur_outside_the_test_split():
-    seen = {
-        file for split in ("train", "validation") for f in sample(split) for file in (f.picture, *f.clutter)
-    }
+    seen = {file for split in ("train", "validation") for f in sample(split) for file in (f.picture, *f.clutter)}
     entries = pictures.index()["products"].values()
     held = {entry["files"][entry["held_out"]] for entry in entries}
     assert len(held) == len(facts.CATEGORY_OF)
@@ -107,8 +105,7 @@ def test_held_out_pictures_never_occur_outside_the_test_split():
 def test_held_out_picture_is_a_different_file_with_different_content():
     for entry in pictures.index()["products"].values():
         digests = [
-            hashlib.sha256((pictures.ASSETS / "pictures" / f).read_bytes()).digest()
-            for f in entry["files"].values()
+            hashlib.sha256((pictures.ASSETS / "pictures" / f).read_bytes()).digest() for f in entry["files"].values()
         ]
         assert len(set(digests)) == len(digests) >= 4
 
@@ -183,10 +180,7 @@ def test_texts_are_inside_apart_uncovered_and_large(split):
         for box in canvas.pictures:
             assert box[0] >= 0 <= box[1]
             assert max(box[2:]) <= SIDE, (i, box)
-        assert (
-            max(canvas.pictures[0][2] - canvas.pictures[0][0], canvas.pictures[0][3] - canvas.pictures[0][1])
-            > 40
-        )
+        assert max(canvas.pictures[0][2] - canvas.pictures[0][0], canvas.pictures[0][3] - canvas.pictures[0][1]) > 40
 
 
 def test_ink_stands_out():

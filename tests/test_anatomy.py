@@ -115,9 +115,7 @@ def test_predictions_of_joint_changes_equal_the_rebuilt_model(name):
     """The polynomial of the sizes agrees with building the resized configuration."""
     config = tiny_config(name)
     axes = [axis for axis in describe(config).axes.values() if not axis.refusal and axis.kind != "vocab"]
-    sizes = {
-        axis.name: axis.choices()[0 if axis.kind == "blocks" else len(axis.choices()) // 2] for axis in axes
-    }
+    sizes = {axis.name: axis.choices()[0 if axis.kind == "blocks" else len(axis.choices()) // 2] for axis in axes}
     if name == "llava-dinov2-llama":
         sizes["vision.ffn"] = 2 * sizes["vision.width"]
     if "text.kv_groups" in sizes:
@@ -155,9 +153,7 @@ def test_what_a_config_class_forbids_is_refused_with_the_numbers():
 
 def test_lists_per_block_and_block_numbers_follow_the_blocks():
     config = tiny_config("qwen2_5_vl")
-    kept = resized(
-        config, {"text.blocks": 2, "vision.blocks": 2}, {"vision.blocks": [1, 2], "text.blocks": [0, 2]}
-    )
+    kept = resized(config, {"text.blocks": 2, "vision.blocks": 2}, {"vision.blocks": [1, 2], "text.blocks": [0, 2]})
     assert kept.vision_config.fullatt_block_indexes == [0]
     assert len(kept.text_config.layer_types) == kept.text_config.num_hidden_layers == 2
     gone = resized(config, {"vision.blocks": 2}, {"vision.blocks": [0, 2]})

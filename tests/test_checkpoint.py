@@ -68,10 +68,7 @@ def test_without_a_processor_its_files_are_copied_from_the_source(good, tmp_path
     student = cut(loaded.model, anatomy, "text.blocks", {"text.blocks": torch.tensor([0, 2])})
     checkpoint.save(student, None, tmp_path / "b")
     for folder in (tmp_path / "a", tmp_path / "b"):
-        assert (
-            tf.AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
-            == loaded.processor.tokenizer.get_vocab()
-        )
+        assert tf.AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == loaded.processor.tokenizer.get_vocab()
         assert (folder / "chat_template.jinja").read_text() == (good / "chat_template.jinja").read_text()
 
 
@@ -133,9 +130,7 @@ BAD = {
     "model type `lava`": lambda folder: _edit_json(folder, model_type="lava"),
     "'llama' is no image-text-to-text": lambda folder: _edit_json(folder, model_type="llama"),
     "weights are missing": _drop_a_weight,
-    "cannot be loaded. SafetensorError": lambda folder: (folder / "model.safetensors").write_bytes(
-        b"1234567890"
-    ),
+    "cannot be loaded. SafetensorError": lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"),
 }
 
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import tiny
 
 from slimlmm.collate import IGNORE, Collator, Prompter
 from slimlmm.data import by_picture
 from slimlmm.distill import can_pack
 from slimlmm.forward import answer_logits
+from tiny import tiny
 
 PACKING = ("llava-clip-llama", "llava-siglip-qwen2", "llava-dinov2-llama")
 

@@ -31,9 +31,7 @@ def picture(seed: int) -> bytes:
 
 def rows_of(pictures: int = 3, answer: str = "food") -> list[Row]:
     pairs = itertools.product(range(pictures), QUESTIONS)
-    rows = [
-        Row(f"r{i}", picture(p), question, answer, f"task {i % 2}") for i, (p, question) in enumerate(pairs)
-    ]
+    rows = [Row(f"r{i}", picture(p), question, answer, f"task {i % 2}") for i, (p, question) in enumerate(pairs)]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -59,9 +57,7 @@ def test_one_look_gives_the_same_logits_with_fewer_pictures_computed(name):
     rows = sorted(rows_of(2), key=lambda row: row.question)
     batch, seen = ev.encode(processor, rows), []
     tower = model.get_encoder(modality="image")
-    layer = next(
-        module for module in tower.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
-    )
+    layer = next(module for module in tower.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d))
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
         apart = model(**batch).logits
@@ -79,9 +75,7 @@ def test_a_model_that_answers_the_references_scores_one():
     model, processor = tiny("llava-dinov2-llama", seed=3)
     rows = rows_of()
     first = ev.evaluate(model, processor, rows, max_new_tokens=5)
-    taught = [
-        Row(r.id, r.image, r.question, f" {a}\n", r.task) for r, a in zip(rows, first.answers, strict=True)
-    ]
+    taught = [Row(r.id, r.image, r.question, f" {a}\n", r.task) for r, a in zip(rows, first.answers, strict=True)]
     again = ev.evaluate(model, processor, taught, max_new_tokens=5)
     assert again.accuracy == again.summary.macro == 1.0
     assert first.accuracy == 0.0
@@ -103,9 +97,7 @@ def test_generation_stops_at_the_end_token_and_never_samples():
     model.generation_config.do_sample, model.generation_config.temperature = True, 9.0
     model.generation_config.repetition_penalty = 5.0
     assert ev.answer(model, processor, row, 6)[0] == long
-    model.generation_config.eos_token_id = [
-        processor.tokenizer(long, add_special_tokens=False)["input_ids"][-1]
-    ]
+    model.generation_config.eos_token_id = [processor.tokenizer(long, add_special_tokens=False)["input_ids"][-1]]
     short = ev.answer(model, processor, row, 6)[0]
     assert long.startswith(short)
     model.generation_config.eos_token_id = list(range(len(processor.tokenizer)))

@@ -30,7 +30,5 @@ def test_every_name_in_the_family_lines_exists_in_the_model(name):
 
 def test_all_families_of_the_table_are_tested():
     assert {tiny_config(name).model_type for name in NAMES} == set(FAMILIES)
-    used = {
-        getattr(tiny_config(n), t.config).model_type for n in NAMES for t in family_of(tiny_config(n)).towers
-    }
+    used = {getattr(tiny_config(n), t.config).model_type for n in NAMES for t in family_of(tiny_config(n)).towers}
     assert set(BACKBONES) - used == {"mistral", "qwen3"}, "known, but llama-like and not built here"

@@ -44,9 +44,7 @@ def test_taylor_is_the_derivative_of_a_gate_on_all_that_a_unit_owns(name):
     axes = cuttable(described)
     scores = score(model, described, axes, "taylor", batches, loss)
     model64 = tiny(name)[0].double()
-    batches64 = [
-        {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches
-    ]
+    batches64 = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
     for axis in axes:
         for group in described.axis(axis).groups[:1]:
             unit = group.units // 2
@@ -64,9 +62,7 @@ def finite_difference(model, group, unit, batches, step=2e-3):
             for slot in group.slots:
                 rows = slot.rows(torch.tensor([unit]), group.units)
                 parameter = named[slot.parameter]
-                parameter.index_copy_(
-                    slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate
-                )
+                parameter.index_copy_(slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate)
         values.append(sum(float(loss(model, batch).detach()) for batch in batches))
         with torch.no_grad():
             for parameter, value in before.items():
@@ -218,9 +214,7 @@ def test_greedy_drops_first_what_costs_least_and_then_measures_again():
     for block in first:
         student = surgery.cut(model, described, "text.blocks", {name: torch.tensor([block])})
         costs[block] = mean_loss(student, batches, loss)
-    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [
-        min(costs, key=costs.get)
-    ]
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [min(costs, key=costs.get)]
     assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=3) == [0, 1, 2]
 
 

@@ -18,9 +18,7 @@ def test_every_parameter_has_a_part_and_counts_once(name):
     model, _ = tiny(name)
     counts = measure.parameters(model)
     distinct = {p.data_ptr(): p.numel() for p in model.parameters()}
-    assert (
-        counts["total"] == sum(distinct.values()) == sum(n for part, n in counts.items() if part != "total")
-    )
+    assert counts["total"] == sum(distinct.values()) == sum(n for part, n in counts.items() if part != "total")
     assert "other" not in counts
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert ("head" in counts) is not tied
@@ -55,9 +53,7 @@ def test_flops_are_linear_layers_and_attention():
     prompt = batch["input_ids"].shape[1]
     text, vision = model.config.text_config, model.config.vision_config
     lengths = [(prompt, prompt), *((1, prompt + t) for t in range(1, n))]
-    attention = sum(
-        text.num_hidden_layers * text.num_attention_heads * 4 * s * t * text.head_dim for s, t in lengths
-    )
+    attention = sum(text.num_hidden_layers * text.num_attention_heads * 4 * s * t * text.head_dim for s, t in lengths)
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     attention += vision.num_hidden_layers * 4 * tokens**2 * vision.hidden_size
     assert counted == linear + attention

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny import NAMES, tiny
 
 from slimlmm import plan
 from slimlmm.anatomy import describe, predict_parameters, resized
 from slimlmm.errors import UserError
+from tiny import NAMES, tiny
 
 
 @pytest.mark.parametrize("name", NAMES)

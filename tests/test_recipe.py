@@ -18,7 +18,12 @@ def test_all_problems_at_once_with_paths_and_the_nearest_key():
         recipe.parse(raw, "r.yaml")
     text = str(caught.value)
     assert "4 problem(s)" in text
-    for part in ("shrnk: unknown key. Did you mean 'shrink'", "seed:", "stages.0.rounds.0.train.steps", "'learning_rate'"):
+    for part in (
+        "shrnk: unknown key. Did you mean 'shrink'",
+        "seed:",
+        "stages.0.rounds.0.train.steps",
+        "'learning_rate'",
+    ):
         assert part in text
 
 
@@ -44,3 +49,8 @@ def test_yaml_cannot_build_objects(tmp_path):
 @pytest.mark.parametrize("path", sorted(bundled(".").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path: Path):
     recipe.read(path)
+
+
+def test_the_page_of_recipes_is_current():
+    page = Path(__file__).parent.parent / "docs" / "recipes.md"
+    assert page.read_text() == recipe.page(), "run python -m slimlmm.recipe docs/recipes.md"

@@ -166,9 +166,7 @@ def test_inner_repair_leaves_an_uncut_model_that_computes_as_the_cut_one():
     model, described, batches = case(MAIN)
     axis = described.axis("text.ffn")
     repaired = copy.deepcopy(model)
-    keep = repair.fold(
-        repaired, described, axis.name, half(axis, model, described), calibrated(MAIN, axis.name)
-    )
+    keep = repair.fold(repaired, described, axis.name, half(axis, model, described), calibrated(MAIN, axis.name))
     student = surgery.cut(repaired, described, axis.name, keep)
     assert torch.allclose(logits(student, batches[0]), logits(repaired, batches[0]), atol=1e-5)
 
@@ -193,9 +191,7 @@ def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():
     assert [t.name for t in tries] == ["slice", "refit", "rotate:0", "rotate:0.5", "rotate:1"]
     student = surgery.cut(repaired, described, axis.name, new)
     best = min(t.loss for t in tries)
-    assert sum(float(loss(student, b).detach()) for b in batches) / len(batches) == pytest.approx(
-        best, abs=1e-5
-    )
+    assert sum(float(loss(student, b).detach()) for b in batches) / len(batches) == pytest.approx(best, abs=1e-5)
 
 
 def test_groups_can_be_folded_a_few_at_a_time():

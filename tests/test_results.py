@@ -94,9 +94,7 @@ def sample() -> rs.Results:
         command="slimlmm compress teacher --data adreview --shrink 4",
         seed=0,
         environment=environment(),
-        data=rs.Dataset(
-            name="adreview-1", fingerprint="ab12", rows={"train": 12_000, "validation": 900, "test": 30}
-        ),
+        data=rs.Dataset(name="adreview-1", fingerprint="ab12", rows={"train": 12_000, "validation": 900, "test": 30}),
         teacher=a,
         rounds=rounds,
         student=b,
@@ -112,9 +110,7 @@ def sample() -> rs.Results:
 
 def unfinished() -> rs.Results:
     """A run without rounds, student or accuracy."""
-    bare = sample().teacher.model_copy(
-        update={"accuracy": None, "memory": None, "flops": None, "disk_bytes": None}
-    )
+    bare = sample().teacher.model_copy(update={"accuracy": None, "memory": None, "flops": None, "disk_bytes": None})
     keep = {name: getattr(sample(), name) for name in ("name", "seed", "environment", "data")}
     return rs.Results(**keep, teacher=bare)
 

@@ -144,9 +144,7 @@ def quieten(model, group, keep):
             named[slot.parameter].index_fill_(slot.dim, slot.rows(dropped, group.units), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "axis"), [("llava-dinov2-llama", "vision.width"), ("idefics3", "text.width")]
-)
+@pytest.mark.parametrize(("name", "axis"), [("llava-dinov2-llama", "vision.width"), ("idefics3", "text.width")])
 def test_the_basis_is_orthogonal_and_sorted_by_variance(name, axis):
     stream = calibrated(name, axis).stream
     units = next(iter(stream.moments.values())).gram().shape[0]
@@ -157,9 +155,7 @@ def test_the_basis_is_orthogonal_and_sorted_by_variance(name, axis):
         ones = torch.cat([torch.full((size,), size**-0.5), torch.zeros(units - size)]).double()
         assert torch.allclose(change.sum(1) * units**-0.5, ones, atol=1e-10)
     else:
-        pooled = sum(
-            stream.moments[n].gram() / stream.moments[n].gram().trace() for n in stream.wiring.readers
-        )
+        pooled = sum(stream.moments[n].gram() / stream.moments[n].gram().trace() for n in stream.wiring.readers)
         power = (change @ pooled * change).sum(1)
         assert (power[:-1] >= power[1:] - 1e-10).all()
 

@@ -1,10 +1,10 @@
 import torch
-from tiny import tiny
 
 from slimlmm.collate import Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.forward import answer_logits
 from slimlmm.teacher import TeacherCache, weights_fingerprint
+from tiny import tiny
 
 NAME = "llava-dinov2-llama"
 

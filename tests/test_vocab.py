@@ -21,9 +21,7 @@ from tiny import CORPUS, NAMES, QWEN_SPECIALS, tiny, tiny_tokenizer
 
 def prompt(processor) -> tuple[str, Image.Image]:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
-    chat = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which brand is shown?"}]}
-    ]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which brand is shown?"}]}]
     return processor.apply_chat_template(chat, add_generation_prompt=True), picture
 
 
@@ -102,9 +100,7 @@ def test_settings_and_special_attributes_come_along():
             {"SpecialToken": {"id": "<|video_pad|>", "type_id": 0}},
         ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {
-            "<|video_pad|>": {"id": "<|video_pad|>", "ids": [323], "tokens": ["<|video_pad|>"]}
-        },
+        "special_tokens": {"<|video_pad|>": {"id": "<|video_pad|>", "ids": [323], "tokens": ["<|video_pad|>"]}},
     }
     tokenizer = tf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(core)),

@@ -306,17 +306,13 @@ def tiny(name: str, seed: int = 0):
 def _prompt(name: str, processor, answer: list[int]) -> list[int]:
     """Token ids of one example: picture placeholders (already expanded), question, answer."""
     tokenizer = processor.tokenizer
-    image = {"qwen2_5_vl": "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"}.get(
-        name, "<image>" * 4
-    )
+    image = {"qwen2_5_vl": "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"}.get(name, "<image>" * 4)
     if name in ("smolvlm", "idefics3"):
         image = f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
     return tokenizer(image + "What is shown?", add_special_tokens=False)["input_ids"] + answer
 
 
-def tiny_batch(
-    name: str, model, n: int = 2, seed: int = 0, answer_tokens: int = 5
-) -> dict[str, torch.Tensor]:
+def tiny_batch(name: str, model, n: int = 2, seed: int = 0, answer_tokens: int = 5) -> dict[str, torch.Tensor]:
     """Return `n` valid random examples: pictures, prompt, random answers; labels only on the answers."""
     processor = _BUILDERS[name](name)[1]
     rng = torch.Generator().manual_seed(seed)

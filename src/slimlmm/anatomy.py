@@ -41,9 +41,7 @@ def describe(config: Any) -> Anatomy:
         for tower in family.towers:
             axes |= {axis.name: axis for axis in _tower_axes(config, family, tower)}
         axes["vocab"] = _vocab_axis(config, family)
-        towers = {tower.name: f"{tower.prefix}." for tower in family.towers} | {
-            "projector": f"{family.joint}."
-        }
+        towers = {tower.name: f"{tower.prefix}." for tower in family.towers} | {"projector": f"{family.joint}."}
         tied = skeleton(config).tied
         _ANATOMIES[key] = Anatomy(model_type=config.model_type, axes=axes, tied=tied, towers=towers)
     return _ANATOMIES[key]
@@ -104,13 +102,9 @@ def _ffn_axis(view: View) -> Axis:
     note = f"the config holds the whole number FFN / width ({view.backbone.ffn})" if multiple > 1 else ""
 
     def group_of(place: Place, length: int) -> Group:
-        return Group(
-            name=_place_name(view, name, place), axis=name, units=length, layer=view.locate(place[0])[0]
-        )
+        return Group(name=_place_name(view, name, place), axis=name, units=length, layer=view.locate(place[0])[0])
 
-    draft = Axis(
-        name=name, kind="inner", size=view.ffn, fields=_labels((field,)), multiple=multiple, note=note
-    )
+    draft = Axis(name=name, kind="inner", size=view.ffn, fields=_labels((field,)), multiple=multiple, note=note)
     return _axis(view, draft, places, group_of)
 
 
@@ -127,18 +121,12 @@ def _kv_axis(view: View) -> Axis:
     places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
 
     def group_of(place: Place, length: int) -> Group:
-        return Group(
-            name=_place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0]
-        )
+        return Group(name=_place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0])
 
     queries = view.heads // view.kv
     legal = [n for n in range(1, view.kv + 1) if view.width % (queries * n) == 0]
     allowed = tuple(legal) if view.backbone.width_by_heads else ()
-    note = (
-        f"width {view.width} must be a multiple of the number of heads ({queries} per group)"
-        if allowed
-        else ""
-    )
+    note = f"width {view.width} must be a multiple of the number of heads ({queries} per group)" if allowed else ""
     draft = Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), allowed=allowed, note=note)
     return _axis(view, draft, places, group_of)
 
@@ -190,11 +178,7 @@ def _vocab_axis(config: Any, family: Family) -> Axis:
     size = int(get(config, field))
     places = moved(config, edited(config, {field: 2 * size}))
     slots = tuple(Slot(parameter=name, dim=dim, role="produce") for name, dim in places)
-    refusal = (
-        ""
-        if places and all(new == 2 * old for old, new in places.values())
-        else "vocab_size moves no parameter"
-    )
+    refusal = "" if places and all(new == 2 * old for old, new in places.values()) else "vocab_size moves no parameter"
     groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots),)
     return Axis(
         name="vocab",
@@ -216,9 +200,7 @@ def _axis(view: View, draft: Axis, places: Places, group_of: Callable[[Place, in
     try:
         for place, (old, new) in places.items():
             if new != 2 * old:
-                raise _RefusedError(
-                    f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion"
-                )
+                raise _RefusedError(f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion")
             group = group_of(place, old)
             slots.setdefault(group, []).append(_slot(view, whole, place, group))
     except _RefusedError as refused:
@@ -269,9 +251,7 @@ def _slot(view: View, whole: Skeleton, place: Place, group: Group) -> Slot:
     if group.stride == 1 and attention is None:
         outer = per_unit  # constants that multiply a plain channel axis vary slowest
     if length % (group.units * outer):
-        raise _RefusedError(
-            f"{place[0]} dim {place[1]} of length {length} does not split into {group.units} units"
-        )
+        raise _RefusedError(f"{place[0]} dim {place[1]} of length {length} does not split into {group.units} units")
     return Slot(parameter=place[0], dim=place[1], role=role, outer=outer, inner=per_unit // outer, norm=norm)
 
 
@@ -281,9 +261,7 @@ def _role(view: View, whole: Skeleton, place: Place) -> tuple[Role, Norm]:
     module, leaf = whole.owner(name), name.rpartition(".")[2]
     if isinstance(module, nn.LayerNorm):
         return "affine", "layer"
-    if isinstance(module, _LINEAR) or (
-        isinstance(module, nn.MultiheadAttention) and leaf.startswith("in_proj")
-    ):
+    if isinstance(module, _LINEAR) or (isinstance(module, nn.MultiheadAttention) and leaf.startswith("in_proj")):
         return ("produce" if dim == 0 else "consume"), ""
     if isinstance(module, nn.Embedding) or len(whole.shapes[name]) > 1:
         return "produce", ""
@@ -320,9 +298,7 @@ def _absolute(index: int, blocks: int) -> int:
     return index if index >= 0 else blocks + 1 + index
 
 
-def resized(
-    config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
-) -> Any:
+def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None) -> Any:
     """Return the stock configuration with these axis sizes (all at once), or refuse with the numbers.
 
     `keep_blocks` names the units that stay of a block axis; without it the first ones stay.

@@ -123,7 +123,9 @@ class Anatomy:
     def axis(self, name: str) -> Axis:
         """Return the axis, or raise a UserError that names the nearest one or the reason of its refusal."""
         if name not in self.axes:
-            raise UserError(f"unknown axis {name!r} for model type {self.model_type!r}. {nearest(name, list(self.axes))}")
+            raise UserError(
+                f"unknown axis {name!r} for model type {self.model_type!r}. {nearest(name, list(self.axes))}"
+            )
         found = self.axes[name]
         if found.refusal:
             raise UserError(f"{name} of {self.model_type!r} cannot be cut: {found.refusal}")

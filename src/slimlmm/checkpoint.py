@@ -104,12 +104,7 @@ def _local_folder(model_id: str | Path) -> Path | None:
     path = Path(model_id).expanduser()
     if path.is_dir():
         return path
-    if (
-        isinstance(model_id, Path)
-        or path.is_absolute()
-        or len(path.parts) > 2
-        or str(model_id).startswith((".", "~"))
-    ):
+    if isinstance(model_id, Path) or path.is_absolute() or len(path.parts) > 2 or str(model_id).startswith((".", "~")):
         kind = "a file, not a model folder" if path.exists() else "no such folder"
         raise UserError(f"{model_id}: {kind}.")
     return None
@@ -167,9 +162,7 @@ def _quiet() -> Iterator[None]:
             _LOGGING.enable_progress_bar()
 
 
-def save(
-    model: PreTrainedModel, processor: Any, folder: str | Path, *, source: str | Path | None = None
-) -> None:
+def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: str | Path | None = None) -> None:
     """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
 
     With ``processor=None`` the processor's files are copied from `source` (default: where the model was
@@ -202,9 +195,7 @@ def refuse_foreign(target: Path) -> None:
     if not target.is_dir() or target.is_symlink():
         raise UserError(f"{target}: exists and is no folder.")
     if any(target.iterdir()) and not (target / MARKER).is_file():
-        raise UserError(
-            f"{target}: holds files that slimlmm did not write; choose another folder or empty it."
-        )
+        raise UserError(f"{target}: holds files that slimlmm did not write; choose another folder or empty it.")
 
 
 def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -> None:

@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune and distill a vision-language model into a plain Hugging Face checkpoint 10-40x smaller, and prove what was kept.",
+    help="Prune and distill a vision-language model into a plain Hugging Face checkpoint 10-40x smaller, with the proof.",
 )
 
 Model = Annotated[str, typer.Argument(help="Local folder or hub id of the model.")]
@@ -31,7 +31,9 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub. Off: stock classes only.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code from the hub. Off: stock classes only.")
+]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
 
 
@@ -70,7 +72,9 @@ def _stop_or_raise(error: Exception) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[red]slimlmm:[/red] {message.replace('[', chr(92) + '[')}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"[red]slimlmm:[/red] {message.replace('[', chr(92) + '[')}", highlight=False
+    )
     sys.exit(code)
 
 
@@ -90,12 +94,16 @@ def inspect(model: Model, json_out: Json = False, trust_remote_code: Trust = Fal
     _report(found, json_out, lambda: Console().print(commands.inspection(found)))
 
 
-@app.command(epilog="Example: `slimlmm cut MODEL --set text.ffn=128 --set vision.blocks=3 --out small --criterion magnitude`")
+@app.command(
+    epilog="Example: `slimlmm cut MODEL --set text.ffn=128 --set vision.blocks=3 --out small --criterion magnitude`"
+)
 def cut(
     model: Model,
     out: Out,
     sizes: Annotated[list[str], typer.Option("--set", help="axis=size; repeat for several axes.")],
-    criterion: Annotated[str, typer.Option(help="magnitude or random (no data); taylor or activation with --data.")] = "magnitude",
+    criterion: Annotated[
+        str, typer.Option(help="magnitude or random (no data); taylor or activation with --data.")
+    ] = "magnitude",
     data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor and activation.")] = None,
     seed: Seed = 0,
     json_out: Json = False,
@@ -104,8 +112,12 @@ def cut(
     """Prune only: cut axes to the given sizes and save a plain checkpoint; no training."""
     from slimlmm import commands
 
-    found = commands.cut(model, out, sizes, criterion=criterion, source=data, seed=seed, trust_remote_code=trust_remote_code)
-    _report(found, json_out, lambda: print(f"{found['parameters_before']:,} -> {found['parameters']:,} parameters: {out}"))
+    found = commands.cut(
+        model, out, sizes, criterion=criterion, source=data, seed=seed, trust_remote_code=trust_remote_code
+    )
+    _report(
+        found, json_out, lambda: print(f"{found['parameters_before']:,} -> {found['parameters']:,} parameters: {out}")
+    )
 
 
 @app.command(epilog="Example: `slimlmm finetune MODEL --data DATA --out corrected`")
@@ -113,7 +125,9 @@ def finetune(
     model: Model,
     data: Data,
     out: Out,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML list of trainings (see docs/recipes.md).")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML list of trainings (see docs/recipes.md).")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the train rows, when there is no recipe.")] = 3.0,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -144,7 +158,7 @@ def compress(
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """The main job: prune and distill in stages; the same command again resumes at the last finished round."""
+    """Prune and distill in stages, the main job; the same command again resumes at the last finished round."""
     from slimlmm import commands, pipeline, report
     from slimlmm.progress import reporter
 
@@ -162,7 +176,9 @@ def evaluate(
     data: Data,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     rows: Annotated[int | None, typer.Option(help="Most rows, whole pictures, seeded; all by default.")] = None,
-    against: Annotated[str | None, typer.Option(help="Another model on the same rows: paired drop and agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model on the same rows: paired drop and agreement.")
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     json_out: Json = False,
@@ -174,7 +190,14 @@ def evaluate(
 
     with reporter(quiet) as tell:
         found = commands.evaluate(
-            model, data, split=split, count=rows, against=against, seed=seed, trust_remote_code=trust_remote_code, tell=tell
+            model,
+            data,
+            split=split,
+            count=rows,
+            against=against,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            tell=tell,
         )
     _report(found, json_out, lambda: Console().print(commands.accuracy_table(found)))
 

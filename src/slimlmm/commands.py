@@ -68,7 +68,14 @@ def inspect(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
 def inspection(found: dict[str, Any]) -> Lines:
     """Return the terminal view of `inspect`."""
     table = Table(title=f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters")
-    for head, side in (("axis", "left"), ("size", "right"), ("allowed", "left"), ("share", "right"), ("cut", "left"), ("note", "left")):
+    for head, side in (
+        ("axis", "left"),
+        ("size", "right"),
+        ("allowed", "left"),
+        ("share", "right"),
+        ("cut", "left"),
+        ("note", "left"),
+    ):
         table.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
     for axis in found["axes"]:
         share = "-" if axis["share"] is None else f"{100 * axis['share']:.1f} %"
@@ -99,7 +106,9 @@ def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
             problems.append(str(error))
             continue
         if axis.kind == "vocab":
-            problems.append("vocab goes with the tokenizer and needs texts: put drop: [unused_tokens] into a recipe for compress")
+            problems.append(
+                "vocab goes with the tokenizer and needs texts: put drop: [unused_tokens] into a recipe for compress"
+            )
         elif not 0 < int(value) <= axis.size:
             problems.append(f"{text}: the axis has {axis.size}; give 1 to {axis.size}")
         sizes[name] = int(value)
@@ -157,7 +166,9 @@ def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> lis
     if path is None:
         pictures = len(data.by_picture(rows, 16))
         steps = max(1, round(epochs * pictures / 16))
-        return [Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})]
+        return [
+            Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
+        ]
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -179,7 +190,9 @@ def finetune(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune on the train rows and save; validation accuracy before and after."""
-    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device="cuda" if torch.cuda.is_available() else "cpu")
+    loaded = checkpoint.load(
+        model, trust_remote_code=trust_remote_code, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     _processor(loaded, model)
     checkpoint.refuse_foreign(out.expanduser().absolute())
     splits = data.load(source, seed=seed)
@@ -192,7 +205,12 @@ def finetune(
     before = evaluation.evaluate(loaded.model, loaded.processor, validation)
     done = [
         train(
-            loaded.model, loaded.processor, rows, phase, out.parent / f".{out.name}.training", seed=seed,
+            loaded.model,
+            loaded.processor,
+            rows,
+            phase,
+            out.parent / f".{out.name}.training",
+            seed=seed,
             progress=lambda facts: tell.step("fine-tuning", facts["step"], facts["steps"], loss=facts["loss"]),
         )
         for phase in phases
@@ -252,7 +270,11 @@ def evaluate(
         )
     result: dict[str, Any] = {"model": model, "split": split, **found[0].summary.model_dump()}
     if against:
-        result |= {"against": against, "effect": effect(found[1], found[0], seed=seed).model_dump(), "other": found[1].summary.model_dump()}
+        result |= {
+            "against": against,
+            "effect": effect(found[1], found[0], seed=seed).model_dump(),
+            "other": found[1].summary.model_dump(),
+        }
     return result
 
 
@@ -324,7 +346,11 @@ def bench_table(found: dict[str, Any]) -> Table:
     counts = [one["parameters"]["total"] for one in found["models"]]
     row("parameters", counts, ",", counts[0] / counts[-1] if len(counts) > 1 else None)
     row("bytes on disk", [one["disk_bytes"] for one in found["models"]], ",")
-    row(f"FLOPs per answer of {found['models'][0]['flops_answer_tokens']} tokens", [one["flops"] for one in found["models"]], ".3g")
+    row(
+        f"FLOPs per answer of {found['models'][0]['flops_answer_tokens']} tokens",
+        [one["flops"] for one in found["models"]],
+        ".3g",
+    )
     row("peak memory, MB", [one["memory"]["peak"] / 1e6 if one["memory"] else None for one in found["models"]], ",.0f")
     latency, throughput = found["latency"], found["throughput"]
     for label, key in (("latency p50, ms (batch 1)", "p50"), ("latency p95, ms", "p95")):
@@ -349,10 +375,16 @@ def demo_page(found: dict[str, Any]) -> Lines:
         score, totals = one["accuracy"]["overall"], headline.totals
         whole = live.teacher.parameters["total"]
         lost = "" if headline.effect is None else f"; its own run lost {points(headline.effect.drop)} points"
-        cost = "" if totals is None else f" and took {duration(totals.seconds)} on {headline.environment.gpu or headline.environment.cpu}"
+        cost = (
+            ""
+            if totals is None
+            else f" and took {duration(totals.seconds)} on {headline.environment.gpu or headline.environment.cpu}"
+        )
         parts.append(
             f"bundled student: {one['parameters']:,} parameters ({whole / one['parameters']:.1f}x fewer), "
             f"{100 * score['accuracy']:.1f} % exact match on the same {score['n']} test rows{lost}{cost} (make headline)"
         )
-    parts.append(f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}")
+    parts.append(
+        f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}"
+    )
     return Lines(*parts)

@@ -118,7 +118,9 @@ def _tables(source: Path) -> dict[str, list[Path]]:
     """Return split -> files (or image folders) that hold its rows."""
     if source.is_file():
         if source.suffix not in READERS:
-            raise UserError(f"{source}: cannot read {source.suffix or 'a file without suffix'}; known: {', '.join(READERS)}.")
+            raise UserError(
+                f"{source}: cannot read {source.suffix or 'a file without suffix'}; known: {', '.join(READERS)}."
+            )
         named = next((split for split, names in SPLITS.items() if source.stem in names), "train")
         return {named: [source]}
     found: dict[str, list[Path]] = {}
@@ -182,7 +184,10 @@ def check(
     broken = _broken_pictures(rows)
     for row in rows:
         if row.picture_key() in broken:
-            bad(broken[row.picture_key()], f"{row.id} ({row.image if isinstance(row.image, Path) else 'embedded bytes'})")
+            bad(
+                broken[row.picture_key()],
+                f"{row.id} ({row.image if isinstance(row.image, Path) else 'embedded bytes'})",
+            )
     kept = [row for row in rows if row.picture_key() not in broken]
     total, skipped = len(raw), sum(problems.values())
     if skipped:
@@ -219,6 +224,8 @@ def _broken_pictures(rows: Sequence[Row]) -> dict[str, str]:
 
 def parse(record: Mapping[str, Any], number: int) -> Row:
     """Turn one raw record (short or conversational form) into a row; ValueError says what is missing."""
+    question: Any
+    answer: Any
     if record.get("messages"):
         question, answer = _turns(record["messages"])
         images = record.get("images") or [record.get("image")]

@@ -217,9 +217,7 @@ def evaluate(
             opened = {keys[i]: rows[i] for i in part}
             pictures = {key: row.open() for key, row in opened.items()}
             with one_look(model, [keys[i] for i in part]):
-                texts = answer(
-                    model, processor, [rows[i] for i in part], limit, [pictures[keys[i]] for i in part]
-                )
+                texts = answer(model, processor, [rows[i] for i in part], limit, [pictures[keys[i]] for i in part])
             for i, text in zip(part, texts, strict=True):
                 answers[i] = text
             if progress is not None:
@@ -356,9 +354,7 @@ def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
             return plain(*args, **kwargs)
         few_args, few_kwargs = tree_map_only(Tensor, lambda tensor: tensor[taken], (args, kwargs))
         found = plain(*few_args, **few_kwargs)
-        return tree_map_only(
-            Tensor, lambda tensor: tensor[back] if len(tensor) == len(taken) else tensor, found
-        )
+        return tree_map_only(Tensor, lambda tensor: tensor[back] if len(tensor) == len(taken) else tensor, found)
 
     tower.forward = forward
     try:
@@ -404,6 +400,4 @@ def _per_cluster(values: NDArray[Any], clusters: Sequence[str]) -> tuple[NDArray
 def _same_rows(a: Evaluation, b: Evaluation) -> None:
     """Refuse to compare evaluations of different rows."""
     if [p.id for p in a.predictions] != [p.id for p in b.predictions]:
-        raise UserError(
-            f"the two evaluations are of different rows ({len(a.predictions)} and {len(b.predictions)})."
-        )
+        raise UserError(f"the two evaluations are of different rows ({len(a.predictions)} and {len(b.predictions)}).")

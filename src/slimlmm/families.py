@@ -108,23 +108,17 @@ class Family:
 
 
 _SIGLIP = Attention(consume=("out_proj",))
-_LLAMA = Backbone(
-    layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", per_layer=("layer_types",)
-)
+_LLAMA = Backbone(layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", per_layer=("layer_types",))
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
 _VISION_ENCODER = Backbone(layers="encoder.layers", attention=(_SIGLIP,))
 
 BACKBONES: Mapping[str, Backbone] = {
-    "llama": Backbone(
-        layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", width_by_heads=True
-    ),
+    "llama": Backbone(layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", width_by_heads=True),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
-    "opt": Backbone(
-        layers="decoder.layers", attention=(_SIGLIP,), ffn="ffn_dim", ties=("word_embed_proj_dim",)
-    ),
+    "opt": Backbone(layers="decoder.layers", attention=(_SIGLIP,), ffn="ffn_dim", ties=("word_embed_proj_dim",)),
     "clip_vision_model": Backbone(
         layers="encoder.layers",
         attention=(_SIGLIP,),

@@ -61,9 +61,7 @@ class Share:
     def reduce(self, values: Tensor) -> Tensor:
         """Sum `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
         if self.slot is None:
-            totals = values.new_zeros(
-                self.group.units, dtype=torch.promote_types(values.dtype, torch.float32)
-            )
+            totals = values.new_zeros(self.group.units, dtype=torch.promote_types(values.dtype, torch.float32))
             totals[self.block] = values.sum(dtype=totals.dtype)
             return totals
         others = [d for d in range(values.dim()) if d != self.slot.dim % values.dim()]
@@ -78,7 +76,7 @@ def per_unit(values: Tensor, slot: Slot, units: int) -> Tensor:
     return owned.reshape(*values.shape[:-1], slot.outer, units, slot.inner)
 
 
-def score(  # noqa: PLR0917
+def score(
     model: PreTrainedModel,
     anatomy: Anatomy,
     axes: Sequence[str],
@@ -126,9 +124,7 @@ def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"
     pools: dict[str, list[Tensor]] = {}
     for name, values in scores.items():
         pools.setdefault(family(name), []).append(values)
-    means = {
-        key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()
-    }
+    means = {key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()}
     return {name: values / means[family(name)] for name, values in scores.items()}
 
 
@@ -156,10 +152,10 @@ def taylor(task: Task) -> Scores:
     assert loss is not None
     with only_gradients_of(task.model, list(shares)), ExitStack() as stack, torch.enable_grad():
         for parameter in shares:
-            handle = parameter.register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
+            handle = parameter.register_post_accumulate_grad_hook(reduce)
             stack.callback(handle.remove)
         for batch in at_least_one(task.batches, "taylor"):
-            loss(task.model, batch).backward()  # type: ignore[no-untyped-call]
+            loss(task.model, batch).backward()
     return {name: total.abs() for name, total in totals.items()}
 
 
@@ -198,9 +194,7 @@ def activation(task: Task) -> Scores:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             size_U = per_unit(inputs[0].detach().float(), slot, group.units).square().sum((-3, -1)).sqrt()
             text = group.axis.startswith("text.")
-            found = (
-                _sequence_means(size_U, mask[0] if text else None).square().sum(0).to("cpu", torch.float64)
-            )
+            found = _sequence_means(size_U, mask[0] if text else None).square().sum(0).to("cpu", torch.float64)
             partial[group.name, slot] = partial.get((group.name, slot), torch.zeros(())) + found
 
         return hook
@@ -239,9 +233,7 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def rank_blocks(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss
-) -> Tensor:
+def rank_blocks(model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss) -> Tensor:
     """Return how much the mean loss grows when each block alone is skipped; [blocks] fp64, unit of the loss.
 
     One pass over `batches` per block. First-order Taylor ranks whole blocks badly: skipping is no small
@@ -257,7 +249,7 @@ def rank_blocks(
     return torch.tensor(growth, dtype=torch.float64)
 
 
-def greedy_blocks(  # noqa: PLR0917
+def greedy_blocks(
     model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
 ) -> list[int]:
     """Return the `keep` blocks that stay when, one at a time, the one that costs least is dropped; ascending.
@@ -375,9 +367,7 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
     shares: dict[nn.Parameter, list[Share]] = {}
     for group in task.groups:
         prefix = task.anatomy.axis(group.axis).layers
-        wanted: list[tuple[str, Share]] = [
-            (slot.parameter, Share(group=group, slot=slot)) for slot in group.slots
-        ]
+        wanted: list[tuple[str, Share]] = [(slot.parameter, Share(group=group, slot=slot)) for slot in group.slots]
         for name in named if prefix else ():
             if name.startswith(f"{prefix}."):
                 index = int(name.removeprefix(f"{prefix}.").partition(".")[0])

@@ -73,9 +73,7 @@ class Comparison(Record):
 
     first: Timing = Field(description="The first model (teacher).")
     second: Timing = Field(description="The second model (student).")
-    ratio: float = Field(
-        description="Median seconds of the first over median seconds of the second: times faster."
-    )
+    ratio: float = Field(description="Median seconds of the first over median seconds of the second: times faster.")
     ratio_min: float = Field(description="Smallest ratio among the pairs of calls.")
     ratio_median: float = Field(description="Median ratio among the pairs of calls.")
     ratio_max: float = Field(description="Largest ratio among the pairs of calls.")
@@ -97,9 +95,7 @@ class Environment(Record):
     created: str = Field(description="UTC time, ISO 8601.")
     python: str = Field(description="Python version.")
     versions: dict[str, str] = Field(description="Versions of the libraries that decide the figures.")
-    git: str | None = Field(
-        description="Commit of the slimlmm source, with '+' if it has changes; null if installed."
-    )
+    git: str | None = Field(description="Commit of the slimlmm source, with '+' if it has changes; null if installed.")
     system: str = Field(description="Operating system and machine architecture.")
     cpu: str | None = Field(description="CPU model.")
     cores: int | None = Field(description="CPU cores that this process may use.")
@@ -179,10 +175,7 @@ def throughput(
     """Time `n` batches of `batch_size` rows, picture files to answer texts; see `Timing.rows_per_second`."""
     limit = max_new_tokens or answer_limit(processor, rows)
     with evaluating(model):
-        seconds = [
-            _seconds(model, processor, batch, limit)
-            for batch in islice(_batches(rows, batch_size), warmup + n)
-        ]
+        seconds = [_seconds(model, processor, batch, limit) for batch in islice(_batches(rows, batch_size), warmup + n)]
     return _timing(seconds[warmup:], batch_size)
 
 
@@ -219,9 +212,7 @@ def compare(
     )
 
 
-def peak_memory(
-    call: Callable[[], object], *, device: torch.device | str = "cpu", interval: float = 0.002
-) -> Memory:
+def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu", interval: float = 0.002) -> Memory:
     """Return the memory high-water mark while `call` runs.
 
     On a CUDA device torch's own exact mark of allocated bytes; else the resident memory of this process,
@@ -282,9 +273,7 @@ def answering_memory(
         command = [sys.executable, "-m", "slimlmm.measure", json.dumps(order)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
-            f"the memory of {folder} could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}"
-        )
+        raise UserError(f"the memory of {folder} could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}")
     return Memory.model_validate_json(done.stdout.splitlines()[-1])
 
 
@@ -406,9 +395,7 @@ def _git_commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -54,9 +54,7 @@ class Moments:
     def mean(self, half: int | None = None) -> Tensor:
         """Return E[x] of one half or of both; [N]."""
         total, count = (
-            (self.total_2N.sum(0), self.count_2.sum())
-            if half is None
-            else (self.total_2N[half], self.count_2[half])
+            (self.total_2N.sum(0), self.count_2.sum()) if half is None else (self.total_2N[half], self.count_2[half])
         )
         mean: Tensor = total / count.clamp(min=1e-300)
         return mean
@@ -116,12 +114,10 @@ def predict(
     power = float((weight @ moments.gram(1, centred=True) * weight).sum()) or 1e-300
     mean = moments.mean()
     offset = mean[dropped] - matrix @ mean[kept] if bias else torch.zeros_like(mean[dropped])
-    return Prediction(
-        matrix=matrix, offset=offset, ridge=ridge, error=error / power, plain_error=plain / power
-    )
+    return Prediction(matrix=matrix, offset=offset, ridge=ridge, error=error / power, plain_error=plain / power)
 
 
-def _best_ridge(  # noqa: PLR0917
+def _best_ridge(
     moments: Moments,
     kept: Tensor,
     dropped: Tensor,
@@ -160,7 +156,7 @@ def _solve(gram_NN: Tensor, kept: Tensor, dropped: Tensor, ridge: float) -> Tens
         ridge = max(10 * ridge, 1e-12)
 
 
-def _output_error(  # noqa: PLR0917
+def _output_error(
     gram: Tensor, shift: Tensor | None, kept: Tensor, dropped: Tensor, weight: Tensor, matrix: Tensor
 ) -> float:
     """Return E|W_D (x_D - A x_K)|^2 under `gram`, plus what the fit half's other mean (`shift`) adds."""

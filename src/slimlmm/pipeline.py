@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint, data, importance, plan, repair, report, results, surgery, vocab
-from slimlmm.anatomy import dead_blocks, describe, predict_parameters
+from slimlmm.anatomy import dead_blocks, describe, predict_parameters, resized
 from slimlmm.axes import Keep
 from slimlmm.collate import Batch, Collator, Prompter
 from slimlmm.distill import TrainResult, can_pack, train
@@ -46,6 +46,7 @@ class _Job:
     train_rows: list[data.Row]
     calibration: list[data.Row]
     validation: list[data.Row]
+    vocabulary_rows: list[data.Row]
     tell: Reporter
     cache: TeacherCache | None = None
     teacher_validation: Evaluation | None = None
@@ -83,57 +84,70 @@ def run(
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
     splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed)
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
-    stages = _stages(loaded.model, rows["train"], recipe)
+    stages = _stages(loaded, rows, recipe)
     _check_stages(loaded.model.config, stages)
     for note in splits.notes:
         tell.say(note)
-    identity = {
-        "model": weights_fingerprint(loaded.model),
-        "data": data.fingerprint([row for part in rows.values() for row in part]),
-        "recipe": dump(recipe),
-    }
+    facts = results.Dataset(
+        name=str(source),
+        fingerprint=data.fingerprint([row for part in rows.values() for row in part]),
+        rows={name: len(part) for name, part in rows.items()},
+        notes=tuple(splits.notes),
+    )
+    identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     folder = RunFolder.open(out, identity, dump(recipe.model_copy(update={"stages": stages})))
     job = _job(folder, recipe, rows, tell)
     _prove(loaded.model.config, stages, tell)
-    job.teacher_validation = _evaluation(folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation")
+    job.teacher_validation = _evaluation(
+        folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
+    )
     done = _rounds(job, loaded, stages)
-    last = next((one for one in reversed(done) if one.kept_promise), None)
-    if last is None:
-        raise UserError(f"no round kept within {recipe.max_drop} points of the teacher; see {folder.path}/stages for what was tried.")
-    checkpoint.save(last.model, last.processor, folder.final)
+    _hand_over(job, done)
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     found = _finish(job, loaded, checkpoint.load(folder.final, device=_device()), done, test)
-    found = found.model_copy(
-        update={
-            "name": out.name,
-            "command": command,
-            "data": results.Dataset(
-                name=str(source),
-                fingerprint=identity["data"],
-                rows={name: len(part) for name, part in rows.items()},
-                notes=tuple(splits.notes),
-            ),
-        }
-    )
+    found = found.model_copy(update={"command": command, "data": facts})
     found.save(folder.path / "results.json")
     report.write(found, folder.path)
     return found
+
+
+def _hand_over(job: _Job, done: Sequence[_Done]) -> None:
+    """Save the last model that kept the promise as ``final/``."""
+    last = next((one for one in reversed(done) if one.kept_promise), None)
+    if last is None:
+        raise UserError(
+            f"no round kept within {job.recipe.max_drop} points of the teacher; see {job.folder.path}/stages for what was tried."
+        )
+    checkpoint.save(last.model, last.processor, job.folder.final)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stages(model: PreTrainedModel, rows: Sequence[data.Row], recipe: Recipe) -> tuple[Stage, ...]:
+def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
     """Return the recipe's stages, or the default schedule for its shrink."""
     if recipe.stages:
         return recipe.stages
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
-    whole = predict_parameters(model.config, {})
-    final = plan.sizes_for(model.config, recipe.shrink, whole)
-    per_picture = round(len(rows) / len({row.picture_key() for row in rows}))
-    return plan.stages_for(model.config, final, row_visits=recipe.row_visits, rows_per_picture=per_picture)
+    model = loaded.model
+    texts = _texts(loaded.processor, rows["train"] + rows["validation"])
+    fixed = {"vocab": len(vocab.needed(model, loaded.processor, texts))}
+    fixed |= {
+        axis: describe(model.config).axis(axis).size - len(dead) for axis, dead in dead_blocks(model.config).items()
+    }
+    final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed)
+    per_picture = round(len(rows["train"]) / len({row.picture_key() for row in rows["train"]}))
+    living = resized(model.config, fixed)
+    return plan.stages_for(living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture)
+
+
+def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
+    """Return every prompt and answer of the rows as the model sees them, once."""
+    prompter = Prompter(processor)
+    pairs = {(row.question, row.answer) for row in rows}
+    return sorted({text for pair in pairs for text in prompter.turns(*pair)})
 
 
 def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
@@ -150,7 +164,9 @@ def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
                     problems.append(f"{where}: {error}")
                     continue
                 if not 0 < size <= current[name]:
-                    problems.append(f"{where}.{name}={size}: the axis has {current[name]} by then; give 1 to {current[name]}.")
+                    problems.append(
+                        f"{where}.{name}={size}: the axis has {current[name]} by then; give 1 to {current[name]}."
+                    )
                 current[name] = size
     if problems:
         raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
@@ -165,6 +181,7 @@ def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], 
         train_rows=training,
         calibration=data.sample(training, settings.calibration_rows, recipe.seed + 1),
         validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
+        vocabulary_rows=rows["train"] + rows["validation"],
         tell=tell,
     )
 
@@ -188,7 +205,9 @@ def _rounds(job: _Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> li
     turns = [(stage.name, index, turn) for stage in stages for index, turn in enumerate(stage.rounds, 1)]
     for number, (name, index, turn) in enumerate(turns, 1):
         if job.cache is None and not turn.drop:
-            job.cache = TeacherCache(model, Collator(processor, packed=can_pack(model, processor, job.calibration)), job.folder.cache)
+            job.cache = TeacherCache(
+                model, Collator(processor, packed=can_pack(model, processor, job.calibration)), job.folder.cache
+            )
         folder = job.folder.stage(number, f"{name}.{index}")
         if (folder / "done.json").exists():
             one = _resumed(job, folder)
@@ -199,7 +218,9 @@ def _rounds(job: _Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> li
         done.append(one)
         model, processor = one.model, one.processor
         if not one.kept_promise:
-            job.tell.say(f"round {number} lost more than the promised {job.recipe.max_drop} points; stopping at the round before")
+            job.tell.say(
+                f"round {number} lost more than the promised {job.recipe.max_drop} points; stopping at the round before"
+            )
             break
     return done
 
@@ -237,7 +258,13 @@ def _round(
     trained, score = None, None
     if turn.train:
         trained = train(
-            model, processor, job.train_rows, turn.train, folder / "training", teacher=job.cache, seed=job.recipe.seed + number,
+            model,
+            processor,
+            job.train_rows,
+            turn.train,
+            folder / "training",
+            teacher=job.cache,
+            seed=job.recipe.seed + number,
             progress=lambda facts: job.tell.step(
                 f"round {number} {name}.{index} training", facts["step"], facts["steps"], loss=facts["loss"]
             ),
@@ -248,7 +275,7 @@ def _round(
         number=number,
         stage=name,
         round=index,
-        criterion=turn.criterion if turn.sizes else None,
+        criterion=_criteria(turn),
         before={axis: before[axis] for axis in changed},
         after={axis: after[axis] for axis in changed},
         parameters_before=counted,
@@ -262,6 +289,13 @@ def _round(
     (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     write_json(folder / "done.json", {"round": number, "parameters": record.parameters})
     return _Done(model, processor, record, folder, _promise(job, record))
+
+
+def _criteria(turn: Round) -> str | None:
+    """Name how this round chose what goes: blocks by one way, other units by another."""
+    blocks = {axis for axis in turn.sizes if axis.endswith(".blocks")}
+    ways = ([turn.blocks] if blocks else []) + ([turn.criterion] if set(turn.sizes) - blocks else [])
+    return ", ".join(ways) or None
 
 
 def _training_facts(trained: TrainResult | None) -> dict[str, Any]:
@@ -279,9 +313,7 @@ def _training_facts(trained: TrainResult | None) -> dict[str, Any]:
 def _drop(what: str, job: _Job, model: PreTrainedModel, processor: Any) -> tuple[PreTrainedModel, Any]:
     """Make one lossless cut."""
     if what == "unused_tokens":
-        prompter = Prompter(processor)
-        pairs = {(row.question, row.answer) for row in job.train_rows + job.validation}
-        return vocab.trim(model, processor, sorted({text for pair in pairs for text in prompter.turns(*pair)}))
+        return vocab.trim(model, processor, _texts(processor, job.vocabulary_rows))
     for axis, dead in dead_blocks(model.config).items():
         anatomy = describe(model.config)
         alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
@@ -299,15 +331,15 @@ def _cut(
     if size == found.size:
         return model
     collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    batches = [
-        to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)
-    ]
+    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
     scores: dict[str, Tensor] = {}
     tries: list[repair.Choice] = []
     if found.kind == "blocks":
         keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
     else:
-        scores = importance.score(model, anatomy, [axis], turn.criterion, batches, _calibration_loss(job), seed=job.recipe.seed)
+        scores = importance.score(
+            model, anatomy, [axis], turn.criterion, batches, _calibration_loss(job), seed=job.recipe.seed
+        )
         keep = plan.choose(scores, anatomy, axis, size)
         if turn.repair == "best":
             statistics = repair.collect(model, anatomy, axis, batches)
@@ -315,7 +347,9 @@ def _cut(
     student = surgery.cut(model, anatomy, axis, keep)
     predicted = predict_parameters(model.config, {axis: size})
     if student.num_parameters() != predicted:
-        raise UserError(f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted.")
+        raise UserError(
+            f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted."
+        )
     if scores:
         save_file({name: values.contiguous() for name, values in scores.items()}, folder / f"scores-{axis}.safetensors")
     write_json(
@@ -332,9 +366,7 @@ def _cut(
     return student
 
 
-def _blocks(
-    job: _Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]
-) -> Tensor:
+def _blocks(job: _Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]) -> Tensor:
     """Return the blocks that stay."""
     axis, size = what
     anatomy = describe(model.config)
@@ -372,7 +404,9 @@ def _score(job: _Job, model: PreTrainedModel, processor: Any, what: str) -> Scor
     lost = None
     if job.teacher_validation is not None:
         lost = 100 * drop(job.teacher_validation, found, samples=1000).mean
-    job.tell.say(f"  {what}: {100 * overall.accuracy:.1f} % of {overall.n}", **({} if lost is None else {"points_lost": lost}))
+    job.tell.say(
+        f"  {what}: {100 * overall.accuracy:.1f} % of {overall.n}", **({} if lost is None else {"points_lost": lost})
+    )
     return overall
 
 
@@ -381,7 +415,10 @@ def _evaluation(path: Path, loaded: checkpoint.Loaded, rows: list[data.Row], tel
     if path.exists():
         return Evaluation.model_validate_json(path.read_bytes())
     found = evaluate(
-        loaded.model, loaded.processor, rows, progress=lambda done, total: tell.step(f"evaluating the {what}", done, total)
+        loaded.model,
+        loaded.processor,
+        rows,
+        progress=lambda done, total: tell.step(f"evaluating the {what}", done, total),
     )
     temporary = path.with_suffix(".part")
     temporary.write_text(found.model_dump_json(), encoding="utf-8")
@@ -414,13 +451,15 @@ def _finish(
         seed=job.recipe.seed,
         environment=environment(),
         data=results.Dataset(name="", rows={}),
-        teacher=records[0].model_copy(update={"validation": job.teacher_validation.summary.overall if job.teacher_validation else None}),
+        teacher=records[0].model_copy(
+            update={"validation": job.teacher_validation.summary.overall if job.teacher_validation else None}
+        ),
         rounds=rounds,
         student=records[1],
         effect=results.effect(*evaluations),
         latency=latency,
         throughput=throughput,
-        ratios=results.ratios(*records, latency, throughput),
+        ratios=results.ratios(records[0], records[1], latency, throughput),
         totals=results.totals(rounds, sum(one.seconds for one in evaluations)),
         notes=notes,
     )

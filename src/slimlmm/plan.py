@@ -19,13 +19,13 @@ SHARES = {"blocks": 0.22, "inner": 0.30, "width": 0.48}
 STAGES = ("blocks", "inner", "width")
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
-#: least sizes that the planner goes to by itself
+#: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
 FLOORS = {"blocks": 2, "inner": 1, "width": 32}
 #: share of all row visits that the last shape gets
 LAST_SHARE = 0.45
 
 
-def sizes_for(config: Any, shrink: float, whole: int) -> dict[str, int]:
+def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level.
 
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
@@ -37,10 +37,12 @@ def sizes_for(config: Any, shrink: float, whole: int) -> dict[str, int]:
         config: configuration of the model that will be cut.
         shrink: wanted ratio of parameters.
         whole: parameters of the original model.
+        fixed: sizes that other cuts will have reached (the trimmed vocabulary, living blocks).
 
     Raises:
         UserError: the smallest sizes still have too many parameters; the message says how far one can go.
     """
+    config = resized(config, fixed) if fixed else config
     target = whole / shrink
     anatomy = describe(config)
     axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in STAGES}
@@ -83,10 +85,11 @@ def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str
 
 
 def _choices(axis: Axis) -> list[int]:
-    """Legal sizes from the planner's floor on; widths and FFNs in multiples of 16 where that leaves a choice."""
-    legal = [size for size in axis.choices() if size >= min(FLOORS[axis.kind], axis.size)]
+    """Legal sizes from the planner's floor (at most an eighth of a width) on, in multiples of 16 where that leaves a choice."""
+    floor = min(FLOORS[axis.kind], axis.size if axis.kind == "blocks" else axis.size // 8)
+    legal = [size for size in axis.choices() if size >= floor]
     even = [size for size in legal if size % 16 == 0 or size == axis.size]
-    return even if axis.kind == "width" and even else legal if axis.kind == "blocks" or len(even) < 3 else even
+    return even if axis.kind != "blocks" and len(even) >= 8 else legal
 
 
 def _fit(config: Any, sizes: dict[str, int]) -> dict[str, int]:
@@ -190,9 +193,7 @@ def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) ->
     return steps
 
 
-def _accepted(
-    config: Any, whole: Mapping[str, int], sizes: dict[str, int], final: Mapping[str, int]
-) -> dict[str, int]:
+def _accepted(config: Any, whole: Mapping[str, int], sizes: dict[str, int], final: Mapping[str, int]) -> dict[str, int]:
     """Keep an intermediate shape that the stock config accepts; where it does not, move that level to its final sizes."""
     try:
         resized(config, follow_width(describe(config), whole, whole))

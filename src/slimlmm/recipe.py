@@ -1,7 +1,12 @@
-"""A run as validated settings: unknown keys refused, all errors at once, each with its YAML path."""
+"""A run as validated settings: unknown keys refused, all errors at once, each with its YAML path.
+
+``docs/recipes.md`` is `page`, generated from the fields' descriptions by ``python -m slimlmm.recipe docs/recipes.md``.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from slimlmm.errors import UserError, nearest
-
 
 T = TypeVar("T")
 
@@ -28,17 +32,24 @@ class Training(Settings):
     questions_per_picture: int = Field(16, gt=0, description="Most questions packed behind one picture.")
     accumulate: int = Field(1, gt=0, description="Micro-batches in one optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of the language model and projector.")
-    vision_rate: float = Field(1.0, ge=0, description="Learning rate of the top vision block, relative to learning_rate.")
-    layer_decay: float = Field(0.9, gt=0, le=1, description="Factor on the learning rate per vision block towards the picture.")
+    vision_rate: float = Field(
+        1.0, ge=0, description="Learning rate of the top vision block, relative to learning_rate."
+    )
+    layer_decay: float = Field(
+        0.9, gt=0, le=1, description="Factor on the learning rate per vision block towards the picture."
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of matrices.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in [0, 1) with a rising learning rate.")
-    schedule: str = Field("cosine", description="Learning-rate schedule of transformers (cosine, linear, constant_with_warmup ...).")
+    schedule: str = Field(
+        "cosine", description="Learning-rate schedule of transformers (cosine, linear, constant_with_warmup ...)."
+    )
     clip: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     freeze: tuple[Literal["vision", "text", "projector", "patch_embedding"], ...] = Field(
         ("patch_embedding",), description="Parts without gradient."
     )
     losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin"], float] = Field(
-        default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1}, description="Weight of each loss by name."
+        default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
+        description="Weight of each loss by name.",
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
@@ -54,7 +65,8 @@ class Round(Settings):
         "taylor", description="How the units of inner and width axes are scored."
     )
     blocks: Literal["ablation", "last", "random"] = Field(
-        "ablation", description="Which blocks go: those whose greedy removal costs least, the last ones, or random ones."
+        "ablation",
+        description="Which blocks go: those whose greedy removal costs least, the last ones, or random ones.",
     )
     repair: Literal["best", "none"] = Field(
         "best", description="Closed-form repair of the cut: the one of least calibration loss, or none."
@@ -82,7 +94,9 @@ class DataSettings(Settings):
     max_bad_share: float = Field(0.01, ge=0, lt=1, description="Share of broken rows in [0, 1) that may be skipped.")
     train_rows: int | None = Field(None, gt=0, description="Train rows used; null for all.")
     calibration_rows: int = Field(256, gt=0, description="Train rows for scores, repairs and ablation.")
-    validation_rows: int | None = Field(500, gt=0, description="Validation rows evaluated in every round; null for all.")
+    validation_rows: int | None = Field(
+        500, gt=0, description="Validation rows evaluated in every round; null for all."
+    )
     test_rows: int | None = Field(None, gt=0, description="Test rows for teacher and student at the end; null for all.")
 
 
@@ -92,10 +106,14 @@ class Recipe(Settings):
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
     row_visits: int = Field(
-        400_000, gt=0, description="Row visits of all recoveries of the default schedule, most of them on the last shape."
+        400_000,
+        gt=0,
+        description="Row visits of all recoveries of the default schedule, most of them on the last shape.",
     )
     max_drop: float | None = Field(
-        None, ge=0, description="Points of validation exact match that a round may lose against the teacher; null for no floor."
+        None,
+        ge=0,
+        description="Points of validation exact match that a round may lose against the teacher; null for no floor.",
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
@@ -147,3 +165,49 @@ def _problem(error: Any, root: type[Settings]) -> str:
 
 #: settings by the key that holds them
 PLACES: dict[str, type[Settings]] = {"stages": Stage, "rounds": Round, "train": Training, "data": DataSettings}
+
+
+def page() -> str:
+    """Return the documentation of recipes as Markdown."""
+    lines = [
+        "# Recipes",
+        "",
+        "A recipe is a YAML file for `slimlmm compress --recipe`; unknown keys are refused. `slimlmm finetune --recipe` takes",
+        "a list of trainings (the keys under `train`). A run folder holds the whole recipe, defaults and planned sizes included.",
+        "Generated: `python -m slimlmm.recipe docs/recipes.md`.",
+        "",
+        "```yaml",
+        "max_drop: 1.0",
+        "stages:",
+        "  - name: lossless",
+        "    rounds:",
+        "      - drop: [unused_tokens, dead_blocks]",
+        "  - name: blocks",
+        "    rounds:",
+        "      - sizes: {vision.blocks: 8, text.blocks: 12}",
+        "        train: {steps: 2000, learning_rate: 3.0e-4}",
+        "```",
+    ]
+    places = {kind: key for key, kind in PLACES.items()}
+    for kind in (Recipe, DataSettings, Stage, Round, Training):
+        lines += [
+            "",
+            f"## {places.get(kind, 'top level')}",
+            "",
+            str(kind.__doc__),
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for name, one in kind.model_fields.items():
+            default = "required" if one.is_required() else json.dumps(one.default, default=_plain)
+            lines.append(f"| `{name}` | `{default}` | {one.description or 'See below.'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return "see below" if isinstance(value, Settings) else list(value)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -159,7 +159,7 @@ def fold(
     return final
 
 
-def refit(  # noqa: PLR0917
+def refit(
     linear: nn.Module,
     group: Group,
     slot: Slot,
@@ -203,7 +203,7 @@ class Choice:
     loss: float
 
 
-def fold_best(  # noqa: PLR0917
+def fold_best(
     model: PreTrainedModel,
     anatomy: Anatomy,
     axis: str,

@@ -66,9 +66,7 @@ def write(results: Results, folder: str | Path) -> Path:
 def markdown(results: Results) -> str:
     """Return the Markdown page of a run."""
     loader = jinja2.PackageLoader("slimlmm", "templates")
-    environment = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update(count=count, times=times, points=points, percent=percent, scored=scored)
     accuracy = results.student.accuracy if results.student else None
     text: str = environment.get_template("model_card.md.j2").render(
@@ -90,9 +88,7 @@ def final_table(results: Results) -> RichTable:
     shown.add_section()
     for row in task_table(results).rows[-1:] if results.teacher.accuracy else ():
         name, _, teacher, student, change = row
-        shown.add_row(
-            f"exact match, {name} (%)", teacher, student, f"{change} points" if change != NOTHING else change
-        )
+        shown.add_row(f"exact match, {name} (%)", teacher, student, f"{change} points" if change != NOTHING else change)
     if results.effect:
         shown.add_row("same answer (%)", NOTHING, NOTHING, percent(results.effect.agreement))
     return shown
@@ -101,9 +97,7 @@ def final_table(results: Results) -> RichTable:
 def cost_table(results: Results) -> Table:
     """Return parameters, bytes, FLOPs, times and memory of teacher and student, with their ratios."""
     a, b, r = results.teacher, results.student, results.ratios
-    rows = [
-        _parameters_row(name, a, b) for name in ("total", *(part for part in a.parameters if part != "total"))
-    ]
+    rows = [_parameters_row(name, a, b) for name in ("total", *(part for part in a.parameters if part != "total"))]
     rows += [
         ("bytes on disk", *_pair(a, b, "disk_bytes"), times(r.disk if r else None)),
         (_flops_label(a), *_pair(a, b, "flops"), times(r.flops if r else None)),
@@ -195,9 +189,7 @@ def plot_rounds(results: Results, path: str | Path) -> None:
     for part, label, marker, colour in MARKS:
         found = [(one.parameters, score) for one in results.rounds if (score := getattr(one, part))]
         if found:
-            values, errors = zip(
-                *((100 * score.accuracy, 100 * _error(score)) for _, score in found), strict=True
-            )
+            values, errors = zip(*((100 * score.accuracy, 100 * _error(score)) for _, score in found), strict=True)
             xs = [x for x, _ in found]
             axes.errorbar(xs, values, yerr=errors, fmt=marker, color=colour, label=label, capsize=2)
     if results.teacher.validation:

@@ -39,17 +39,13 @@ class Model(Record):
     parameters: dict[str, int] = Field(description="Parameters by part, and `total`; tied ones count once.")
     disk_bytes: int | None = Field(None, description="Bytes of all files of its folder.")
     accuracy: Accuracy | None = Field(None, description="Exact match on the test split.")
-    validation: Score | None = Field(
-        None, description="Exact match on the validation split, as in the rounds."
-    )
+    validation: Score | None = Field(None, description="Exact match on the validation split, as in the rounds.")
     flops: float | None = Field(
         None,
         description="Floating-point operations per answer (multiply-add = 2), see `flops_answer_tokens`.",
     )
     flops_answer_tokens: int | None = Field(None, description="Answer tokens that `flops` was counted with.")
-    memory: Memory | None = Field(
-        None, description="Peak of a new process that loads it and answers one row."
-    )
+    memory: Memory | None = Field(None, description="Peak of a new process that loads it and answers one row.")
 
 
 class Round(Record):
@@ -58,22 +54,14 @@ class Round(Record):
     number: int = Field(description="Position in the run, from 1.")
     stage: str = Field(description="Name of the stage: lossless, blocks, inner, width.")
     round: int = Field(description="Position in the stage, from 1.")
-    criterion: str | None = Field(
-        None, description="How units were scored; null when nothing had to be chosen."
-    )
+    criterion: str | None = Field(None, description="How units were scored; null when nothing had to be chosen.")
     before: dict[str, int] = Field(description="Sizes of the axes cut in this round, before it.")
     after: dict[str, int] = Field(description="Sizes of the same axes after it.")
     parameters_before: int = Field(description="Parameters before the cut.")
     parameters: int = Field(description="Parameters after the cut.")
-    after_cut: Score | None = Field(
-        None, description="Validation score after cut and repair, before any training."
-    )
-    after_recovery: Score | None = Field(
-        None, description="Validation score after training; null if there was none."
-    )
-    losses: dict[str, float] = Field(
-        {}, description="Last mean losses per answer token by name; `total` is weighted."
-    )
+    after_cut: Score | None = Field(None, description="Validation score after cut and repair, before any training.")
+    after_recovery: Score | None = Field(None, description="Validation score after training; null if there was none.")
+    losses: dict[str, float] = Field({}, description="Last mean losses per answer token by name; `total` is weighted.")
     steps: int = Field(0, description="Optimizer steps.")
     row_visits: int = Field(0, description="Rows seen in training; a row seen twice counts twice.")
     seconds: float = Field(description="Wall time of the round in seconds, evaluation included.")
@@ -94,9 +82,7 @@ class Ratios(Record):
 class Effect(Record):
     """What the compression changed, on the rows of the test split that both models answered."""
 
-    drop: Interval = Field(
-        description="Teacher's accuracy minus student's, 0 to 1, paired bootstrap over pictures."
-    )
+    drop: Interval = Field(description="Teacher's accuracy minus student's, 0 to 1, paired bootstrap over pictures.")
     drop_tasks: dict[str, Interval] = Field(description="The same per task.")
     agreement: float = Field(description="Share of rows that both answered alike, right or wrong.")
 
@@ -108,9 +94,7 @@ class Control(Record):
     description: str = Field(description="How it was trained, in a sentence.")
     parameters: int = Field(description="Its parameters.")
     accuracy: Accuracy = Field(description="Exact match on the test split.")
-    behind: Interval = Field(
-        description="Student's accuracy minus the control's, paired bootstrap over pictures."
-    )
+    behind: Interval = Field(description="Student's accuracy minus the control's, paired bootstrap over pictures.")
     row_visits: int | None = Field(None, description="Rows seen in its training.")
     seconds: float | None = Field(None, description="Wall time of its training.")
 
@@ -120,9 +104,7 @@ class Totals(Record):
 
     seconds: float = Field(description="Wall time in seconds, without interruptions.")
     row_visits: int = Field(description="Rows seen in training; a row seen twice counts twice.")
-    flops: float | None = Field(
-        None, description="Floating-point operations of training; null if any round lacks it."
-    )
+    flops: float | None = Field(None, description="Floating-point operations of training; null if any round lacks it.")
 
 
 class Results(Record):
@@ -136,9 +118,7 @@ class Results(Record):
     data: Dataset = Field(description="Data set.")
     teacher: Model = Field(description="The model that was compressed.")
     rounds: tuple[Round, ...] = Field((), description="One record per finished round, in order.")
-    student: Model | None = Field(
-        None, description="The compressed model; null while the run is not finished."
-    )
+    student: Model | None = Field(None, description="The compressed model; null while the run is not finished.")
     effect: Effect | None = Field(None, description="Accuracy of the student against the teacher, paired.")
     latency: Comparison | None = Field(
         None, description="Batch 1, picture file to answer, teacher and student in turns."
@@ -164,12 +144,8 @@ class Results(Record):
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}.") from error
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8]
-            )
-            raise UserError(
-                f"{path} is not a results file of schema version {SCHEMA_VERSION}: {wrong}."
-            ) from error
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
+            raise UserError(f"{path} is not a results file of schema version {SCHEMA_VERSION}: {wrong}.") from error
 
 
 def effect(teacher: Evaluation, student: Evaluation, *, samples: int = 10_000, seed: int = 0) -> Effect:

@@ -68,9 +68,7 @@ def basis(stream: Stream, size: int) -> Tensor:
     channels becomes that of K channels, scaled.
     """
     wiring = stream.wiring
-    used = [
-        name for name in (*wiring.readers, *(slot.parameter for slot in wiring.raw)) if name != wiring.entry
-    ]
+    used = [name for name in (*wiring.readers, *(slot.parameter for slot in wiring.raw)) if name != wiring.entry]
     grams = [stream.moments[name].gram() for name in used]
     pooled = torch.stack([gram / gram.trace().clamp(min=1e-300) for gram in grams]).sum(0)
     if "layer" not in wiring.kinds.values():
@@ -152,11 +150,7 @@ class _Rotation:
             matrix = self.change * self.scale
             if slot.parameter in self.wiring.before_entry:
                 weight = self._weight(self.wiring.entry)
-                matrix = (
-                    matrix
-                    * weight
-                    @ (torch.eye(len(weight), dtype=matrix.dtype) - 1 / len(weight)).to(matrix)
-                )
+                matrix = matrix * weight @ (torch.eye(len(weight), dtype=matrix.dtype) - 1 / len(weight)).to(matrix)
             elif name in self.wiring.scaled:
                 matrix = matrix * self._weight(self.wiring.scaled[name]) / self._scale_size(name)
             elif slot.parameter == self.wiring.tied:

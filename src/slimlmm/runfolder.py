@@ -47,7 +47,9 @@ class RunFolder:
             before = json.loads(record.read_text(encoding="utf-8"))
             changed = [key for key, value in identity.items() if before.get(key) != value]
             if changed:
-                told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
+                told = "; ".join(
+                    f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed
+                )
                 raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
             return cls(path)
         if path.exists() and any(path.iterdir()):

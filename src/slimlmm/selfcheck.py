@@ -95,9 +95,7 @@ def _check(model: PreTrainedModel, anatomy: Anatomy, name: str, batch: Batch) ->
         axis = anatomy.axis(name)
         smaller = [size for size in axis.choices() if size < axis.size]
         if not smaller:
-            return Check(
-                axis=name, ok=True, reason=f"{axis.size} is the smallest size that the config can say"
-            )
+            return Check(axis=name, ok=True, reason=f"{axis.size} is the smallest size that the config can say")
         error = _prove(model, anatomy, axis, smaller[(len(smaller) - 1) // 2], batch)
     except UserError as refused:
         return Check(axis=name, ok=False, reason=str(refused))

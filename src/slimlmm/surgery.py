@@ -68,9 +68,7 @@ def check(axis: Axis, keep: Keep) -> int:
         units = keep[group.name]
         ordered = bool((units[1:] > units[:-1]).all())
         if not len(units) or not ordered or int(units[0]) < 0 or int(units[-1]) >= group.units:
-            raise UserError(
-                f"{group.name}: kept units must be sorted, unique, and within 0..{group.units - 1}."
-            )
+            raise UserError(f"{group.name}: kept units must be sorted, unique, and within 0..{group.units - 1}.")
         sizes.add(len(units) * group.stride / group.rate)
     if len(sizes) > 1 or not sizes or next(iter(sizes)) % 1:
         raise UserError(f"{axis.name}: the groups ask for different sizes: {sorted(sizes)}.")

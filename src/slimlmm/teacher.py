@@ -44,9 +44,7 @@ class TeacherCache:
         self.collator = collator
         self.folder = folder
         self.head = model.get_output_embeddings()
-        self._identity = hashlib.sha256(
-            (weights_fingerprint(model) + repr(collator.processor)).encode()
-        ).digest()
+        self._identity = hashlib.sha256((weights_fingerprint(model) + repr(collator.processor)).encode()).digest()
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}

@@ -50,18 +50,24 @@ def trim(
     """
     texts = list(keep_texts)
     tokenizer = tokenizer_of(processor)
+    ids = needed(model, processor, texts, at_least=at_least)
+    student = cut(model, describe(model.config), "vocab", {"vocab": torch.tensor(ids)})
+    trimmed = subset_tokenizer(tokenizer, ids)
+    _check_same(tokenizer, trimmed, texts)
+    return student, _with_tokenizer(processor, trimmed, ids)
+
+
+def needed(model: PreTrainedModel, processor: Any, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
+    """Return the sorted ids of the tokens that `trim` keeps for these texts."""
     size = describe(model.config).axis("vocab").size
-    kept = set(closed_tokens(tokenizer, texts, at_least=at_least))
+    kept = set(closed_tokens(tokenizer_of(processor), texts, at_least=at_least))
     data = model.config.to_dict()
     text_part = data[family_of(model.config).tower("text").config]
     kept |= {i for i in referenced(data, text_part, model.generation_config.to_dict()) if i < size}
     ids = sorted(kept)
     if ids[-1] >= size:
         raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size} rows.")
-    student = cut(model, describe(model.config), "vocab", {"vocab": torch.tensor(ids)})
-    trimmed = subset_tokenizer(tokenizer, ids)
-    _check_same(tokenizer, trimmed, texts)
-    return student, _with_tokenizer(processor, trimmed, ids)
+    return ids
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerFast:
@@ -74,9 +80,7 @@ def tokenizer_of(processor: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def closed_tokens(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, at_least: int = 0
-) -> list[int]:
+def closed_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
     """Return sorted ids to keep: bytes, added tokens, tokens of `texts`, and all these are merged from.
 
     When fewer than `at_least`, the earliest merges (the commonest tokens) fill up.
@@ -105,9 +109,7 @@ def closed_tokens(
 
 def _used(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> set[int]:
     return (
-        {index for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for index in ids}
-        if texts
-        else set()
+        {index for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for index in ids} if texts else set()
     )
 
 
@@ -127,12 +129,8 @@ def subset_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pre
     _renumber_post_processor(spec.get("post_processor"), new)
     spec["padding"] = spec["truncation"] = None  # set anew at every call; they hold ids too
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _STALE}
-    settings |= {
-        key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
-    trimmed: PreTrainedTokenizerFast = _FAST(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **settings
-    )
+    settings |= {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    trimmed: PreTrainedTokenizerFast = _FAST(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **settings)
     trimmed.chat_template = tokenizer.chat_template
     trimmed.padding_side = tokenizer.padding_side
     return trimmed
@@ -176,9 +174,7 @@ def _check_same(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, text
         before = old.convert_ids_to_tokens(old(text)["input_ids"])
         after = new.convert_ids_to_tokens(new(text)["input_ids"])
         if before != after:
-            raise UserError(
-                f"vocab: {text[:40]!r} would be tokenised differently; leave vocab out of the recipe."
-            )
+            raise UserError(f"vocab: {text[:40]!r} would be tokenised differently; leave vocab out of the recipe.")
 
 
 def _with_tokenizer(processor: Any, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Any:

@@ -76,9 +76,7 @@ def trace(model: PreTrainedModel, group: Group, batch: Batch) -> Wiring:
         wiring = _link(model, group, record, graph)
     for name, kind in wiring.kinds.items():
         if kind != "scale" and name != wiring.entry and name not in wiring.readers and name != wiring.final:
-            raise NotRotatable(
-                f"{name} writes into the residual stream, so its weight cannot be folded into a reader"
-            )
+            raise NotRotatable(f"{name} writes into the residual stream, so its weight cannot be folded into a reader")
     kinds = {kind for kind in wiring.kinds.values() if kind != "scale"}
     if len(kinds) > 1:
         raise NotRotatable(f"the stream is read through norms of several kinds: {', '.join(sorted(kinds))}")
@@ -119,7 +117,7 @@ class _Recorder:
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
         self.modules = dict(model.named_modules())
         self.names = {owner(slot.parameter) for slot in group.slots}
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), "")
         self.into: dict[str, Any] = {}
         self.out: dict[str, Any] = {}
@@ -209,14 +207,10 @@ def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph
                 raise NotRotatable(f"{slot.parameter} is a scale outside of a module of its own")
             wiring.kinds[name] = classify(record.modules[name], group.units)
     norms = {record.out[name]: name for name, kind in wiring.kinds.items() if kind != "scale"}
-    produced = {
-        record.out[owner(s.parameter)]: owner(s.parameter) for s in slots if owner(s.parameter) in record.out
-    }
+    produced = {record.out[owner(s.parameter)]: owner(s.parameter) for s in slots if owner(s.parameter) in record.out}
     for name, kind in wiring.kinds.items():
         if kind == "scale":
-            source = graph.source(
-                record.into[name], {n: m for n, m in produced.items() if m not in wiring.kinds}
-            )
+            source = graph.source(record.into[name], {n: m for n, m in produced.items() if m not in wiring.kinds})
             if not source:
                 raise NotRotatable(f"{name} scales something that is not the output of a linear layer")
             wiring.scaled[source] = name
@@ -225,7 +219,7 @@ def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph
     return wiring
 
 
-def _link_readers(  # noqa: PLR0917
+def _link_readers(
     model: PreTrainedModel,
     slots: list[Slot],
     record: _Recorder,

@@ -65,6 +65,5 @@ def rows(facts: Facts, name: str, rng: Random) -> list[Row]:
     told = answers(facts)
     order = rng.sample(TASKS, len(TASKS))
     return [
-        Row(id=f"{name}-{task}", question=rng.choice(QUESTIONS[task]), answer=told[task], task=task)
-        for task in order
+        Row(id=f"{name}-{task}", question=rng.choice(QUESTIONS[task]), answer=told[task], task=task) for task in order
     ]

@@ -153,10 +153,9 @@ def _price(rng: Random) -> str:
 
 def _claim(rng: Random, clean: bool) -> tuple[str, str]:
     """Draw the kind of claim and its words; a clean creative has none or an offer."""
-    if clean:
-        kind = rng.choice(("none", "offer"))
-    else:
-        kind = rng.choices(("none", "offer", *PROHIBITED), (27, 10, 21, 21, 21))[0]
+    kind = (
+        rng.choice(("none", "offer")) if clean else rng.choices(("none", "offer", *PROHIBITED), (27, 10, 21, 21, 21))[0]
+    )
     if kind == "none":
         return kind, ""
     first, second = CLAIMS[kind]

@@ -187,9 +187,7 @@ def _claim(canvas: Canvas, text: str, y: int, case: Case) -> None:
     rng = canvas.rng
     face = rng.choice(FONTS)
     ground = (
-        colour(rng, (0.35, 0.8), (0.55, 1.0))
-        if rng.random() < 0.6
-        else ground_for_text(rng, (0.95, 1.0), (0.3, 0.6))
+        colour(rng, (0.35, 0.8), (0.55, 1.0)) if rng.random() < 0.6 else ground_for_text(rng, (0.95, 1.0), (0.3, 0.6))
     )
     canvas.draw.rectangle((0, y, SIDE, y + 17), fill=ground)
     cased = case(text)
@@ -253,9 +251,7 @@ def _scene(canvas: Canvas, facts: Facts, top: int, bottom: int) -> None:
         first, second = (product, person) if product_first else (person, product)
         _place(canvas, first, x, rng.randint(top, max(top, bottom - first.height)))
         x += first.width + split
-        _place(
-            canvas, second, min(x, SIDE - second.width), rng.randint(top, max(top, bottom - second.height))
-        )
+        _place(canvas, second, min(x, SIDE - second.width), rng.randint(top, max(top, bottom - second.height)))
     else:
         _place(canvas, product, x, rng.randint(top, max(top, bottom - product.height)))
     for file in facts.clutter:
@@ -296,9 +292,7 @@ def _tinted(picture: Image.Image, rng: Random) -> Image.Image:
 def _place(canvas: Canvas, picture: Image.Image, x: int, y: int) -> None:
     """Paste a cut-out, sometimes over its own soft shadow."""
     if canvas.rng.random() < 0.35 and picture.width > 40:
-        shadow = (
-            picture.getchannel("A").filter(ImageFilter.BoxBlur(2)).point([v * 2 // 5 for v in range(256)])
-        )
+        shadow = picture.getchannel("A").filter(ImageFilter.BoxBlur(2)).point([v * 2 // 5 for v in range(256)])
         canvas.image.paste((30, 30, 40), (x + 2, y + 2), shadow)
     canvas.image.paste(picture, (x, y), picture)
     canvas.pictures.append((x, y, x + picture.width, y + picture.height))

@@ -1,0 +1,5 @@
+"""``python -m slimlmm``: the command line."""
+
+from slimlmm.cli import main
+
+main()

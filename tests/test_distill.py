@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from slimlmm.collate import Collator
+from slimlmm.distill import train
+from slimlmm.errors import UserError
+from slimlmm.recipe import Training
+from slimlmm.teacher import TeacherCache
+from tiny import tiny
+
+NAME = "llava-dinov2-llama"
+
+
+def settings(**changes):
+    return Training(**({"steps": 4, "pictures_per_step": 4, "log_every": 1} | changes))
+
+
+def test_distilling_a_model_from_itself_starts_at_zero_loss(tmp_path, rows):
+    model, processor = tiny(NAME)
+    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
+    student, _ = tiny(NAME)
+    student.load_state_dict(model.state_dict())
+    result = train(student, processor, rows.train, settings(losses={"forward_kl": 1.0}), tmp_path, teacher=cache)
+    assert result.first_loss == pytest.approx(0, abs=1e-4)
+
+
+def test_fine_tuning_lowers_the_loss_and_is_the_same_bytes_for_the_same_seed(tmp_path, rows):
+    weights = []
+    for _ in range(2):
+        model, processor = tiny(NAME)
+        result = train(
+            model,
+            processor,
+            rows.train,
+            settings(steps=12, learning_rate=3e-3, losses={"cross_entropy": 1.0}),
+            tmp_path,
+            seed=3,
+        )
+        weights.append(model.state_dict())
+    assert result.last_loss < result.first_loss - 0.3
+    assert result.row_visits == 12 * 40
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_micro_batches_give_the_step_of_one_large_batch(tmp_path, rows):
+    states = []
+    for accumulate in (1, 4):
+        model, processor = tiny(NAME)
+        train(
+            model,
+            processor,
+            rows.train,
+            settings(steps=1, warmup=0.0, accumulate=accumulate, losses={"cross_entropy": 1.0}, schedule="constant"),
+            tmp_path,
+        )
+        states.append(model.state_dict())
+    assert all(torch.allclose(states[0][name], states[1][name], atol=2e-5) for name in states[0])
+
+
+def test_frozen_parts_do_not_move_and_stay_trainable_afterwards(tmp_path, rows):
+    model, processor = tiny(NAME)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, processor, rows.train, settings(freeze=("vision",), losses={"cross_entropy": 1.0}), tmp_path)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert not any("vision_tower" in name for name in moved)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_patch_embedding_is_frozen_by_default(tmp_path, rows):
+    model, processor = tiny(NAME)
+    name = next(name for name, value in model.state_dict().items() if value.ndim == 4)
+    before = model.state_dict()[name].clone()
+    train(model, processor, rows.train, settings(losses={"cross_entropy": 1.0}), tmp_path)
+    assert torch.equal(model.state_dict()[name], before)
+
+
+def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path, rows):
+    model, processor = tiny(NAME)
+    with pytest.raises(UserError, match="forward_kl needs a teacher"):
+        train(model, processor, rows.train, settings(), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path, rows):
+    model, processor = tiny(NAME)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="the loss became nan"):
+        train(model, processor, rows.train, settings(losses={"cross_entropy": 1.0}), tmp_path)

@@ -1,0 +1,130 @@
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from slimlmm import checkpoint, pipeline, recipe
+from slimlmm.errors import UserError
+from tiny import tiny
+
+RAW = {
+    "bench_calls": 3,
+    "data": {"calibration_rows": 20, "validation_rows": 20, "test_rows": 20},
+    "stages": [
+        {"name": "lossless", "rounds": [{"drop": ["unused_tokens", "dead_blocks"]}]},
+        {"name": "blocks", "rounds": [{"sizes": {"vision.blocks": 2, "text.blocks": 2}, "train": {"steps": 2}}]},
+        {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32, "vision.ffn": 64}, "train": {"steps": 2}}]},
+        {"name": "width", "rounds": [{"sizes": {"text.width": 36, "vision.width": 24}, "train": {"steps": 2}}]},
+    ],
+}
+
+
+class Recorder:
+    """A reporter that can interrupt the run when it hears a text."""
+
+    def __init__(self, stop_at="\0"):
+        self.stop_at, self.said = stop_at, []
+
+    def say(self, text, **facts):
+        self.said.append(text)
+        if self.stop_at in text:
+            raise KeyboardInterrupt
+
+    def step(self, what, done, total, **facts):
+        pass
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model, processor = tiny("llava-dinov2-llama")
+    checkpoint.save(model, processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, ads, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
+
+
+def test_a_run_leaves_a_stock_checkpoint_of_the_planned_size(finished):
+    out, found = finished
+    model, info = AutoModelForImageTextToText.from_pretrained(out / "final", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.num_parameters() == found.student.parameters["total"] == found.rounds[-1].parameters
+    assert model.config.text_config.hidden_size == 36
+    assert model.config.vision_config.hidden_size == 24
+    assert AutoProcessor.from_pretrained(out / "final").chat_template
+
+
+def test_every_round_is_written_down(finished):
+    out, found = finished
+    assert [one.stage for one in found.rounds] == ["lossless", "blocks", "inner", "width"]
+    for one in found.rounds[1:]:
+        assert one.after_cut is not None
+        assert one.after_recovery is not None
+        assert one.row_visits > 0
+        assert one.flops > 0
+        assert one.parameters < one.parameters_before
+    page = (out / "README.md").read_text()
+    assert "text.width 48 -> 36" in page
+    assert (out / "rounds.png").stat().st_size > 1000
+    plan = json.loads((out / "stages" / "03-inner.1" / "plan-text.ffn.json").read_text())
+    assert len(plan["keep"]["text.ffn[0]"]) == 32
+    assert set(plan["repairs_tried"]) == {"slice", "refit"}
+
+
+def test_an_interrupted_run_resumes_at_the_last_finished_round_to_the_same_weights(teacher, ads, finished, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=Recorder(stop_at="round 3/4"))
+    assert not (out / "final").exists()
+    heard = Recorder()
+    pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=heard)
+    assert [text for text in heard.said if "was done" in text] == [
+        "round 1/4 lossless.1 was done",
+        "round 2/4 blocks.1 was done",
+    ]
+    whole = AutoModelForImageTextToText.from_pretrained(finished[0] / "final").state_dict()
+    again = AutoModelForImageTextToText.from_pretrained(out / "final").state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_folder_of_another_run_or_of_something_else_is_refused(teacher, ads, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    with pytest.raises(UserError, match=r"belongs to another run .*recipe"):
+        pipeline.run(teacher, ads, out, recipe.parse({**RAW, "seed": 1}, "test"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty and is no slimlmm run"):
+        pipeline.run(teacher, ads, tmp_path / "mine", recipe.parse(RAW, "test"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_impossible_sizes_are_all_named_before_anything_runs(teacher, ads, tmp_path):
+    raw = yaml.safe_load(yaml.safe_dump(RAW))
+    raw["stages"][1]["rounds"][0]["sizes"] = {"text.block": 2, "vision.blocks": 99}
+    with pytest.raises(UserError) as caught:
+        pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    assert "Did you mean 'text.blocks'" in str(caught.value)
+    assert "vision.blocks=99" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_promise_stops_at_the_round_before(teacher, ads, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_promise", lambda job, record: record.number < 3)
+    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse({**RAW, "max_drop": 0.5}, "test"))
+    assert len(found.rounds) == 3
+    assert found.student.parameters["total"] == found.rounds[1].parameters
+    assert "broke the promised floor" in found.notes[0]
+
+
+def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):
+    raw = {key: value for key, value in RAW.items() if key != "stages"} | {"shrink": 2.0, "row_visits": 300}
+    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    assert found.ratios.parameters >= 2.0
