@@ -107,7 +107,12 @@ class DistillTrainer(Trainer):
         tokens = self._sums.pop("tokens", 0.0)
         if tokens:
             means = {name: value / tokens for name, value in self._sums.items()}
-            logs = {**logs, **{f"loss/{name}": value for name, value in means.items()}, "loss": means["total"]}
+            logs = {
+                **logs,
+                **{f"loss/{name}": value for name, value in means.items()},
+                "loss": means["total"],
+                "row_visits": float(self.row_visits),
+            }
             self._sums.clear()
             if not math.isfinite(means["total"]):
                 raise UserError(
@@ -118,8 +123,7 @@ class DistillTrainer(Trainer):
 
 
 class _Report(TrainerCallback):
-    def __init__(self, trainer_rows: Callable[[], int], progress: Progress | None) -> None:
-        self.rows = trainer_rows
+    def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
         self.history: list[dict[str, float]] = []
 
@@ -131,9 +135,9 @@ class _Report(TrainerCallback):
         record = {
             key: float(value)
             for key, value in logs.items()
-            if key.startswith("loss") or key in ("learning_rate", "grad_norm")
+            if key.startswith("loss") or key in ("learning_rate", "grad_norm", "row_visits")
         }
-        record |= {"step": float(state.global_step), "steps": float(state.max_steps), "row_visits": float(self.rows())}
+        record |= {"step": float(state.global_step), "steps": float(state.max_steps)}
         self.history.append(record)
         if self.progress:
             self.progress(record)
@@ -158,7 +162,7 @@ def train(
     _check_settings(settings, rows, teacher)
     collate = _collator(model, processor, rows, teacher)
     anatomy = describe(model.config)
-    groups = _Groups(rows, settings.questions_per_picture)
+    groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
@@ -167,9 +171,8 @@ def train(
         optimizers=(_optimizer(model, anatomy, settings), None),
         weights={str(name): weight for name, weight in settings.losses.items()},
         teacher=teacher,
+        callbacks=[report],
     )
-    report = _Report(lambda: trainer.row_visits, progress)
-    trainer.add_callback(report)
     row_flops = _row_flops(model, collate([groups[0]]))
     began = time.perf_counter()
     with _frozen(model, anatomy, settings.freeze):
