@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from slimlmm import adreview, checkpoint, data, measure, pipeline, report
 from slimlmm.collate import Collator
-from slimlmm.demo import bundled
+from slimlmm.demo import BUNDLE, bundled
 from slimlmm.distill import train
+from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate, paired_bootstrap
 from slimlmm.progress import Reporter, reporter
 from slimlmm.recipe import Recipe, Training, read
@@ -47,20 +49,20 @@ def main() -> None:
     parser.add_argument("--controls", nargs="*", choices=sorted(DESCRIPTIONS), default=[])
     parser.add_argument("--publish", action="store_true")
     arguments = parser.parse_args()
-    folder = arguments.out / "adreview"
+    teacher, folder = bundled("teacher"), arguments.out / "adreview"
     with reporter(quiet=False) as tell:
         if not (folder / "version.json").exists():
             tell.say("writing AdReview", rows=arguments.train_rows)
             adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=arguments.seed)
         recipe = Recipe(shrink=arguments.shrink, row_visits=arguments.row_visits, seed=arguments.seed)
         run = arguments.out / "run"
-        found = pipeline.run(bundled("teacher"), folder, run, recipe, command="make headline", tell=tell)
+        found = pipeline.run(teacher, folder, run, recipe, command="make headline", tell=tell)
         controls = [control(name, arguments.out, folder, found, tell) for name in arguments.controls]
     found = found.model_copy(update={"controls": (*found.controls, *controls)})
     found.save(run / "results.json")
     report.write(found, run)
     if arguments.publish:
-        publish(run, bundled("student"))
+        publish(run, BUNDLE / "student")
     print(json.dumps(found.model_dump(mode="json")["ratios"]))
 
 
@@ -141,4 +143,8 @@ def publish(run: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"headline: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from slimlmm import recipe
-from slimlmm.demo import bundled
+from slimlmm.demo import BUNDLE
 from slimlmm.errors import UserError
 
 
@@ -46,7 +46,7 @@ def test_yaml_cannot_build_objects(tmp_path):
         recipe.read(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(bundled(".").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(BUNDLE.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path: Path):
     recipe.read(path)
 

@@ -16,28 +16,33 @@ from slimlmm.progress import Reporter
 ROWS = {"train": 30_000, "val": 1_000, "test": 1_000}
 
 
+BUNDLE = Path(str(resources.files("slimlmm"))) / "bundled"
+
+
 def bundled(name: str) -> Path:
-    """Return the folder or file of that name among the bundled models and recipes."""
-    path = Path(str(resources.files("slimlmm"))) / "bundled" / name
+    """Return a bundled model or recipe, or refuse with what to do where this checkout lacks it."""
+    path = BUNDLE / name
     if not path.exists():
-        raise UserError(f"this installation lacks bundled/{name}.")
+        raise UserError(
+            f"this checkout has no bundled {name}. Build the teacher with `python scripts/build_teacher.py` "
+            "(pip install -e '.[build-teacher]' first), the student with `make headline`."
+        )
     return path
 
 
 def demo(out: Path, *, command: str, tell: Reporter) -> dict[str, Any]:
     """Write AdReview, compress the bundled teacher by the demo recipe, then evaluate the bundled student on the same rows."""
     began = time.perf_counter()
+    teacher = bundled("teacher")
     folder = out / "adreview"
     if not (folder / "version.json").exists():
         tell.say("writing AdReview", **ROWS)
         adreview.write(folder, train=ROWS["train"], val=ROWS["val"], test=ROWS["test"], seed=0)
-    live = pipeline.run(
-        bundled("teacher"), folder, out / "run", recipe.read(bundled("demo.yaml")), command=command, tell=tell
-    )
+    live = pipeline.run(teacher, folder, out / "run", recipe.read(bundled("demo.yaml")), command=command, tell=tell)
     found: dict[str, Any] = {"live": live.model_dump(mode="json"), "folder": str(out / "run")}
-    headline = bundled("student") / "results.json"
+    headline = BUNDLE / "student" / "results.json"
     if headline.exists():
-        student = checkpoint.load(bundled("student") / "model")
+        student = checkpoint.load(BUNDLE / "student" / "model")
         rows = data.load(folder).need("test", folder)
         tell.say("evaluating the bundled student")
         answers = evaluate(student.model, student.processor, rows)

@@ -31,7 +31,7 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
 
     An axis of level l keeps the fraction s^SHARES[l]; the largest s in (0, 1] that fits is found by bisection, then the
-    left-over budget goes to whichever axis can grow by the smallest step.
+    left-over budget goes to the axes that rounding left furthest below their share.
 
     Args:
         config: configuration of the model that will be cut.
@@ -56,7 +56,7 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if _count(config, _fit(config, _scaled(axes, middle))) <= target else (low, middle)
-    return _grown(config, axes, _fit(config, _scaled(axes, low)), target)
+    return _grown(config, axes, _fit(config, _scaled(axes, low)), low, target)
 
 
 def _count(config: Any, sizes: Mapping[str, int]) -> int:
@@ -110,8 +110,8 @@ def _fit(config: Any, sizes: dict[str, int]) -> dict[str, int]:
     raise UserError(f"no sizes near {sizes} are accepted by the stock {config.model_type!r} config.")
 
 
-def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], target: float) -> dict[str, int]:
-    """Spend what is left of the budget, one smallest step at a time."""
+def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: float, target: float) -> dict[str, int]:
+    """Spend what is left of the budget, step by step on the axis that stays furthest below its share of the scale."""
     sizes = dict(sizes)
     while True:
         options = []
@@ -126,7 +126,7 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], target:
             except UserError:
                 continue
             if count <= target:
-                options.append((larger[0] / sizes[name] / SHARES[axis.kind], name, larger[0]))
+                options.append((larger[0] / (axis.size * scale ** SHARES[axis.kind]), name, larger[0]))
         if not options:
             return sizes
         _, name, size = min(options)
@@ -170,12 +170,13 @@ def _training(progress: float, visits: float, rows_per_picture: int) -> Training
 
 
 def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) -> list[dict[str, int]]:
-    """Split one level's cut into rounds of at most `ROUND_RATIO`, geometrically, in legal sizes."""
+    """Split one level's cut geometrically, in legal sizes; no round more than halves an axis (where its sizes allow)."""
     if all(current[name] == size for name, size in final.items()):
         return []
     anatomy = describe(config)
     ratio = _count(config, current) / _count(config, {**current, **final})
-    count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)))
+    steepest = max(current[name] / size for name, size in final.items())
+    count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)), math.ceil(math.log2(steepest) - 1e-9))
     steps: list[dict[str, int]] = []
     last = dict(current)
     for index in range(1, count + 1):
