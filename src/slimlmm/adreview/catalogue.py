@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = "1"
+VERSION = "2"
 """Generator version; part of every random seed, so a new version is a new set of creatives."""
 
 PRODUCTS: dict[str, dict[str, str]] = {
@@ -80,9 +80,9 @@ SKIN_TONES: dict[str, str] = {"light": "1f3fb", "medium": "1f3fd", "dark": "1f3f
 SLOGAN_WORDS: dict[str, tuple[str, ...]] = {
     "food": ("tasty", "yummy", "snack"),
     "drink": ("sip", "thirst", "drink"),
-    "alcohol": ("cheers", "pub", "booze"),
+    "alcohol": ("toast", "pub", "liquor"),
     "tobacco": ("smoke", "puff", "tobacco"),
-    "gambling": ("bet", "jackpot", "casino"),
+    "gambling": ("bet", "lottery", "casino"),
     "medicine": ("doctor", "dose", "clinic"),
     "weapons": ("attack", "hunt", "armed"),
     "vehicles": ("drive", "road", "ride"),
@@ -107,13 +107,14 @@ wise with wonder yes your
 FILLERS: tuple[str, ...] = tuple(_FILLERS.split())
 """Slogan words that say nothing about a category."""
 
-_SYLLABLES = "zo ri ka mu lex ven tor bix pal dro nix sel vo gar lum fi que tam ost jin wex hal py bro"
+_SYLLABLES = "bel cor fam fox gel hex jet lav lex lim lux max mel nex pix pol rem ros sem vel ven vor wax zen"
 SYLLABLES: tuple[str, ...] = tuple(_SYLLABLES.split())
+"""Brands are built from these; byte-level BPE keeps them whole, so a brand is read syllable by syllable."""
 
 CLAIMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cure": (("heals", "cures", "ends", "stops"), ("pain", "cough", "stress", "fever")),
     "superlative": (("best", "top", "finest", "greatest"), ("ever", "on earth", "of all", "in town")),
-    "guarantee": (("100%", "sure", "certain", "total"), ("results", "success", "profit", "effect")),
+    "guarantee": (("proven", "sure", "certain", "total"), ("results", "success", "profit", "effect")),
     "offer": (("free", "extra", "bonus", "half"), ("gift", "sample", "price", "pack")),
 }
 """Kind of claim -> first part, second part. An offer is allowed; the other three are prohibited."""

@@ -139,11 +139,11 @@ def _slogan(rng: Random, subject: str) -> tuple[str, ...]:
 
 
 def _brand(rng: Random) -> str:
-    """Invent a name of four to eight letters; three syllables in two of three cases."""
+    """Invent a name of six or nine letters, the longer in two of three cases and without wide letters, to be set large."""
     syllables = rng.choice((2, 3, 3))
     while True:
         name = "".join(rng.choice(SYLLABLES) for _ in range(syllables))
-        if 4 <= len(name) <= 8:
+        if len(name) <= 6 or not {"m", "w"} & set(name):
             return name
 
 

@@ -39,6 +39,8 @@ class Canvas:
     rng: Random
     texts: dict[str, Box] = field(default_factory=dict)
     pictures: list[Box] = field(default_factory=list)
+    shown: dict[str, Box] = field(default_factory=dict)
+    """Boxes of the main product and of the person."""
     caps: dict[str, float] = field(default_factory=dict)
     """Height of a capital of each text."""
     letters: list[tuple[str, str, Box]] = field(default_factory=list)
@@ -248,12 +250,16 @@ def _scene(canvas: Canvas, facts: Facts, top: int, bottom: int) -> None:
     x = 2 + gap
     if person is not None:
         split = rng.randrange(0, max(1, free - gap + 1))
-        first, second = (product, person) if product_first else (person, product)
+        pair = [("product", product), ("person", person)]
+        (one, first), (two, second) = pair if product_first else reversed(pair)
         _place(canvas, first, x, rng.randint(top, max(top, bottom - first.height)))
+        canvas.shown[one] = canvas.pictures[-1]
         x += first.width + split
         _place(canvas, second, min(x, SIDE - second.width), rng.randint(top, max(top, bottom - second.height)))
+        canvas.shown[two] = canvas.pictures[-1]
     else:
         _place(canvas, product, x, rng.randint(top, max(top, bottom - product.height)))
+        canvas.shown["product"] = canvas.pictures[-1]
     for file in facts.clutter:
         _clutter(canvas, file, top, bottom)
 
