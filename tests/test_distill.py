@@ -24,6 +24,22 @@ def test_distilling_a_model_from_itself_starts_at_zero_loss(tmp_path, rows):
     assert result.first_loss == pytest.approx(0, abs=1e-4)
 
 
+def test_picture_states_of_a_model_match_its_own_and_pull_another_tower_towards_them(tmp_path, rows):
+    model, processor = tiny(NAME)
+    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
+    losses = {"picture_states": 1.0}
+    student, _ = tiny(NAME)
+    student.load_state_dict(model.state_dict())
+    result = train(student, processor, rows.train, settings(losses=losses), tmp_path, teacher=cache)
+    assert result.history[0]["loss/picture_states"] < 0.02  # the ridge of the readout alone
+    torch.manual_seed(1)
+    for parameter in student.model.vision_tower.parameters():
+        parameter.data.add_(2 * parameter.std(correction=0) * torch.randn_like(parameter))
+    steps = settings(steps=30, learning_rate=1e-3, losses=losses)
+    history = train(student, processor, rows.train, steps, tmp_path, teacher=cache).history
+    assert history[-1]["loss/picture_states"] < 0.8 * history[0]["loss/picture_states"]
+
+
 def test_fine_tuning_lowers_the_loss_and_is_the_same_bytes_for_the_same_seed(tmp_path, rows):
     weights = []
     for _ in range(2):

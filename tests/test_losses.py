@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from slimlmm.errors import UserError
-from slimlmm.losses import combine, cross_entropy, forward_kl, pairwise_margin
+from slimlmm.losses import combine, cross_entropy, fitted_readout, forward_kl, pairwise_margin, state_match
 
 A, V = 5, 11
 
@@ -68,3 +68,29 @@ def test_kl_without_a_teacher_is_refused(logits):
     student, _, labels = logits
     with pytest.raises(UserError, match="needs a teacher"):
         combine({"forward_kl": 1.0}, student, None, labels)
+
+
+def test_states_that_tell_all_match_and_states_that_tell_nothing_do_not():
+    torch.manual_seed(1)
+    teacher = torch.randn(400, 6) @ torch.randn(6, 9) + 3
+    told = teacher @ torch.randn(9, 7)
+    assert float(state_match(told, teacher, fitted_readout(told, teacher, ridge=1e-9))) < 1e-6
+    nothing = torch.randn(400, 7)
+    assert 0.9 < float(state_match(nothing, teacher, fitted_readout(nothing, teacher))) <= 1 + 1e-6
+
+
+def test_fitted_readout_is_the_least_squares_solution():
+    torch.manual_seed(1)
+    student, teacher = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    readout = fitted_readout(student, teacher, ridge=0.0)
+    design = torch.cat((student, torch.ones(50, 1)), 1)
+    expected = torch.linalg.lstsq(design, teacher).solution
+    assert torch.allclose(readout.weight.double(), expected[:4].T, atol=1e-6)
+    assert torch.allclose(readout.bias.double(), expected[4], atol=1e-6)
+
+
+def test_state_match_has_the_gradient_of_finite_differences():
+    torch.manual_seed(1)
+    student, teacher = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    readout = fitted_readout(torch.randn(6, 3), torch.randn(6, 4)).double()
+    assert torch.autograd.gradcheck(lambda x: state_match(x, teacher, readout), student.requires_grad_(), atol=1e-6)

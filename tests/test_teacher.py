@@ -21,6 +21,21 @@ def test_cached_equals_live_up_to_half_precision(tmp_path, rows):
     assert torch.allclose(cached, live, atol=5e-3 * float(live.abs().max()))
 
 
+def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    batch = collator(by_picture(rows.train[:30], 16))
+    first = TeacherCache(model, collator, tmp_path)
+    seen = model.model.get_image_features(batch["pixel_values"]).pooler_output
+    wanted = torch.cat(list(seen))
+    assert torch.allclose(first.pictures(batch).float(), wanted, atol=5e-3 * float(wanted.abs().max()))
+    first.flush()
+    again = TeacherCache(model, collator, tmp_path)
+    again.live = None  # a call would fail
+    assert torch.equal(again.pictures(batch), first.pictures(batch))
+    assert torch.equal(again.of(batch), first.of(batch))
+
+
 def test_a_second_run_reads_from_disk_and_never_runs_the_teacher(tmp_path, rows, monkeypatch):
     model, processor = tiny(NAME)
     collator = Collator(processor, packed=True)

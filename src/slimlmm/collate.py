@@ -84,16 +84,17 @@ class Collator:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def __call__(self, groups: Sequence[Sequence[Row]]) -> Batch:
-        """Return model inputs, ``shift_labels`` [B, T] and ``rows`` (the rows in label order)."""
+        """Return model inputs, ``shift_labels`` and ``picture_tokens`` [B, T], ``rows`` (in label order), ``heads``."""
         if not self.packed:
             groups = [[row] for group in groups for row in group]
-        flat = [row for group in groups for row in group]
-        encoded, batch = self._encode(flat, [group[0] for group in groups])
+        flat, heads = [row for group in groups for row in group], [group[0] for group in groups]
+        encoded, batch = self._encode(flat, heads)
         if self.packed:
             batch |= self._pack(groups, encoded)
         else:
             batch |= self._pad([torch.cat((one.prompt, one.answer)) for one in encoded], encoded)
-        batch["rows"] = flat
+        batch["picture_tokens"] = batch["input_ids"] == self.processor.image_token_id
+        batch["rows"], batch["heads"] = flat, heads
         return batch
 
     def _encode(self, flat: Sequence[Row], heads: Sequence[Row]) -> tuple[list[_Encoded], Batch]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits, to_device
-from slimlmm.losses import NEEDS_TEACHER, combine, cross_entropy
+from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
+from slimlmm.losses import NEEDS_TEACHER, combine, cross_entropy, fitted_readout, state_match
 from slimlmm.measure import flop_counter
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
@@ -69,13 +71,30 @@ class _Groups(Dataset[list[Row]]):
         return self.groups[index]
 
 
+@dataclass(slots=True)
+class PictureMatch:
+    """The picture_states loss of one training: its weight, where the student's states are looked up, and their readout."""
+
+    weight: float
+    block: nn.Module
+    readout: nn.Linear
+
+
 class DistillTrainer(Trainer):
     """Trainer with the summed answer-token losses divided by the global answer-token count."""
 
-    def __init__(self, *args: Any, weights: dict[str, float], teacher: TeacherCache | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weights: dict[str, float],
+        teacher: TeacherCache | None,
+        pictures: PictureMatch | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.weights = weights
         self.teacher = teacher
+        self.pictures = pictures
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
@@ -92,15 +111,23 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Return the total loss; each part is kept for the log."""
         self.row_visits += int(inputs["row_count"])
-        logits_AV, labels_A, _ = answer_logits(model, inputs)
+        with self._looking(inputs) as seen:
+            logits_AV, labels_A, _ = answer_logits(model, inputs)
         teacher_AV = self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None
         parts = combine(self.weights, logits_AV.float(), teacher_AV, labels_A)
+        if self.pictures:
+            match = state_match(seen[0].float(), inputs["teacher_pictures"], self.pictures.readout)
+            parts["picture_states"] = self.pictures.weight * labels_A.numel() * match
+            parts["total"] = parts["total"] + parts["picture_states"]
         count = num_items_in_batch if num_items_in_batch is not None else labels_A.numel()
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + labels_A.numel()
         loss = parts["total"] / count * self.accelerator.num_processes
         return (loss, {"logits": logits_AV}) if return_outputs else loss
+
+    def _looking(self, inputs: Batch) -> AbstractContextManager[list[Tensor]]:
+        return states_into(self.pictures.block, inputs["picture_tokens"]) if self.pictures else nullcontext([])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number."""
@@ -160,17 +187,19 @@ def train(
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     _check_settings(settings, rows, teacher)
-    collate = _collator(model, processor, rows, teacher)
+    collate = _collator(model, processor, rows, teacher, pictures=bool(settings.losses.get("picture_states")))
     anatomy = describe(model.config)
     groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
+    pictures = _picture_match(model, anatomy, settings, teacher, collate, groups)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
         data_collator=collate,
         train_dataset=groups,
-        optimizers=(_optimizer(model, anatomy, settings), None),
-        weights={str(name): weight for name, weight in settings.losses.items()},
+        optimizers=(_optimizer(model, anatomy, settings, pictures), None),
+        weights={str(name): weight for name, weight in settings.losses.items() if name != "picture_states"},
         teacher=teacher,
+        pictures=pictures,
         callbacks=[report],
     )
     row_flops = _row_flops(model, collate([groups[0]]))
@@ -210,7 +239,7 @@ def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCac
 
 
 def _collator(
-    model: PreTrainedModel, processor: Any, rows: Sequence[Row], teacher: TeacherCache | None
+    model: PreTrainedModel, processor: Any, rows: Sequence[Row], teacher: TeacherCache | None, *, pictures: bool
 ) -> Callable[[list[list[Row]]], Batch]:
     """Return the Trainer's collator: a packed batch where the model allows it, with the teacher's hidden states."""
     collator = Collator(processor, packed=can_pack(model, processor, rows))
@@ -219,12 +248,37 @@ def _collator(
         batch = collator(groups)
         batch["labels"] = batch["shift_labels"]
         batch["row_count"] = torch.tensor(len(batch["rows"]))
+        if teacher and pictures:
+            batch["teacher_pictures"] = teacher.pictures(batch)
         if teacher:
             batch["teacher_hidden"] = teacher.of(batch)
-        del batch["rows"]
+        del batch["rows"], batch["heads"]
         return batch
 
     return collate
+
+
+def _picture_match(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    settings: Training,
+    teacher: TeacherCache | None,
+    collate: Callable[[list[list[Row]]], Batch],
+    groups: _Groups,
+) -> PictureMatch | None:
+    """Return the picture_states loss with its readout fitted on 32 pictures; None where the recipe does not weigh it."""
+    weight = settings.losses.get("picture_states", 0.0)
+    if not weight or teacher is None:
+        return None
+    block, student, wanted = first_text_block(model, anatomy), [], []
+    with torch.inference_mode():
+        for start in range(0, min(32, len(groups)), 8):
+            batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
+            with states_into(block, batch["picture_tokens"]) as seen:
+                answer_logits(model, batch)
+            student.append(seen[0])
+            wanted.append(batch["teacher_pictures"])
+    return PictureMatch(weight, block, fitted_readout(torch.cat(student), torch.cat(wanted)))
 
 
 def _row_flops(model: PreTrainedModel, batch: Batch) -> float:
@@ -288,7 +342,9 @@ def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
     return parts or (["projector"] if "lm_head" not in name else ["text"])
 
 
-def _optimizer(model: PreTrainedModel, anatomy: Anatomy, settings: Training) -> torch.optim.Optimizer:
+def _optimizer(
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, pictures: PictureMatch | None
+) -> torch.optim.Optimizer:
     """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -297,6 +353,8 @@ def _optimizer(model: PreTrainedModel, anatomy: Anatomy, settings: Training) -> 
         scale = _rate_scale(name, anatomy, settings)
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
+    if pictures:
+        groups.setdefault((1.0, 0.0), []).extend(pictures.readout.parameters())
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}

@@ -1,6 +1,6 @@
 """Logits at answer positions only: the language head is the widest matrix of a small model, so it runs where labels are.
 
-Shape legend: B sequences, T tokens, A answer tokens of the batch, H hidden size, V vocabulary.
+Shape legend: B sequences, T tokens, A answer tokens of the batch, N picture tokens of the batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch
 
-NOT_INPUTS = ("labels", "shift_labels", "rows", "row_count", "teacher_hidden")
+NOT_INPUTS = (
+    "labels",
+    "shift_labels",
+    "rows",
+    "heads",
+    "row_count",
+    "picture_tokens",
+    "teacher_hidden",
+    "teacher_pictures",
+)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -49,3 +59,24 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor,
     with head_at(bare, where_BT) as seen:
         logits_AV = model(**inputs, use_cache=False).logits[0]
     return logits_AV, batch["shift_labels"][where_BT], seen[0][0]
+
+
+@contextmanager
+def states_into(block: nn.Module, where_BT: Tensor) -> Iterator[list[Tensor]]:
+    """Within the block yields a list that collects the states [N, H] that enter a decoder block at the positions `where_BT`."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden_BTH: Tensor = inputs[0] if inputs else named["hidden_states"]
+        seen.append(hidden_BTH[where_BT])
+
+    handle = block.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def first_text_block(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    """Return the language model's first decoder block: what enters it at picture tokens is all that it gets of the picture."""
+    return model.get_submodule(f"{anatomy.axis('text.blocks').layers}.0")

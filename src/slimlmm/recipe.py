@@ -47,7 +47,7 @@ class Training(Settings):
     freeze: tuple[Literal["vision", "text", "projector", "patch_embedding"], ...] = Field(
         ("patch_embedding",), description="Parts without gradient."
     )
-    losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin"], float] = Field(
+    losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin", "picture_states"], float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
         description="Weight of each loss by name.",
     )

@@ -2,9 +2,10 @@
 
 The logits come back exactly up to fp16 rounding as ``head(hidden)`` with the teacher's frozen head; that is 2H bytes a token
 instead of 2V. A key is a hash of teacher weights, processor, picture bytes, prompt and answer, so a changed teacher or
-picture is a miss, never a stale hit.
+picture is a miss, never a stale hit. Where a loss asks for it, what the teacher's language model gets of each picture is kept
+beside that: 2H bytes a picture token.
 
-Shape legend: A answer tokens, H hidden size, V vocabulary.
+Shape legend: A answer tokens, N picture tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm.collate import Collator
+from slimlmm.anatomy import describe
+from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
-from slimlmm.forward import answer_logits, to_device
+from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
 
-ROWS_A_SHARD = 4096
+VALUES_A_SHARD = 16_000_000
+PICTURE = "picture-"
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
@@ -44,6 +47,7 @@ class TeacherCache:
         self.collator = collator
         self.folder = folder
         self.head = model.get_output_embeddings()
+        self._first_block = first_text_block(model, describe(model.config))
         self._identity = hashlib.sha256((weights_fingerprint(model) + repr(collator.processor)).encode()).digest()
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
@@ -55,11 +59,18 @@ class TeacherCache:
 
     def key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes, prompt, answer)."""
-        picture = row.picture_key()
-        if picture not in self._pictures:
-            self._pictures[picture] = hashlib.sha256(row.picture_bytes()).digest()
         texts = "\x1f".join(self.collator.prompter.turns(row.question, row.answer))
-        return hashlib.sha256(self._identity + self._pictures[picture] + texts.encode()).hexdigest()[:32]
+        return hashlib.sha256(self._identity + self._picture(row) + texts.encode()).hexdigest()[:32]
+
+    def picture_key(self, row: Row) -> str:
+        """Return the content hash of (teacher, processor, picture bytes)."""
+        return PICTURE + hashlib.sha256(self._identity + self._picture(row)).hexdigest()[:32]
+
+    def _picture(self, row: Row) -> bytes:
+        name = row.picture_key()
+        if name not in self._pictures:
+            self._pictures[name] = hashlib.sha256(row.picture_bytes()).digest()
+        return self._pictures[name]
 
     def fill(
         self, rows: Sequence[Row], *, pictures_a_batch: int = 16, progress: Callable[[int, int], None] | None = None
@@ -77,21 +88,42 @@ class TeacherCache:
         self.flush()
         return len(missing)
 
-    def of(self, batch: dict[str, Any]) -> Tensor:
+    def of(self, batch: Batch) -> Tensor:
         """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
-        keys = [self.key(row) for row in batch["rows"]]
+        return self._found([self.key(row) for row in batch["rows"]], batch)
+
+    def pictures(self, batch: Batch) -> Tensor:
+        """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence."""
+        return self._found([self.picture_key(row) for row in batch["heads"]], batch)
+
+    def _found(self, keys: list[str], batch: Batch) -> Tensor:
         if not all(self._has(key) for key in keys):
-            self._pending.update({key: hidden.half() for key, hidden in zip(keys, self.live(batch), strict=True)})
+            self._pending |= self._entries(batch, with_pictures=keys[0].startswith(PICTURE))
         found = torch.cat([self._read(key) for key in keys])
-        if len(self._pending) >= ROWS_A_SHARD:
+        if sum(value.numel() for value in self._pending.values()) >= VALUES_A_SHARD:
             self.flush()
         return found
 
+    def _entries(self, batch: Batch, *, with_pictures: bool) -> dict[str, Tensor]:
+        """Run the teacher; return what is kept of a batch by key."""
+        hidden, pictures = self.live(batch)
+        entries = {self.key(row): states.half() for row, states in zip(batch["rows"], hidden, strict=True)}
+        if with_pictures:
+            kept = zip(batch["heads"], pictures, strict=True)
+            entries |= {self.picture_key(row): states.half() for row, states in kept}
+        return {key: states for key, states in entries.items() if not self._has(key)}
+
     @torch.inference_mode()
-    def live(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Return the teacher's hidden states [A, H] of every row of a batch, computed now."""
-        _, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
-        return list(hidden_AH.float().cpu().split(self.lengths(batch["rows"])))
+    def live(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Return, computed now, hidden states [A, H] by row and picture states [N, H] by sequence."""
+        here = to_device(batch, self.model.device)
+        with states_into(self._first_block, here["picture_tokens"]) as seen:
+            _, _, hidden_AH = answer_logits(self.model, here)
+        counts = batch["picture_tokens"].sum(1).tolist()
+        return (
+            list(hidden_AH.float().cpu().split(self.lengths(batch["rows"]))),
+            list(seen[0].float().cpu().split(counts)),
+        )
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Return the number of answer tokens of every row."""
