@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import yaml
-from ground_text import Questions, ground_text
+from ground_text import PICTURES_A_STEP, Questions, ground_text
 from ground_tower import PATCH_FIELDS, Heads, Labels, ground, stack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -282,23 +282,30 @@ def grounded_tower(work: Path) -> tuple[Dinov2Model, Heads]:
 
 
 def grounded(work: Path, phases: list[dict[str, Any]]) -> tuple[Any, LlavaProcessor]:
-    """Return the model whose language part looks where the answer stands; trained once, then read from the work folder."""
-    folder = work / "grounded"
-    if not folder.exists():
-        tower, heads = grounded_tower(work)
+    """Return the model whose language part looks where the answer stands; a phase that is in the work folder is not repeated."""
+    folders = [work / f"grounded-{number}" for number in range(1, len(phases) + 1)]
+    done = sum((folder / "heads.safetensors").exists() for folder in folders)
+    tower, heads = grounded_tower(work)
+    if done:
+        loaded = checkpoint.load(folders[done - 1])
+        model, processor = loaded.model, loaded.processor
+        heads.load_state_dict(load_file(folders[done - 1] / "heads.safetensors"))
+    else:
         pictures = [adreview.creative(index, "validation", seed=1)[0] for index in range(64)]
         model, processor = assemble(work / "parts", tower, texts_of(4000), pictures)
         print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(processor.tokenizer)}), flush=True)
-        train_set, test_set = (
-            Questions(Labels(PIXELS, PATCH, split=split, seed=1), processor.tokenizer, model.config.image_token_index)
-            for split in ("train", "test")
-        )
-        first = 0
-        for phase in phases:
-            first = ground_text(model, heads, normalise, train_set, test_set, first=first, **phase)
-        checkpoint.save(model, processor, folder)
-    loaded = checkpoint.load(folder)
-    return loaded.model, loaded.processor
+    training, test = (
+        Questions(Labels(PIXELS, PATCH, split=split, seed=1), processor.tokenizer, model.config.image_token_index)
+        for split in ("train", "test")
+    )
+    first = 0
+    for number, phase in enumerate(phases):
+        if number >= done:
+            ground_text(model, heads, normalise, training, test, first=first, **phase)
+            checkpoint.save(model, processor, folders[number])
+            save_file(heads.state_dict(), folders[number] / "heads.safetensors")
+        first += phase["steps"] * PICTURES_A_STEP
+    return model, processor
 
 
 def main() -> None:

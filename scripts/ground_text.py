@@ -34,6 +34,7 @@ IGNORE = -100
 LENGTH = 264
 """Tokens of a packed sequence: 144 patches, ten questions with their answers, padding."""
 POINTING_LAYERS = (1, 2)
+PICTURES_A_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ class Grounding:
     def __init__(self, model: Any, heads: Heads, normalise: Callable[[Tensor], Tensor]) -> None:
         self.model, self.heads, self.normalise = model, heads, normalise
         self.text = model.model.language_model
-        self.tower = torch.compile(model.model.vision_tower, dynamic=False)
-        self.layers = [torch.compile(layer, dynamic=False) for layer in self.text.layers]
+        self.tower: Any = torch.compile(model.model.vision_tower, dynamic=False)
+        self.layers: list[Any] = [torch.compile(layer, dynamic=False) for layer in self.text.layers]
 
     def features(self, pixels_B3SS: Tensor) -> Tensor:
         """Return the tower's patch features [B, P, C]."""
@@ -207,11 +208,11 @@ def ground_text(
     rate: float,
     tower_rate: float,
     pointing: float,
+    seeing: float = 0.0,
     first: int,
-    pictures: int = 8,
     check_every: int = 250,
-) -> int:
-    """Train in place; returns the index of the next unseen creative. `tower_rate` 0 freezes the tower."""
+) -> None:
+    """Train in place on the creatives from `first` on; `tower_rate` 0 freezes the tower, `pointing` fades to 0."""
     grounding, tower = Grounding(model, heads, normalise), model.model.vision_tower
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(tower_rate > 0 and "patch_embeddings" not in name)
@@ -223,12 +224,14 @@ def ground_text(
         ([p for p in tower.parameters() if p.requires_grad], tower_rate),
         (list(heads.parameters()), tower_rate),
     ]
-    groups = [{"params": parameters, "lr": peak} for parameters, peak in parts if parameters and peak]
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": peak} for parameters, peak in parts if parameters and peak
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     peaks = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.06)
-    order = range(first, first + steps * pictures)
-    loader = DataLoader(questions, pictures, sampler=order, num_workers=1, prefetch_factor=8, collate_fn=collate)
+    order = range(first, first + steps * PICTURES_A_STEP)
+    loader = DataLoader(questions, PICTURES_A_STEP, sampler=order, num_workers=1, prefetch_factor=8, collate_fn=collate)
     began, sums = time.perf_counter(), np.zeros(3)
     for step, batch in enumerate(loader, 1):
         pixels, patches, picture = batch["drawn"]
@@ -236,22 +239,21 @@ def ground_text(
             features_BPC = grounding.features(pixels)
         logits_AV, pointed = grounding.answers(features_BPC, batch)
         answers = functional.cross_entropy(logits_AV, batch["labels"])
-        seeing = torch.stack(list(heads(features_BPC, patches, picture)[0].values())).sum()
+        seen = torch.stack(list(heads(features_BPC, patches, picture)[0].values())).sum()
         fade = pointing * max(0.0, 1 - step / steps)
         optimizer.zero_grad(set_to_none=True)
-        (answers + fade * pointed + (0.1 * seeing if tower_rate else 0)).backward()
+        (answers + fade * pointed + (seeing * seen if tower_rate else 0)).backward()
         for part in groups:
             nn.utils.clip_grad_norm_(part["params"], 1.0)
         optimizer.step()
         schedule.step()
-        sums += [answers.item(), pointed.item(), seeing.item()]
+        sums += [answers.item(), pointed.item(), seen.item()]
         if step % 25 == 0 or step == steps:
             facts: dict[str, float] = dict(
                 zip(("answers", "pointing", "seeing"), (sums / (step % 25 or 25)).round(4), strict=True)
             )
-            facts |= check(grounding, test, 96, pictures) if step % check_every == 0 or step == steps else {}
+            facts |= check(grounding, test, 96, PICTURES_A_STEP) if step % check_every == 0 or step == steps else {}
             print(json.dumps({"step": step, **facts, "seconds": round(time.perf_counter() - began)}), flush=True)
             sums[:] = 0
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return order.stop

@@ -110,8 +110,7 @@ class Labels(Dataset[Drawn]):
         facts, painted = canvas(index, self.split, self.seed)
         maps = np.zeros((len(PATCH_FIELDS), self.grid, self.grid), np.int64)
         for name, box in painted.shown.items():
-            told = facts.product if name == "product" else facts.person
-            self._object(box, self.ids["object"][told], maps)
+            self._object(box, self.ids["object"][facts.product if name == "product" else facts.person], maps)
         for name in painted.texts:
             self._text(name, [letter for letter in painted.letters if letter[0] == name], maps)
         told = (facts.product, facts.person, facts.slogan_category, facts.claim, verdict(facts))
@@ -234,7 +233,7 @@ def ground(
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, 2e-3], total_steps=steps, pct_start=0.08)
     shift, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
-    compiled = torch.compile(tower, dynamic=False)  # a quarter faster on a CPU
+    compiled: Any = torch.compile(tower, dynamic=False)  # a quarter faster on a CPU
 
     def features(pixels_B3SS: Tensor) -> Tensor:
         hidden_BPC: Tensor = compiled((pixels_B3SS - shift) / scale, output_hidden_states=True).hidden_states[-1]

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from slimlmm.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
+    pretty_exceptions_enable=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,31 +47,26 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except UserError as error:
         _stop(str(error), 2)
-    except KeyboardInterrupt:
-        _stop("interrupted; run the same command again to resume.", 130)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        _stop(f"{error.filename or 'file'}: {error.strerror}.", 2)
-    except Exception as error:
-        _stop_or_raise(error)
-
-
-def _stop_or_raise(error: Exception) -> None:
-    """Show usage errors and clean exits of the parser as it would itself; anything else is a bug and keeps its traceback."""
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        sys.exit(error.exit_code)
-    if isinstance(error, click.ClickException):
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("interrupted; the same command again resumes at the last finished round.", 130)
+    except (OSError, SafetensorError) as error:
+        _stop(f"{_reason(error)}. What was finished is kept; the same command again goes on from there.", 2)
+    except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    if isinstance(error, click.Abort):
-        sys.exit(130)
-    raise error
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """Say which file could not be read or written, and why; an error that names neither is a bug and keeps its traceback."""
+    if isinstance(error, SafetensorError):
+        return str(error)
+    if error.strerror is None:
+        raise error
+    return f"{error.filename or 'file'}: {error.strerror}"
 
 
 def _stop(message: str, code: int) -> None:

@@ -31,10 +31,16 @@ class Prompter:
         if self.tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so answers cannot end.")
         self.turns = lru_cache(maxsize=100_000)(self._turns)
+        self.ids = lru_cache(maxsize=100_000)(self._ids)
 
     def prompt(self, question: str) -> str:
         """Return the text before the answer, the picture's placeholder included."""
         return self.turns(question, "x")[0]
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the token ids of a text; `special` lets the tokenizer add what it puts around a prompt."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
 
     def _turns(self, question: str, answer: str) -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token)."""
@@ -112,7 +118,7 @@ class Collator:
         for index, row in enumerate(flat):
             mask = whole["attention_mask"][index].bool()
             _, answer = self.prompter.turns(row.question, row.answer)
-            ids = torch.tensor(self.prompter.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            ids = torch.tensor(self.prompter.ids(answer))
             extras = {key: whole[key][index][mask] for key in per_token}
             encoded.append(_Encoded(whole["input_ids"][index][mask], ids, extras))
         return encoded, {key: first[key] for key in keys if key not in per_token}
@@ -130,10 +136,9 @@ class Collator:
             head.picture_key(): first["input_ids"][index][first["attention_mask"][index].bool()]
             for index, head in enumerate(heads)
         }
-        tokenizer = self.prompter.tokenizer
         ids = []
         for row in flat:
-            plain = torch.tensor(tokenizer(self.prompter.prompt(row.question))["input_ids"])
+            plain = torch.tensor(self.prompter.ids(self.prompter.prompt(row.question), special=True))
             ids.append(_expand(plain, expanded[row.picture_key()], self.processor.image_token_id))
         return self._pad(ids, [])
 

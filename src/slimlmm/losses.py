@@ -45,7 +45,7 @@ def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: nn.Linear) -> T
     matching is what recovered vision-language models best in arXiv 2604.24380.
     """
     teacher_NH = teacher_NH.to(student_NS.dtype)
-    error = (readout(student_NS) - teacher_NH).square().sum()
+    error: Tensor = (readout(student_NS) - teacher_NH).square().sum()
     return error / (teacher_NH - teacher_NH.mean(0)).square().sum()
 
 

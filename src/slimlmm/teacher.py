@@ -128,8 +128,7 @@ class TeacherCache:
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Return the number of answer tokens of every row."""
         prompter = self.collator.prompter
-        texts = [prompter.turns(row.question, row.answer)[1] for row in rows]
-        return [len(ids) for ids in prompter.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [len(prompter.ids(prompter.turns(row.question, row.answer)[1])) for row in rows]
 
     def logits(self, hidden_AH: Tensor) -> Tensor:
         """Return the teacher's logits [A, V] from cached hidden states through its frozen head."""
