@@ -384,6 +384,8 @@ def demo_page(found: dict[str, Any]) -> Lines:
             f"bundled student: {one['parameters']:,} parameters ({whole / one['parameters']:.1f}x fewer), "
             f"{100 * score['accuracy']:.1f} % exact match on the same {score['n']} test rows{lost}{cost} (make headline)"
         )
+    else:
+        parts.append("no 18x student is bundled in this version: `make headline` makes one (hours on 2 cores)")
     parts.append(
         f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}"
     )

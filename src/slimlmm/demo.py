@@ -12,8 +12,8 @@ from slimlmm.errors import UserError
 from slimlmm.evaluate import evaluate
 from slimlmm.progress import Reporter
 
-#: rows written for the demo: enough pictures for the live rounds, and a test split that tells 1 point apart when paired
-ROWS = {"train": 30_000, "val": 1_000, "test": 1_000}
+#: rows written for the demo: about as many pictures as the live rounds visit, and a test split with a standard error below 1 point
+ROWS = {"train": 15_000, "val": 1_000, "test": 1_000}
 
 
 BUNDLE = Path(str(resources.files("slimlmm"))) / "bundled"

@@ -49,7 +49,7 @@ class Training(Settings):
     )
     losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin", "picture_states"], float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
-        description="Weight of each loss by name.",
+        description="Weight of each loss by name; picture_states (about 0 to 1 a token) is not weighed by default.",
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
