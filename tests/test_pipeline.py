@@ -122,6 +122,12 @@ def test_a_broken_promise_stops_at_the_round_before(teacher, ads, tmp_path, monk
     assert len(found.rounds) == 3
     assert found.student.parameters["total"] == found.rounds[1].parameters
     assert "broke the promised floor" in found.notes[0]
+    # what the broken round tried leaves no trace in the model before it
+    final = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "final").state_dict()
+    kept = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "run" / "stages" / "02-blocks.1" / "model"
+    ).state_dict()
+    assert all(torch.equal(final[name], kept[name]) for name in kept)
 
 
 def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):

@@ -185,11 +185,12 @@ def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():
     model, described, batches = case(MAIN)
     axis = described.axis("text.width")
     keep = half(axis, model, described)
-    repaired = copy.deepcopy(model)
+    before = copy.deepcopy(model)
     statistics = calibrated(MAIN, axis.name)
-    new, tries = repair.fold_best(repaired, described, axis.name, keep, statistics, batches, loss)
+    student, kept, tries = repair.fold_best(model, described, axis.name, keep, statistics, batches, loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert {name: len(units) for name, units in kept.items()} == {name: len(units) for name, units in keep.items()}
     assert [t.name for t in tries] == ["slice", "refit", "rotate:0", "rotate:0.5", "rotate:1"]
-    student = surgery.cut(repaired, described, axis.name, new)
     best = min(t.loss for t in tries)
     assert sum(float(loss(student, b).detach()) for b in batches) / len(batches) == pytest.approx(best, abs=1e-5)
 

@@ -341,10 +341,11 @@ def _cut(
             model, anatomy, [axis], turn.criterion, batches, _calibration_loss(job), seed=job.recipe.seed
         )
         keep = plan.choose(scores, anatomy, axis, size)
-        if turn.repair == "best":
-            statistics = repair.collect(model, anatomy, axis, batches)
-            keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
-    student = surgery.cut(model, anatomy, axis, keep)
+    if scores and turn.repair == "best":
+        statistics = repair.collect(model, anatomy, axis, batches)
+        student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
+    else:
+        student = surgery.cut(model, anatomy, axis, keep)
     predicted = predict_parameters(model.config, {axis: size})
     if student.num_parameters() != predicted:
         raise UserError(

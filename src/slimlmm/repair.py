@@ -211,26 +211,31 @@ def fold_best(
     statistics: Statistics,
     batches: Sequence[Batch],
     loss: Loss,
-) -> tuple[Keep, list[Choice]]:
-    """Try ways to repair this cut, fold the one whose cut model has the least loss; (keep-sets, all tries).
+) -> tuple[PreTrainedModel, Keep, list[Choice]]:
+    """Try ways to repair this cut; return the cut model of least loss, its keep-sets, and all tries. `model` stays untouched.
 
     Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
-    the embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds two
-    more copies.
+    the embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds one more copy and
+    two cut models.
     """
     ways: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
     ways.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
     for power in tied_powers(statistics):
         ways.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
-    tries = []
+    tries: list[Choice] = []
+    best: tuple[PreTrainedModel, Keep] | None = None
     for name, way in ways:
         trial = copy.deepcopy(model)
-        cut = surgery.cut(trial, anatomy, axis, way(trial))
+        kept = way(trial)
+        cut = surgery.cut(trial, anatomy, axis, kept)
         del trial
         with evaluating(cut):
-            tries.append(Choice(name=name, loss=mean_loss(cut, batches, loss)))
-    best = min(range(len(tries)), key=lambda i: tries[i].loss)
-    return ways[best][1](model), tries
+            one = Choice(name=name, loss=mean_loss(cut, batches, loss))
+        if best is None or one.loss < min(other.loss for other in tries):
+            best = cut, kept
+        tries.append(one)
+    assert best is not None
+    return *best, tries
 
 
 def tied_powers(statistics: Statistics) -> tuple[float, ...]:
