@@ -1,5 +1,6 @@
 import torch
 
+from slimlmm import checkpoint
 from slimlmm.collate import Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.forward import answer_logits
@@ -58,6 +59,15 @@ def test_keys_follow_content(tmp_path, rows):
         Row(row.id, rows.test[0].image, row.question, row.answer),
     ):
         assert cache.key(other) != cache.key(row)
+
+
+def test_a_saved_and_reloaded_teacher_is_a_hit(tmp_path, rows):
+    model, processor = tiny(NAME)
+    checkpoint.save(model, processor, tmp_path / "teacher")
+    again = checkpoint.load(tmp_path / "teacher")
+    first = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
+    second = TeacherCache(again.model, Collator(again.processor, packed=True), tmp_path / "cache")
+    assert first.key(rows.train[0]) == second.key(rows.train[0])
 
 
 def test_another_teacher_is_a_miss(tmp_path, rows):

@@ -39,6 +39,12 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _rules(processor: Any) -> str:
+    """Return what a processor does to pictures and texts, without the folder that it was loaded from."""
+    tokenizer: str = processor.tokenizer.backend_tokenizer.to_str()
+    return processor.image_processor.to_json_string() + tokenizer + str(processor.chat_template)
+
+
 class TeacherCache:
     """Hidden states of a frozen teacher at the answer tokens of rows, kept in safetensors shards of one folder."""
 
@@ -48,7 +54,7 @@ class TeacherCache:
         self.folder = folder
         self.head = model.get_output_embeddings()
         self._first_block = first_text_block(model, describe(model.config))
-        self._identity = hashlib.sha256((weights_fingerprint(model) + repr(collator.processor)).encode()).digest()
+        self._identity = hashlib.sha256((weights_fingerprint(model) + _rules(collator.processor)).encode()).digest()
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
