@@ -41,8 +41,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 def _rules(processor: Any) -> str:
     """Return what a processor does to pictures and texts, without the folder that it was loaded from."""
+    pictures: str = processor.image_processor.to_json_string()
     tokenizer: str = processor.tokenizer.backend_tokenizer.to_str()
-    return processor.image_processor.to_json_string() + tokenizer + str(processor.chat_template)
+    return pictures + tokenizer + str(processor.chat_template)
 
 
 class TeacherCache:
