@@ -204,14 +204,7 @@ def train(
     )
     row_flops = _row_flops(model, collate([groups[0]]))
     began = time.perf_counter()
-    with _frozen(model, anatomy, settings.freeze):
-        model.train()
-        try:
-            trainer.train()
-        finally:
-            model.eval()
-            if teacher:
-                teacher.flush()
+    _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
     history = report.history
     return TrainResult(
         steps=trainer.state.global_step,
@@ -222,6 +215,18 @@ def train(
         last_loss=history[-1]["loss"] if history else None,
         history=history,
     )
+
+
+def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teacher: TeacherCache | None) -> None:
+    """Train; whatever happens, the model is in eval mode afterwards and what the teacher answered is on disk."""
+    with frozen:
+        model.train()
+        try:
+            trainer.train()
+        finally:
+            model.eval()
+            if teacher:
+                teacher.flush()
 
 
 def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCache | None) -> None:
