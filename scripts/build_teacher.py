@@ -183,11 +183,19 @@ def assemble(
     model.generation_config.update(
         bos_token_id=ends["bos"], eos_token_id=ends["eos"], pad_token_id=ends["bos"], max_new_tokens=24
     )
+    processor = processor_of(tokenizer)
+    scale_projector(model, processor, pictures)
+    align_projector(model, processor)
+    return model, processor
+
+
+def processor_of(tokenizer: Any) -> LlavaProcessor:
+    """Return the processor: pictures of PIXELS x PIXELS as they are, and the teacher's chat template."""
     images = CLIPImageProcessorPil(
         size={"height": PIXELS, "width": PIXELS}, do_center_crop=False, image_mean=MEAN, image_std=STD
     )
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
-    processor = LlavaProcessor(
+    return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=PATCH,
@@ -195,9 +203,6 @@ def assemble(
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    scale_projector(model, processor, pictures)
-    align_projector(model, processor)
-    return model, processor
 
 
 @torch.inference_mode()

@@ -35,6 +35,9 @@ LENGTH = 264
 """Tokens of a packed sequence: 144 patches, ten questions with their answers, padding."""
 POINTING_LAYERS = (1, 2)
 PICTURES_A_STEP = 8
+HEADS_RATE = 1e-3
+WEIGHT = {"match": 3.0, "verdict": 3.0}
+"""Of the answer tokens of tasks that must compare two things seen; 1 for those that name or read one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,47 +216,54 @@ def ground_text(
     check_every: int = 250,
 ) -> None:
     """Train in place on the creatives from `first` on; `tower_rate` 0 freezes the tower, `pointing` fades to 0."""
-    grounding, tower = Grounding(model, heads, normalise), model.model.vision_tower
-    for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(tower_rate > 0 and "patch_embeddings" not in name)
-    parts = [
-        (
-            [p for p in (*model.model.language_model.parameters(), *model.model.multi_modal_projector.parameters())],
-            rate,
-        ),
-        ([p for p in tower.parameters() if p.requires_grad], tower_rate),
-        (list(heads.parameters()), tower_rate),
-    ]
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": peak} for parameters, peak in parts if parameters and peak
-    ]
+    grounding = Grounding(model, heads, normalise)
+    groups = parameter_groups(model, heads, rate, tower_rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     peaks = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.06)
     order = range(first, first + steps * PICTURES_A_STEP)
     loader = DataLoader(questions, PICTURES_A_STEP, sampler=order, num_workers=1, prefetch_factor=8, collate_fn=collate)
-    began, sums = time.perf_counter(), np.zeros(3)
+    began, sums = time.perf_counter(), torch.zeros(3)
     for step, batch in enumerate(loader, 1):
-        pixels, patches, picture = batch["drawn"]
-        with torch.set_grad_enabled(tower_rate > 0):
-            features_BPC = grounding.features(pixels)
-        logits_AV, pointed = grounding.answers(features_BPC, batch)
-        answers = functional.cross_entropy(logits_AV, batch["labels"])
-        seen = torch.stack(list(heads(features_BPC, patches, picture)[0].values())).sum()
-        fade = pointing * max(0.0, 1 - step / steps)
+        parts_3 = losses(grounding, batch, see=tower_rate > 0)
+        weights_3 = torch.tensor((1.0, pointing * max(0.0, 1 - step / steps), seeing))
         optimizer.zero_grad(set_to_none=True)
-        (answers + fade * pointed + (seeing * seen if tower_rate else 0)).backward()
-        for part in groups:
-            nn.utils.clip_grad_norm_(part["params"], 1.0)
+        (weights_3 @ parts_3).backward()
+        for group in groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         schedule.step()
-        sums += [answers.item(), pointed.item(), seen.item()]
+        sums += parts_3.detach()
         if step % 25 == 0 or step == steps:
-            facts: dict[str, float] = dict(
-                zip(("answers", "pointing", "seeing"), (sums / (step % 25 or 25)).round(4), strict=True)
-            )
+            means = (sums / (step % 25 or 25)).tolist()
+            facts = {name: round(mean, 4) for name, mean in zip(("answers", "pointing", "seeing"), means, strict=True)}
             facts |= check(grounding, test, 96, PICTURES_A_STEP) if step % check_every == 0 or step == steps else {}
             print(json.dumps({"step": step, **facts, "seconds": round(time.perf_counter() - began)}), flush=True)
-            sums[:] = 0
+            sums.zero_()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def parameter_groups(model: Any, heads: Heads, rate: float, tower_rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: language model and projector; with `tower_rate` tower (not its patches) and heads."""
+    for name, parameter in model.model.vision_tower.named_parameters():
+        parameter.requires_grad_(tower_rate > 0 and "patch_embeddings" not in name)
+    text = [*model.model.language_model.parameters(), *model.model.multi_modal_projector.parameters()]
+    groups: list[dict[str, Any]] = [{"params": text, "lr": rate}]
+    if tower_rate:
+        trained = [p for p in model.model.vision_tower.parameters() if p.requires_grad]
+        groups += [{"params": trained, "lr": tower_rate}, {"params": list(heads.parameters()), "lr": HEADS_RATE}]
+    return groups
+
+
+def losses(grounding: Grounding, batch: dict[str, Any], *, see: bool) -> Tensor:
+    """Return [3] of one step: weighted mean cross-entropy of the answers, pointing, and the tower's heads (0 unless `see`)."""
+    pixels, patches, picture = batch["drawn"]
+    with torch.set_grad_enabled(see):
+        features_BPC = grounding.features(pixels)
+    logits_AV, pointed = grounding.answers(features_BPC, batch)
+    weight_A = torch.tensor([WEIGHT.get(task, 1.0) for task in TASKS])[batch["task"]]
+    answers_A = functional.cross_entropy(logits_AV, batch["labels"], reduction="none")
+    answers = (weight_A * answers_A).sum() / weight_A.sum()
+    heads = grounding.heads(features_BPC, patches, picture)[0] if see else {}
+    return torch.stack((answers, pointed, sum(heads.values(), start=answers.new_zeros(()))))

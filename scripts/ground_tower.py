@@ -15,17 +15,19 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from slimlmm.adreview.answers import verdict
-from slimlmm.adreview.build import canvas
+from slimlmm.adreview.build import canvas, jpeg
 from slimlmm.adreview.catalogue import CLAIMS, FILLERS, LIMITS, PRODUCTS, PROHIBITED, SLOGAN_WORDS, SYLLABLES
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789$%"
@@ -115,7 +117,8 @@ class Labels(Dataset[Drawn]):
             self._text(name, [letter for letter in painted.letters if letter[0] == name], maps)
         told = (facts.product, facts.person, facts.slogan_category, facts.claim, verdict(facts))
         picture = [self.ids[field][value] for field, value in zip(PICTURE_FIELDS, told, strict=True)]
-        return Drawn(np.asarray(painted.image), maps.reshape(len(maps), -1), np.array(picture))
+        pixels = np.asarray(Image.open(BytesIO(jpeg(painted.image))))
+        return Drawn(pixels, maps.reshape(len(maps), -1), np.array(picture))
 
     def _object(self, box: Box, value: int, maps: NDArray[np.int64]) -> None:
         """Label the patches whose centre lies in the box."""

@@ -3,7 +3,16 @@ import torch
 from torch.nn import functional
 
 from slimlmm.errors import UserError
-from slimlmm.losses import combine, cross_entropy, fitted_readout, forward_kl, pairwise_margin, state_match
+from slimlmm.losses import (
+    NEEDS_TEACHER,
+    Seen,
+    combine,
+    cross_entropy,
+    fitted_readout,
+    forward_kl,
+    pairwise_margin,
+    state_match,
+)
 
 A, V = 5, 11
 
@@ -53,7 +62,7 @@ def test_forward_kl_has_the_gradient_of_finite_differences(logits):
 
 def test_combine_weights_and_sums(logits):
     student, teacher, labels = logits
-    parts = combine({"cross_entropy": 2.0, "forward_kl": 0.5}, student, teacher, labels)
+    parts = combine({"cross_entropy": 2.0, "forward_kl": 0.5}, Seen(student, labels, teacher))
     expected = 2 * functional.cross_entropy(student, labels, reduction="sum") + 0.5 * forward_kl(student, teacher)
     assert torch.allclose(parts["total"], expected)
 
@@ -61,13 +70,23 @@ def test_combine_weights_and_sums(logits):
 def test_unknown_loss_names_the_nearest(logits):
     student, teacher, labels = logits
     with pytest.raises(UserError, match="forward_kl"):
-        combine({"forward_k": 1.0}, student, teacher, labels)
+        combine({"forward_k": 1.0}, Seen(student, labels, teacher))
 
 
-def test_kl_without_a_teacher_is_refused(logits):
+@pytest.mark.parametrize("loss", sorted(NEEDS_TEACHER))
+def test_a_loss_that_needs_a_teacher_is_refused_without_one(logits, loss):
     student, _, labels = logits
-    with pytest.raises(UserError, match="needs a teacher"):
-        combine({"forward_kl": 1.0}, student, None, labels)
+    with pytest.raises(UserError, match=f"{loss} needs a teacher"):
+        combine({loss: 1.0}, Seen(student, labels))
+
+
+def test_picture_states_weigh_like_a_loss_per_answer_token(logits):
+    student, _, labels = logits
+    torch.manual_seed(1)
+    here, there = torch.randn(30, 4), torch.randn(30, 3)
+    seen = Seen(student, labels, student_NS=here, teacher_NH=there, readout=fitted_readout(here, there))
+    parts = combine({"picture_states": 0.5}, seen)
+    assert torch.allclose(parts["total"], (0.5 * A * state_match(here, there, seen.readout)).double())
 
 
 def test_states_that_tell_all_match_and_states_that_tell_nothing_do_not():

@@ -38,8 +38,21 @@ def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final
         reached |= turn.sizes
     assert {name: reached[name] for name in sizes} == sizes
     visits = [turn.train.steps * turn.train.pictures_per_step * 10 for turn in turns]
-    assert visits[-1] == max(visits)
+    assert visits == sorted(visits)
     assert sum(visits) == pytest.approx(10_000, rel=0.1)
+
+
+def test_the_last_shape_gets_its_share_of_the_compute():
+    model, _ = tiny("llava-dinov2-llama")
+    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
+    stages = plan.stages_for(model.config, sizes, row_visits=1_000_000, rows_per_picture=10)
+    reached, work = {}, []
+    for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
+        reached |= turn.sizes
+        stated = plan.follow_width(describe(model.config), reached, reached)
+        work.append(turn.train.steps * turn.train.pictures_per_step * predict_parameters(model.config, stated))
+    assert work[-1] / sum(work) == pytest.approx(plan.LAST_SHARE, rel=0.02)
+    assert work[:-1] == pytest.approx([work[0]] * len(work[:-1]), rel=0.05)
 
 
 def test_choose_takes_the_best_units_in_order():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
-from slimlmm.losses import NEEDS_TEACHER, combine, cross_entropy, fitted_readout, state_match
+from slimlmm.losses import NEEDS_TEACHER, Seen, combine, cross_entropy, fitted_readout
 from slimlmm.measure import flop_counter
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
@@ -73,9 +73,8 @@ class _Groups(Dataset[list[Row]]):
 
 @dataclass(slots=True)
 class PictureMatch:
-    """The picture_states loss of one training: its weight, where the student's states are looked up, and their readout."""
+    """The picture_states loss of one training: where the student's states are looked up, and their readout."""
 
-    weight: float
     block: nn.Module
     readout: nn.Linear
 
@@ -86,7 +85,7 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        weights: dict[str, float],
+        weights: Mapping[Any, float],
         teacher: TeacherCache | None,
         pictures: PictureMatch | None = None,
         **kwargs: Any,
@@ -113,12 +112,15 @@ class DistillTrainer(Trainer):
         self.row_visits += int(inputs["row_count"])
         with self._looking(inputs) as seen:
             logits_AV, labels_A, _ = answer_logits(model, inputs)
-        teacher_AV = self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None
-        parts = combine(self.weights, logits_AV.float(), teacher_AV, labels_A)
-        if self.pictures:
-            match = state_match(seen[0].float(), inputs["teacher_pictures"], self.pictures.readout)
-            parts["picture_states"] = self.pictures.weight * labels_A.numel() * match
-            parts["total"] = parts["total"] + parts["picture_states"]
+        shown = Seen(
+            logits_AV.float(),
+            labels_A,
+            teacher_AV=self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None,
+            student_NS=seen[0].float() if self.pictures else None,
+            teacher_NH=inputs.get("teacher_pictures"),
+            readout=self.pictures.readout if self.pictures else None,
+        )
+        parts = combine(self.weights, shown)
         count = num_items_in_batch if num_items_in_batch is not None else labels_A.numel()
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
@@ -187,7 +189,7 @@ def train(
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     _check_settings(settings, rows, teacher)
-    collate = _collator(model, processor, rows, teacher, pictures=bool(settings.losses.get("picture_states")))
+    collate = _collator(model, processor, rows, teacher, pictures="picture_states" in settings.losses)
     anatomy = describe(model.config)
     groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
     pictures = _picture_match(model, anatomy, settings, teacher, collate, groups)
@@ -197,7 +199,7 @@ def train(
         data_collator=collate,
         train_dataset=groups,
         optimizers=(_optimizer(model, anatomy, settings, pictures), None),
-        weights={str(name): weight for name, weight in settings.losses.items() if name != "picture_states"},
+        weights=dict(settings.losses),
         teacher=teacher,
         pictures=pictures,
         callbacks=[report],
@@ -236,7 +238,7 @@ def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCac
         raise UserError(
             f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}."
         )
-    lacking = [name for name, weight in settings.losses.items() if weight and name in NEEDS_TEACHER]
+    lacking = [name for name in settings.losses if name in NEEDS_TEACHER]
     if teacher is None and lacking:
         raise UserError(
             f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin."
@@ -272,8 +274,7 @@ def _picture_match(
     groups: _Groups,
 ) -> PictureMatch | None:
     """Return the picture_states loss with its readout fitted on 32 pictures; None where the recipe does not weigh it."""
-    weight = settings.losses.get("picture_states", 0.0)
-    if not weight or teacher is None:
+    if teacher is None or "picture_states" not in settings.losses:
         return None
     block, student, wanted = first_text_block(model, anatomy), [], []
     with torch.inference_mode():
@@ -283,7 +284,7 @@ def _picture_match(
                 answer_logits(model, batch)
             student.append(seen[0])
             wanted.append(batch["teacher_pictures"])
-    return PictureMatch(weight, block, fitted_readout(torch.cat(student), torch.cat(wanted)))
+    return PictureMatch(block, fitted_readout(torch.cat(student), torch.cat(wanted)))
 
 
 def _row_flops(model: PreTrainedModel, batch: Batch) -> float:

@@ -6,6 +6,7 @@ Shape legend: A answer tokens, V vocabulary, N picture tokens, S and H hidden si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -64,29 +65,48 @@ def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) 
     return readout
 
 
-#: name -> loss(student logits [A, V], teacher logits [A, V] or None, labels [A]) -> sum over A
-LOSSES: dict[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]] = {
-    "cross_entropy": lambda student, _, labels: cross_entropy(student, labels),
-    "forward_kl": lambda student, teacher, _: forward_kl(student, _needed(teacher)),
-    "pairwise_margin": lambda student, _, labels: pairwise_margin(student, labels),
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one batch shows to the losses; None where nobody asked for it."""
+
+    student_AV: Tensor
+    labels_A: Tensor
+    teacher_AV: Tensor | None = None
+    student_NS: Tensor | None = None
+    """states that enter the student's language model at picture tokens"""
+    teacher_NH: Tensor | None = None
+    readout: nn.Linear | None = None
+    """throw-away map from S to H, trained beside the student"""
+
+
+def _forward_kl(seen: Seen) -> Tensor:
+    if seen.teacher_AV is None:
+        raise UserError("the loss forward_kl needs a teacher; without one use cross_entropy and pairwise_margin.")
+    return forward_kl(seen.student_AV, seen.teacher_AV)
+
+
+def _picture_states(seen: Seen) -> Tensor:
+    if seen.student_NS is None or seen.teacher_NH is None or seen.readout is None:
+        raise UserError("the loss picture_states needs a teacher; without one use cross_entropy and pairwise_margin.")
+    return seen.labels_A.numel() * state_match(seen.student_NS, seen.teacher_NH, seen.readout)
+
+
+#: name -> loss as a sum over answer tokens; picture_states counts its mean once per answer token, so that weights compare
+LOSSES: dict[str, Callable[[Seen], Tensor]] = {
+    "cross_entropy": lambda seen: cross_entropy(seen.student_AV, seen.labels_A),
+    "forward_kl": _forward_kl,
+    "pairwise_margin": lambda seen: pairwise_margin(seen.student_AV, seen.labels_A),
+    "picture_states": _picture_states,
 }
 NEEDS_TEACHER = frozenset({"forward_kl", "picture_states"})
 
 
-def _needed(teacher: Tensor | None) -> Tensor:
-    if teacher is None:
-        raise UserError("the loss forward_kl needs a teacher; without one use cross_entropy and pairwise_margin.")
-    return teacher
-
-
-def combine(
-    weights: Mapping[str, float], student_AV: Tensor, teacher_AV: Tensor | None, labels_A: Tensor
-) -> dict[str, Tensor]:
+def combine(weights: Mapping[str, float], seen: Seen) -> dict[str, Tensor]:
     """Return each weighted loss by name, and their ``total``; all sums over answer tokens."""
     parts: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name not in LOSSES:
             raise UserError(f"unknown loss {name!r}. {nearest(name, list(LOSSES))}")
-        parts[name] = weight * LOSSES[name](student_AV, teacher_AV, labels_A)
-    parts["total"] = sum(parts.values(), start=student_AV.new_zeros(()))
+        parts[name] = weight * LOSSES[name](seen)
+    parts["total"] = sum(parts.values(), start=seen.student_AV.new_zeros(()))
     return parts

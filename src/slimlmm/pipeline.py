@@ -24,7 +24,7 @@ from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.forward import answer_logits, to_device
-from slimlmm.losses import combine
+from slimlmm.losses import Seen, combine
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, dump
@@ -388,7 +388,7 @@ def _calibration_loss(job: _Job) -> importance.Loss:
         assert job.cache is not None
         logits_AV, labels_A, _ = answer_logits(model, batch)
         teacher_AV = job.cache.logits(job.cache.of(batch).to(model.device))
-        return combine(CALIBRATION_LOSSES, logits_AV, teacher_AV, labels_A)["total"] / labels_A.numel()
+        return combine(CALIBRATION_LOSSES, Seen(logits_AV, labels_A, teacher_AV))["total"] / labels_A.numel()
 
     return loss
 

@@ -21,8 +21,8 @@ STAGES = ("blocks", "inner", "width")
 ROUND_RATIO = 1.8
 #: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
 FLOORS = {"blocks": 2, "inner": 1, "width": 32}
-#: share of all row visits that the last shape gets
-LAST_SHARE = 0.45
+#: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
+LAST_SHARE = 0.5
 
 
 def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -136,7 +136,8 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: 
 def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts, then blocks, inner, width, each round at most `ROUND_RATIO`.
 
-    Every round is recovered before the next cut; the last shape gets `LAST_SHARE` of the row visits.
+    Every round is recovered before the next cut. Compute is shared, not visits: a visit of a small shape is cheap, so the
+    last one gets most of the `row_visits`.
     """
     anatomy = describe(config)
     current = {name: anatomy.axis(name).size for name in final}
@@ -147,7 +148,7 @@ def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_p
             current |= sizes
     if not plans:
         raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
-    visits = [row_visits * (1 - LAST_SHARE) / max(1, len(plans) - 1)] * (len(plans) - 1) + [row_visits * LAST_SHARE]
+    visits = _visits(config, {name: anatomy.axis(name).size for name in final}, [sizes for _, sizes in plans], row_visits)
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in STAGES:
         rounds = [
@@ -157,6 +158,16 @@ def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_p
         ]
         stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
     return tuple(stages)
+
+
+def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_visits: int) -> list[float]:
+    """Return each round's row visits: equal row visits x parameters for all but the last, which gets `LAST_SHARE`."""
+    current, weights = dict(start), []
+    for index, sizes in enumerate(cuts, 1):
+        current |= sizes
+        share = LAST_SHARE if index == len(cuts) else (1 - LAST_SHARE) / (len(cuts) - 1)
+        weights.append(share / _count(config, current))
+    return [row_visits * weight / sum(weights) for weight in weights]
 
 
 def _training(progress: float, visits: float, rows_per_picture: int) -> Training:

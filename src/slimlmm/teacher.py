@@ -54,12 +54,12 @@ class TeacherCache:
         self.collator = collator
         self.folder = folder
         self.head = model.get_output_embeddings()
-        self._first_block = first_text_block(model, describe(model.config))
         self._identity = hashlib.sha256((weights_fingerprint(model) + _rules(collator.processor)).encode()).digest()
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._pending: dict[str, Tensor] = {}
+        self._pending_values = 0
         folder.mkdir(parents=True, exist_ok=True)
         for shard in sorted(folder.glob("shard-*.safetensors")):
             self._register(shard)
@@ -97,40 +97,43 @@ class TeacherCache:
 
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
-        return self._found([self.key(row) for row in batch["rows"]], batch)
+        keys = [self.key(row) for row in batch["rows"]]
+        if not all(map(self._has, keys)):
+            self._add(keys, self.live(batch))
+        return self._read_all(keys)
 
     def pictures(self, batch: Batch) -> Tensor:
-        """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence."""
-        return self._found([self.picture_key(row) for row in batch["heads"]], batch)
+        """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence.
 
-    def _found(self, keys: list[str], batch: Batch) -> Tensor:
-        if not all(self._has(key) for key in keys):
-            self._pending |= self._entries(batch, with_pictures=keys[0].startswith(PICTURE))
+        Where the teacher must run for them, its hidden states at answer tokens are kept too.
+        """
+        keys = [self.picture_key(row) for row in batch["heads"]]
+        if not all(map(self._has, keys)):
+            block = first_text_block(self.model, describe(self.model.config))
+            where_BT = batch["picture_tokens"].to(self.model.device)
+            with states_into(block, where_BT) as seen:
+                self._add([self.key(row) for row in batch["rows"]], self.live(batch))
+            self._add(keys, seen[0].split(where_BT.sum(1).tolist()))
+        return self._read_all(keys)
+
+    def _add(self, keys: Sequence[str], states: Sequence[Tensor]) -> None:
+        """Keep in half precision what is not kept yet."""
+        for key, value in zip(keys, states, strict=True):
+            if not self._has(key):
+                self._pending[key] = value.half().cpu().clone()
+                self._pending_values += value.numel()
+
+    def _read_all(self, keys: Sequence[str]) -> Tensor:
         found = torch.cat([self._read(key) for key in keys])
-        if sum(value.numel() for value in self._pending.values()) >= VALUES_A_SHARD:
+        if self._pending_values >= VALUES_A_SHARD:
             self.flush()
         return found
 
-    def _entries(self, batch: Batch, *, with_pictures: bool) -> dict[str, Tensor]:
-        """Run the teacher; return what is kept of a batch by key."""
-        hidden, pictures = self.live(batch)
-        entries = {self.key(row): states.half() for row, states in zip(batch["rows"], hidden, strict=True)}
-        if with_pictures:
-            kept = zip(batch["heads"], pictures, strict=True)
-            entries |= {self.picture_key(row): states.half() for row, states in kept}
-        return {key: states for key, states in entries.items() if not self._has(key)}
-
     @torch.inference_mode()
-    def live(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Return, computed now, hidden states [A, H] by row and picture states [N, H] by sequence."""
-        here = to_device(batch, self.model.device)
-        with states_into(self._first_block, here["picture_tokens"]) as seen:
-            _, _, hidden_AH = answer_logits(self.model, here)
-        counts = batch["picture_tokens"].sum(1).tolist()
-        return (
-            list(hidden_AH.float().cpu().split(self.lengths(batch["rows"]))),
-            list(seen[0].float().cpu().split(counts)),
-        )
+    def live(self, batch: Batch) -> list[Tensor]:
+        """Return the hidden states [A, H] of every row, computed now."""
+        _, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
+        return list(hidden_AH.split(self.lengths(batch["rows"])))
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Return the number of answer tokens of every row."""
@@ -153,7 +156,7 @@ class TeacherCache:
         save_file(self._pending, temporary)
         temporary.rename(shard)
         self._register(shard)
-        self._pending = {}
+        self._pending, self._pending_values = {}, 0
 
     def _has(self, key: str) -> bool:
         return key in self._pending or key in self._where
