@@ -1,13 +1,18 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from slimlmm import checkpoint, pipeline, recipe
+from slimlmm import checkpoint, importance, pipeline, recipe
+from slimlmm.anatomy import describe
+from slimlmm.collate import Collator
+from slimlmm.data import by_picture
 from slimlmm.errors import UserError
+from slimlmm.teacher import TeacherCache
 from tiny import tiny
 
 RAW = {
@@ -134,3 +139,25 @@ def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):
     raw = {key: value for key, value in RAW.items() if key != "stages"} | {"shrink": 2.0, "row_visits": 300}
     found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
     assert found.ratios.parameters >= 2.0
+
+
+@pytest.mark.parametrize("way", ["ablation", "taylor", "last", "random"])
+def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, rows, tmp_path):
+    loaded = checkpoint.load(teacher)
+    collator = Collator(loaded.processor, packed=True)
+    job = SimpleNamespace(
+        cache=TeacherCache(loaded.model, collator, tmp_path),
+        recipe=recipe.Recipe(shrink=2),
+        calibration=rows.train[:20],
+    )
+    turn = recipe.Round(sizes={"vision.blocks": 2}, blocks=way)
+    batches = [collator(by_picture(rows.train[:20], 16))]
+    kept = pipeline._blocks(job, loaded.model, turn, ("vision.blocks", 2), batches).tolist()
+    assert kept == sorted(set(kept))
+    assert len(kept) == 2
+    if way == "taylor":
+        anatomy = describe(loaded.model.config)
+        scores = importance.score(
+            loaded.model, anatomy, ["vision.blocks"], "taylor", batches, pipeline._calibration_loss(job)
+        )["vision.blocks"]
+        assert set(kept) == set(scores.topk(2).indices.tolist())

@@ -42,6 +42,19 @@ def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final
     assert sum(visits) == pytest.approx(10_000, rel=0.1)
 
 
+@pytest.mark.parametrize("order", [("inner", "width", "blocks"), ("width", "blocks", "inner")])
+def test_levels_go_in_the_order_that_was_asked_for(order):
+    model, _ = tiny("llava-dinov2-llama")
+    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
+    stages = plan.stages_for(model.config, sizes, row_visits=10_000, rows_per_picture=10, order=order)
+    assert [stage.name for stage in stages] == ["lossless", *order]
+    reached = {}
+    for stage in stages:
+        for turn in stage.rounds:
+            reached |= turn.sizes
+    assert reached == {name: size for name, size in sizes.items() if size < describe(model.config).axis(name).size}
+
+
 def test_the_last_shape_gets_its_share_of_the_compute():
     model, _ = tiny("llava-dinov2-llama")
     sizes = plan.sizes_for(model.config, 4, model.num_parameters())

@@ -54,3 +54,8 @@ def test_every_shipped_recipe_is_valid(path: Path):
 def test_the_page_of_recipes_is_current():
     page = Path(__file__).parent.parent / "docs" / "recipes.md"
     assert page.read_text() == recipe.page(), "run python -m slimlmm.recipe docs/recipes.md"
+
+
+def test_an_order_that_leaves_a_level_out_is_refused():
+    with pytest.raises(UserError, match="blocks, inner and width, each once"):
+        recipe.parse({"shrink": 18, "order": ["inner", "inner", "width"]}, "r.yaml")

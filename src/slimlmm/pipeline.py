@@ -140,7 +140,9 @@ def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recip
     final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed)
     per_picture = round(len(rows["train"]) / len({row.picture_key() for row in rows["train"]}))
     living = resized(model.config, fixed)
-    return plan.stages_for(living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture)
+    return plan.stages_for(
+        living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order
+    )
 
 
 def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
@@ -375,6 +377,9 @@ def _blocks(job: _Job, model: PreTrainedModel, turn: Round, what: tuple[str, int
     count = group.kept(size)
     if turn.blocks == "last":
         return torch.arange(count)
+    if turn.blocks == "taylor":
+        scores = importance.score(model, anatomy, [axis], "taylor", batches, _calibration_loss(job))
+        return plan.choose(scores, anatomy, axis, size)[group.name]
     if turn.blocks == "random":
         generator = torch.Generator().manual_seed(job.recipe.seed)
         return torch.randperm(group.units, generator=generator)[:count].sort().values

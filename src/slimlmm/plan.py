@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,10 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: 
         sizes[name] = size
 
 
-def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int) -> tuple[Stage, ...]:
-    """Return the default schedule: lossless cuts, then blocks, inner, width, each round at most `ROUND_RATIO`.
+def stages_for(
+    config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int, order: Sequence[str] = STAGES
+) -> tuple[Stage, ...]:
+    """Return the default schedule: lossless cuts, then the levels of `order`, each round at most `ROUND_RATIO`.
 
     Every round is recovered before the next cut. Compute is shared, not visits: a visit of a small shape is cheap, so the
     last one gets most of the `row_visits`.
@@ -142,17 +144,19 @@ def stages_for(config: Any, final: Mapping[str, int], *, row_visits: int, rows_p
     anatomy = describe(config)
     current = {name: anatomy.axis(name).size for name in final}
     plans: list[tuple[str, dict[str, int]]] = []
-    for level in STAGES:
+    for level in order:
         for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}):
             plans.append((level, sizes))
             current |= sizes
     if not plans:
         raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
-    visits = _visits(config, {name: anatomy.axis(name).size for name in final}, [sizes for _, sizes in plans], row_visits)
+    visits = _visits(
+        config, {name: anatomy.axis(name).size for name in final}, [sizes for _, sizes in plans], row_visits
+    )
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
-    for level in STAGES:
+    for level in order:
         rounds = [
-            Round(sizes=sizes, train=_training(index / len(plans), share, rows_per_picture))
+            Round(sizes=sizes, train=_training(anatomy, index / len(plans), share / rows_per_picture))
             for index, ((name, sizes), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
@@ -170,13 +174,21 @@ def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _training(progress: float, visits: float, rows_per_picture: int) -> Training:
-    """Smaller shapes bear, and need, a higher learning rate (recovery.md: larger cut, larger rate)."""
+def _training(anatomy: Anatomy, progress: float, picture_visits: float) -> Training:
+    """Smaller shapes bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
+
+    The losses are the defaults and, where the language model's blocks can be told, `picture_states`.
+    """
     pictures = 8 if progress < 0.7 else 16
+    losses = dict(Training.model_fields["losses"].default)
+    if not anatomy.axes["text.blocks"].refusal:
+        losses["picture_states"] = 1.0
     return Training(
-        steps=max(1, round(visits / pictures / max(1, rows_per_picture))),
+        steps=max(1, round(picture_visits / pictures)),
         pictures_per_step=pictures,
-        learning_rate=3e-4 * 4**progress,
+        learning_rate=1e-4 * 8**progress,
+        warmup=0.1,
+        losses=losses,
     )
 
 

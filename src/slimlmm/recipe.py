@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from slimlmm.errors import UserError, nearest
 
 T = TypeVar("T")
+Level = Literal["blocks", "inner", "width"]
 
 
 class Settings(BaseModel):
@@ -64,9 +65,10 @@ class Round(Settings):
     criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
         "taylor", description="How the units of inner and width axes are scored."
     )
-    blocks: Literal["ablation", "last", "random"] = Field(
+    blocks: Literal["ablation", "taylor", "last", "random"] = Field(
         "ablation",
-        description="Which blocks go: those whose greedy removal costs least, the last ones, or random ones.",
+        description="Which blocks go: those whose greedy removal costs least, those of least first-order importance, the "
+        "last ones, or random ones.",
     )
     repair: Literal["best", "none"] = Field(
         "best", description="Closed-form repair of the cut: the one of least calibration loss, or none."
@@ -105,6 +107,9 @@ class Recipe(Settings):
 
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
+    order: tuple[Level, ...] = Field(
+        ("blocks", "inner", "width"), description="Order of the levels in the default schedule, each once."
+    )
     row_visits: int = Field(
         400_000,
         gt=0,
@@ -118,6 +123,13 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
     bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
+
+    @field_validator("order")
+    @classmethod
+    def _each_once(cls, order: tuple[Level, ...]) -> tuple[Level, ...]:
+        if sorted(order) != ["blocks", "inner", "width"]:
+            raise ValueError("name blocks, inner and width, each once")
+        return order
 
 
 def parse(raw: Any, source: str) -> Recipe:

@@ -11,6 +11,7 @@ Shape legend: A answer tokens, N picture tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,30 @@ PICTURE = "picture-"
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Return a hash over every parameter and buffer, by name, in storage precision."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    digest = hashlib.sha256(json.dumps(_settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
+def _settings(config: Any) -> Any:
+    """Return a config without what loading adds to it: the dtype, which the weights tell, and where and by what it was saved."""
+    if not isinstance(config, dict):
+        return config
+    added = ("dtype", "_name_or_path", "transformers_version", "architectures")
+    return {key: _settings(value) for key, value in config.items() if key not in added}
+
+
 def _rules(processor: Any) -> str:
-    """Return what a processor does to pictures and texts, without the folder that it was loaded from."""
+    """Return what a processor does to pictures and texts, without the folder that it was loaded from.
+
+    Padding and truncation are left out: a fast tokenizer keeps those of its last call, so they say what was done before.
+    """
     pictures: str = processor.image_processor.to_json_string()
-    tokenizer: str = processor.tokenizer.backend_tokenizer.to_str()
-    return pictures + tokenizer + str(processor.chat_template)
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["padding"], tokenizer["truncation"]
+    return pictures + json.dumps(tokenizer, sort_keys=True) + str(processor.chat_template)
 
 
 class TeacherCache:
