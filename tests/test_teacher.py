@@ -14,9 +14,9 @@ def test_cached_equals_live_up_to_half_precision(tmp_path, rows):
     model, processor = tiny(NAME)
     collator = Collator(processor, packed=True)
     cache = TeacherCache(model, collator, tmp_path)
-    some = rows.train[:40]
-    assert cache.fill(some) == 40
-    batch = collator(by_picture(some[:20], 16))
+    batch = collator(by_picture(rows.train[:20], 16))
+    cache.of(batch)
+    cache.flush()
     live, _, _ = answer_logits(model, batch)
     cached = TeacherCache(model, collator, tmp_path).logits(TeacherCache(model, collator, tmp_path).of(batch))
     assert torch.allclose(cached, live, atol=5e-3 * float(live.abs().max()))
@@ -40,11 +40,27 @@ def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows)
 def test_a_second_run_reads_from_disk_and_never_runs_the_teacher(tmp_path, rows, monkeypatch):
     model, processor = tiny(NAME)
     collator = Collator(processor, packed=True)
-    TeacherCache(model, collator, tmp_path).fill(rows.train[:20])
+    batch = collator(by_picture(rows.train[:20], 16))
+    first = TeacherCache(model, collator, tmp_path)
+    first.of(batch)
+    first.flush()
     again = TeacherCache(model, collator, tmp_path)
     monkeypatch.setattr(again, "live", lambda batch: (_ for _ in ()).throw(AssertionError("the teacher ran")))
-    assert again.fill(rows.train[:20]) == 0
-    assert again.of(collator(by_picture(rows.train[:20], 16))).dtype == torch.float16
+    assert torch.equal(again.of(batch), first.of(batch))
+
+
+def test_the_teacher_runs_only_on_the_pictures_that_are_new(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    groups = by_picture(rows.train[:40], 16)[:3]
+    cache = TeacherCache(model, collator, tmp_path)
+    cache.pictures(collator(groups[:2]))
+    ran, live = [], cache.live
+    cache.live = lambda batch: ran.extend(batch["rows"]) or live(batch)
+    batch = collator(groups)
+    assert cache.pictures(batch).shape == (int(batch["picture_tokens"].sum()), model.config.text_config.hidden_size)
+    cache.of(batch)
+    assert [row.id for row in ran] == [row.id for row in groups[2]]
 
 
 def test_keys_follow_content(tmp_path, rows):

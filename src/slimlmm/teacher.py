@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from slimlmm.data import Row, by_picture
 from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
 
 VALUES_A_SHARD = 16_000_000
-PICTURE = "picture-"
+PICTURES_A_BATCH = 16
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
@@ -84,7 +84,7 @@ class TeacherCache:
 
     def picture_key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes)."""
-        return PICTURE + hashlib.sha256(self._identity + self._picture(row)).hexdigest()[:32]
+        return "picture-" + hashlib.sha256(self._identity + self._picture(row)).hexdigest()[:32]
 
     def _picture(self, row: Row) -> bytes:
         name = row.picture_key()
@@ -92,42 +92,32 @@ class TeacherCache:
             self._pictures[name] = hashlib.sha256(row.picture_bytes()).digest()
         return self._pictures[name]
 
-    def fill(
-        self, rows: Sequence[Row], *, pictures_a_batch: int = 16, progress: Callable[[int, int], None] | None = None
-    ) -> int:
-        """Run the teacher on the rows that are not cached yet; return how many those were."""
-        missing = {key: row for row in rows if not self._has(key := self.key(row))}
-        groups = by_picture(list(missing.values()), 16)
-        done = 0
-        for start in range(0, len(groups), pictures_a_batch):
-            batch = self.collator(groups[start : start + pictures_a_batch])
-            self.of(batch)
-            done += len(batch["rows"])
-            if progress:
-                progress(done, len(missing))
-        self.flush()
-        return len(missing)
-
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
-        keys = [self.key(row) for row in batch["rows"]]
-        if not all(map(self._has, keys)):
-            self._add(keys, self.live(batch))
-        return self._read_all(keys)
+        rows = batch["rows"]
+        for small in self._batches([row for row in rows if not self._has(self.key(row))]):
+            self._add([self.key(row) for row in small["rows"]], self.live(small))
+        return self._read_all([self.key(row) for row in rows])
 
     def pictures(self, batch: Batch) -> Tensor:
         """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence.
 
         Where the teacher must run for them, its hidden states at answer tokens are kept too.
         """
-        keys = [self.picture_key(row) for row in batch["heads"]]
-        if not all(map(self._has, keys)):
-            block = first_text_block(self.model, describe(self.model.config))
-            where_BT = batch["picture_tokens"].to(self.model.device)
+        missing = [row for row in batch["rows"] if not self._has(self.picture_key(row))]
+        block = first_text_block(self.model, describe(self.model.config))
+        for small in self._batches(missing):
+            where_BT = small["picture_tokens"].to(self.model.device)
             with states_into(block, where_BT) as seen:
-                self._add([self.key(row) for row in batch["rows"]], self.live(batch))
-            self._add(keys, seen[0].split(where_BT.sum(1).tolist()))
-        return self._read_all(keys)
+                self._add([self.key(row) for row in small["rows"]], self.live(small))
+            self._add([self.picture_key(row) for row in small["heads"]], seen[0].split(where_BT.sum(1).tolist()))
+        return self._read_all([self.picture_key(row) for row in batch["heads"]])
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Collate rows as the teacher sees them, a few pictures at a time."""
+        groups = by_picture(rows, 16)
+        for start in range(0, len(groups), PICTURES_A_BATCH):
+            yield self.collator(groups[start : start + PICTURES_A_BATCH])
 
     def _add(self, keys: Sequence[str], states: Sequence[Tensor]) -> None:
         """Keep in half precision what is not kept yet."""
