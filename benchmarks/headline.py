@@ -27,7 +27,7 @@ from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate, paired_bootstrap
 from slimlmm.progress import Reporter, reporter
-from slimlmm.recipe import Recipe, Training, read
+from slimlmm.recipe import LEVELS, Recipe, Training, read
 from slimlmm.results import Control, Results
 from slimlmm.teacher import TeacherCache
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--row-visits", type=int, default=3_000_000)
     parser.add_argument("--train-rows", type=int, default=400_000)
     parser.add_argument("--test-rows", type=int, default=5_000)
-    parser.add_argument("--order", nargs=3, default=["blocks", "inner", "width"], help="order of the levels")
+    parser.add_argument("--order", nargs=3, choices=LEVELS, default=LEVELS, help="order of the levels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--controls", nargs="*", choices=sorted(DESCRIPTIONS), default=[])
     parser.add_argument("--publish", action="store_true")
@@ -55,7 +55,9 @@ def main() -> None:
         if not (folder / "version.json").exists():
             tell.say("writing AdReview", rows=arguments.train_rows)
             adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=arguments.seed)
-        recipe = Recipe(shrink=arguments.shrink, row_visits=arguments.row_visits, order=arguments.order, seed=arguments.seed)
+        recipe = Recipe(
+            shrink=arguments.shrink, row_visits=arguments.row_visits, order=arguments.order, seed=arguments.seed
+        )
         run = arguments.out / "run"
         found = pipeline.run(teacher, folder, run, recipe, command="make headline", tell=tell)
         controls = [control(name, arguments.out, folder, found, tell) for name in arguments.controls]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from slimlmm.errors import UserError, nearest
+
+T = TypeVar("T")
 
 
 def cross_entropy(student_AV: Tensor, labels_A: Tensor) -> Tensor:
@@ -79,22 +82,25 @@ class Seen:
     """throw-away map from S to H, trained beside the student"""
 
 
-def _forward_kl(seen: Seen) -> Tensor:
-    if seen.teacher_AV is None:
-        raise UserError("the loss forward_kl needs a teacher; without one use cross_entropy and pairwise_margin.")
-    return forward_kl(seen.student_AV, seen.teacher_AV)
+def _needed(value: T | None, loss: str) -> T:
+    if value is None:
+        raise UserError(f"the loss {loss} needs a teacher; without one use cross_entropy and pairwise_margin.")
+    return value
 
 
 def _picture_states(seen: Seen) -> Tensor:
-    if seen.student_NS is None or seen.teacher_NH is None or seen.readout is None:
-        raise UserError("the loss picture_states needs a teacher; without one use cross_entropy and pairwise_margin.")
-    return seen.labels_A.numel() * state_match(seen.student_NS, seen.teacher_NH, seen.readout)
+    student, teacher, readout = (
+        _needed(seen.student_NS, "picture_states"),
+        _needed(seen.teacher_NH, "picture_states"),
+        _needed(seen.readout, "picture_states"),
+    )
+    return seen.labels_A.numel() * state_match(student, teacher, readout)
 
 
 #: name -> loss as a sum over answer tokens; picture_states counts its mean once per answer token, so that weights compare
 LOSSES: dict[str, Callable[[Seen], Tensor]] = {
     "cross_entropy": lambda seen: cross_entropy(seen.student_AV, seen.labels_A),
-    "forward_kl": _forward_kl,
+    "forward_kl": lambda seen: forward_kl(seen.student_AV, _needed(seen.teacher_AV, "forward_kl")),
     "pairwise_margin": lambda seen: pairwise_margin(seen.student_AV, seen.labels_A),
     "picture_states": _picture_states,
 }

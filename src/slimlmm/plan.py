@@ -11,12 +11,10 @@ import torch
 from slimlmm.anatomy import describe, predict_parameters, resized
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
-from slimlmm.recipe import Round, Stage, Training
+from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
 
 #: share of the (logarithmic) shrinkage that each level carries: depth least, width most (docs/lab-notes.md)
 SHARES = {"blocks": 0.22, "inner": 0.30, "width": 0.48}
-#: stages in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
-STAGES = ("blocks", "inner", "width")
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
 #: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
@@ -45,7 +43,7 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     config = resized(config, fixed) if fixed else config
     target = whole / shrink
     anatomy = describe(config)
-    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in STAGES}
+    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in LEVELS}
     least = _count(config, _fit(config, _scaled(axes, 0.0)))
     if least > target:
         raise UserError(
@@ -134,7 +132,7 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: 
 
 
 def stages_for(
-    config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int, order: Sequence[str] = STAGES
+    config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int, order: Sequence[Level] = LEVELS
 ) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts, then the levels of `order`, each round at most `ROUND_RATIO`.
 
@@ -142,7 +140,8 @@ def stages_for(
     last one gets most of the `row_visits`.
     """
     anatomy = describe(config)
-    current = {name: anatomy.axis(name).size for name in final}
+    start = {name: anatomy.axis(name).size for name in final}
+    current = dict(start)
     plans: list[tuple[str, dict[str, int]]] = []
     for level in order:
         for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}):
@@ -150,9 +149,7 @@ def stages_for(
             current |= sizes
     if not plans:
         raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
-    visits = _visits(
-        config, {name: anatomy.axis(name).size for name in final}, [sizes for _, sizes in plans], row_visits
-    )
+    visits = _visits(config, start, [sizes for _, sizes in plans], row_visits)
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in order:
         rounds = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -17,6 +17,8 @@ from slimlmm.errors import UserError, nearest
 
 T = TypeVar("T")
 Level = Literal["blocks", "inner", "width"]
+#: levels in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 class Settings(BaseModel):
@@ -107,9 +109,7 @@ class Recipe(Settings):
 
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
-    order: tuple[Level, ...] = Field(
-        ("blocks", "inner", "width"), description="Order of the levels in the default schedule, each once."
-    )
+    order: tuple[Level, ...] = Field(LEVELS, description="Order of the levels in the default schedule, each once.")
     row_visits: int = Field(
         400_000,
         gt=0,
@@ -127,7 +127,7 @@ class Recipe(Settings):
     @field_validator("order")
     @classmethod
     def _each_once(cls, order: tuple[Level, ...]) -> tuple[Level, ...]:
-        if sorted(order) != ["blocks", "inner", "width"]:
+        if sorted(order) != sorted(LEVELS):
             raise ValueError("name blocks, inner and width, each once")
         return order
 

@@ -223,19 +223,18 @@ def fold_best(
     for power in tied_powers(statistics):
         ways.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
     tries: list[Choice] = []
-    best: tuple[PreTrainedModel, Keep] | None = None
+    best: tuple[Choice, PreTrainedModel, Keep] | None = None
     for name, way in ways:
         trial = copy.deepcopy(model)
         kept = way(trial)
         cut = surgery.cut(trial, anatomy, axis, kept)
         del trial
         with evaluating(cut):
-            one = Choice(name=name, loss=mean_loss(cut, batches, loss))
-        if best is None or one.loss < min(other.loss for other in tries):
-            best = cut, kept
-        tries.append(one)
+            tries.append(Choice(name=name, loss=mean_loss(cut, batches, loss)))
+        if best is None or tries[-1].loss < best[0].loss:
+            best = tries[-1], cut, kept
     assert best is not None
-    return *best, tries
+    return best[1], best[2], tries
 
 
 def tied_powers(statistics: Statistics) -> tuple[float, ...]:

@@ -94,10 +94,11 @@ class TeacherCache:
 
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
-        rows = batch["rows"]
-        for small in self._batches([row for row in rows if not self._has(self.key(row))]):
+        keys = [self.key(row) for row in batch["rows"]]
+        missing = [row for row, key in zip(batch["rows"], keys, strict=True) if not self._has(key)]
+        for small in self._batches(missing):
             self._add([self.key(row) for row in small["rows"]], self.live(small))
-        return self._read_all([self.key(row) for row in rows])
+        return self._read_all(keys)
 
     def pictures(self, batch: Batch) -> Tensor:
         """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence.
@@ -105,10 +106,9 @@ class TeacherCache:
         Where the teacher must run for them, its hidden states at answer tokens are kept too.
         """
         missing = [row for row in batch["rows"] if not self._has(self.picture_key(row))]
-        block = first_text_block(self.model, describe(self.model.config))
         for small in self._batches(missing):
             where_BT = small["picture_tokens"].to(self.model.device)
-            with states_into(block, where_BT) as seen:
+            with states_into(first_text_block(self.model, describe(self.model.config)), where_BT) as seen:
                 self._add([self.key(row) for row in small["rows"]], self.live(small))
             self._add([self.picture_key(row) for row in small["heads"]], seen[0].split(where_BT.sum(1).tolist()))
         return self._read_all([self.picture_key(row) for row in batch["heads"]])
@@ -123,7 +123,7 @@ class TeacherCache:
         """Keep in half precision what is not kept yet."""
         for key, value in zip(keys, states, strict=True):
             if not self._has(key):
-                self._pending[key] = value.half().cpu().clone()
+                self._pending[key] = value.to("cpu", torch.float16, copy=True)
                 self._pending_values += value.numel()
 
     def _read_all(self, keys: Sequence[str]) -> Tensor:
