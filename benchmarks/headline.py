@@ -112,11 +112,9 @@ def _untrained(
     processor = checkpoint.load(run / "final").processor
     model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run / "final"))
     assert found.totals is not None
-    losses: dict[Any, float] = (
-        {"cross_entropy": 1.0}
-        if name == "scratch"
-        else {"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1}
-    )
+    last = read(run / "recipe.yaml").stages[-1].rounds[-1].train
+    assert last is not None
+    losses: dict[Any, float] = {"cross_entropy": 1.0} if name == "scratch" else last.losses
     settings = Training(
         steps=max(1, found.totals.row_visits // 160), pictures_per_step=16, learning_rate=1e-3, freeze=(), losses=losses
     )
