@@ -101,7 +101,7 @@ def control(name: str, out: Path, folder: Path, found: Results, tell: Reporter) 
 
 
 def _at_random(turn: Any) -> Any:
-    return turn.model_copy(update={"criterion": "random", "blocks": "random", "repair": "none"})
+    return turn.model_copy(update={"criterion": "random", "groups": "random", "blocks": "random", "repair": "none"})
 
 
 def _untrained(
@@ -112,8 +112,7 @@ def _untrained(
     processor = checkpoint.load(run / "final").processor
     model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run / "final"))
     assert found.totals is not None
-    last = read(run / "recipe.yaml").stages[-1].rounds[-1].train
-    assert last is not None
+    last = read(run / "recipe.yaml").stages[-1].rounds[-1].train[-1]
     losses: dict[Any, float] = {"cross_entropy": 1.0} if name == "scratch" else last.losses
     settings = Training(
         steps=max(1, found.totals.row_visits // 160), pictures_per_step=16, learning_rate=1e-3, freeze=(), losses=losses

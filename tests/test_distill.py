@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
+from slimlmm.data import by_picture
 from slimlmm.distill import train
 from slimlmm.errors import UserError
+from slimlmm.forward import answer_logits, first_text_block, states_into, states_until
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 from tiny import tiny
@@ -38,6 +41,47 @@ def test_picture_states_of_a_model_match_its_own_and_pull_another_tower_towards_
     steps = settings(steps=30, learning_rate=1e-3, losses=losses)
     history = train(student, processor, rows.train, steps, tmp_path, teacher=cache).history
     assert history[-1]["loss/picture_states"] < 0.8 * history[0]["loss/picture_states"]
+
+
+def test_only_picture_states_stops_at_the_language_model_with_the_same_loss_and_gradient(rows):
+    model, processor = tiny(NAME)
+    batch = Collator(processor, packed=True)(by_picture(rows.train[:20], 16))
+    block = first_text_block(model, describe(model.config))
+    ran = []
+    model.lm_head.register_forward_pre_hook(lambda *_: ran.append(1))
+    with states_into(block, batch["picture_tokens"]) as seen:
+        answer_logits(model, batch)
+    assert len(ran) == 1
+    stopped = states_until(model, block, batch)
+    assert len(ran) == 1
+    assert torch.equal(stopped, seen[0])
+    gradients = [
+        torch.autograd.grad(states.square().sum(), model.model.multi_modal_projector.linear_1.weight)[0]
+        for states in (seen[0], stopped)
+    ]
+    assert torch.equal(*gradients)
+    answer_logits(model, batch)  # nothing is left behind on the block
+    assert len(ran) == 2
+
+
+def test_a_readout_alone_stays_at_its_optimum(tmp_path, rows):
+    """Gradients of the readout, which the Trainer does not own, must not pile up from step to step."""
+    model, processor = tiny(NAME)
+    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
+    student, _ = tiny(NAME)
+    torch.manual_seed(1)
+    for parameter in student.model.vision_tower.parameters():
+        parameter.data.add_(parameter.std(correction=0) * torch.randn_like(parameter))
+    frozen = settings(
+        steps=40,
+        log_every=10,
+        learning_rate=3e-3,
+        schedule="constant_with_warmup",
+        losses={"picture_states": 1.0},
+        freeze=("vision", "text", "projector"),
+    )
+    history = train(student, processor, rows.train, frozen, tmp_path, teacher=cache).history
+    assert history[-1]["loss"] < 1.1 * history[0]["loss"]
 
 
 def test_fine_tuning_lowers_the_loss_and_is_the_same_bytes_for_the_same_seed(tmp_path, rows):

@@ -1,5 +1,6 @@
 """Scores against oracles: finite differences of gates, brute force, permutation, really cut blocks."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -170,7 +171,7 @@ def test_activation_by_hand_and_behind_a_mask():
 def test_every_criterion_scores_every_unit_of_every_axis(name):
     model, described, batches = case(name)
     axes = cuttable(described, ("inner", "width", "blocks"))
-    for criterion in CRITERIA:
+    for criterion in set(CRITERIA) - {"ablation"}:
         scores = score(model, described, axes, criterion, batches[:1], loss)
         groups = [group for axis in axes for group in described.axis(axis).groups]
         assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
@@ -204,6 +205,25 @@ def test_ablation_agrees_with_the_cut_model(name, axis):
     assert mean_loss(student, batches, loss) - uncut == pytest.approx(float(growth[1]), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", ["text.kv_groups", "vision.kv_groups"])
+def test_ablation_of_a_group_agrees_with_the_cut_model(name, axis):
+    model, described, batches = case(name)
+    found = described.axes[axis]
+    if found.refusal or found.size == 1 or found.choices()[-2:] != (found.size - 1, found.size):
+        pytest.skip(found.refusal or f"{axis} has no next smaller size")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    scores = score(model, described, [axis], "ablation", batches, loss)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    group, uncut = found.groups[-1], mean_loss(model, batches, loss)
+    alone = dataclasses.replace(described, axes={axis: dataclasses.replace(found, groups=(group,))})
+    for unit in range(group.units):
+        keep = {group.name: torch.tensor([other for other in range(group.units) if other != unit])}
+        with surgery.masked(model, alone, axis, keep):
+            growth = mean_loss(model, batches, loss) - uncut
+        assert float(scores[group.name][unit]) == pytest.approx(growth, abs=1e-5)
+
+
 def test_greedy_drops_first_what_costs_least_and_then_measures_again():
     model, described, batches = case(MAIN)
     growth = rank_blocks(model, described, "text.blocks", batches, loss)
@@ -222,6 +242,10 @@ def test_refusals_name_what_is_missing():
     model, described, batches = case(MAIN)
     with pytest.raises(UserError, match="Did you mean 'taylor'"):
         score(model, described, ["text.ffn"], "tailor")
+    with pytest.raises(UserError, match="once per unit, and there are"):
+        score(model, described, ["text.ffn", "vision.ffn"], "ablation", batches, loss)
+    with pytest.raises(UserError, match=r"inner axes only, not text\.width"):
+        score(model, described, ["text.width"], "ablation", batches, loss)
     with pytest.raises(UserError, match="needs a loss"):
         score(model, described, ["text.ffn"], "taylor", batches)
     with pytest.raises(UserError, match="calibration rows"):

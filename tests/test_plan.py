@@ -37,9 +37,33 @@ def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final
         assert all(reached[name] / 3 <= size < reached[name] for name, size in turn.sizes.items())
         reached |= turn.sizes
     assert {name: reached[name] for name in sizes} == sizes
-    visits = [turn.train.steps * turn.train.pictures_per_step * 10 for turn in turns]
+    visits = [10 * pictures(turn) for turn in turns]
     assert visits == sorted(visits)
     assert sum(visits) == pytest.approx(10_000, rel=0.1)
+
+
+def pictures(turn):
+    return sum(training.steps * training.pictures_per_step for training in turn.train)
+
+
+def test_every_round_teaches_the_picture_first_without_the_language_model():
+    model, _ = tiny("llava-dinov2-llama")
+    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
+    stages = plan.stages_for(model.config, sizes, row_visits=100_000, rows_per_picture=10)
+    for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
+        states, answers = turn.train
+        assert set(states.losses) == {"picture_states"}
+        assert "text" in states.freeze
+        assert set(answers.losses) == {"cross_entropy", "forward_kl", "pairwise_margin", "picture_states"}
+        spent = states.steps * states.pictures_per_step
+        assert spent / pictures(turn) == pytest.approx(plan.STATES_SHARE, abs=0.1)
+
+
+def test_key_value_groups_go_least():
+    model, _ = tiny("llava-dinov2-llama")
+    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
+    left = {name: size / describe(model.config).axis(name).size for name, size in sizes.items()}
+    assert left["text.kv_groups"] > left["text.ffn"] > left["text.width"]
 
 
 @pytest.mark.parametrize("order", [("inner", "width", "blocks"), ("width", "blocks", "inner")])
@@ -63,7 +87,7 @@ def test_the_last_shape_gets_its_share_of_the_compute():
     for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
         reached |= turn.sizes
         stated = plan.follow_width(describe(model.config), reached, reached)
-        work.append(turn.train.steps * turn.train.pictures_per_step * predict_parameters(model.config, stated))
+        work.append(pictures(turn) * predict_parameters(model.config, stated))
     assert work[-1] / sum(work) == pytest.approx(plan.LAST_SHARE, rel=0.02)
     assert work[:-1] == pytest.approx([work[0]] * len(work[:-1]), rel=0.05)
 

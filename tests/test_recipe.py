@@ -21,7 +21,7 @@ def test_all_problems_at_once_with_paths_and_the_nearest_key():
     for part in (
         "shrnk: unknown key. Did you mean 'shrink'",
         "seed:",
-        "stages.0.rounds.0.train.steps",
+        "stages.0.rounds.0.train.0.steps",
         "'learning_rate'",
     ):
         assert part in text
@@ -30,6 +30,13 @@ def test_all_problems_at_once_with_paths_and_the_nearest_key():
 def test_dump_and_parse_round_trip():
     one = recipe.Recipe(shrink=4.0, stages=(recipe.Stage(name="x", rounds=(recipe.Round(sizes={"text.ffn": 8}),)),))
     assert recipe.parse(yaml.safe_load(recipe.dump(one)), "again") == one
+
+
+@pytest.mark.parametrize("train", [{"steps": 3}, [{"steps": 3}]])
+def test_one_training_needs_no_list(train):
+    raw = {"stages": [{"name": "a", "rounds": [{"train": train}, {"train": None}]}]}
+    rounds = recipe.parse(raw, "r.yaml").stages[0].rounds
+    assert [[one.steps for one in turn.train] for turn in rounds] == [[3], []]
 
 
 def test_yaml_that_is_none_is_one_message(tmp_path):

@@ -97,6 +97,11 @@ class Axis:
     note: str = ""
     refusal: str = ""
 
+    @property
+    def noun(self) -> str:
+        """What is counted, without the tower: blocks, ffn, kv_groups, width."""
+        return self.name.rpartition(".")[2]
+
     def choices(self) -> tuple[int, ...]:
         """Return every legal size up to the current one, ascending."""
         start = -(-self.minimum // self.multiple) * self.multiple

@@ -100,9 +100,9 @@ def cut(
     out: Out,
     sizes: Annotated[list[str], typer.Option("--set", help="axis=size; repeat for several axes.")],
     criterion: Annotated[
-        str, typer.Option(help="magnitude or random (no data); taylor or activation with --data.")
+        str, typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data.")
     ] = "magnitude",
-    data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor and activation.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor, activation and ablation.")] = None,
     seed: Seed = 0,
     json_out: Json = False,
     trust_remote_code: Trust = False,

@@ -129,7 +129,7 @@ def cut(
 ) -> dict[str, Any]:
     """Prune without training: prove the cut on a shallow copy, score, slice, save."""
     needs = importance.needs_of(criterion)
-    if needs in ("activations", "gradients") and source is None:
+    if needs in ("activations", "loss") and source is None:
         raise UserError(f"the criterion {criterion!r} needs --data; magnitude and random do not.")
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
     checkpoint.refuse_foreign(out.expanduser().absolute())

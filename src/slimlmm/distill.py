@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -30,11 +31,11 @@ from transformers import (
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
-from slimlmm.collate import Batch, Collator
+from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
-from slimlmm.losses import NEEDS_TEACHER, Seen, combine, cross_entropy, fitted_readout
+from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
+from slimlmm.losses import NEEDS_TEACHER, Seen, combine, fitted_readout
 from slimlmm.measure import flop_counter
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
@@ -110,26 +111,42 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Return the total loss; each part is kept for the log."""
         self.row_visits += int(inputs["row_count"])
-        with self._looking(inputs) as seen:
+        shown = self.seen(model, inputs)
+        parts = combine(self.weights, shown)
+        tokens = shown.labels_A.numel()
+        count = num_items_in_batch if num_items_in_batch is not None else tokens
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
+        loss = parts["total"] / count * self.accelerator.num_processes
+        return (loss, {"logits": shown.student_AV}) if return_outputs else loss
+
+    def seen(self, model: Any, inputs: Batch) -> Seen:
+        """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
+        pictures, alone = self.pictures, self.accelerator.num_processes == 1
+        if pictures and alone and set(self.weights) == {"picture_states"}:
+            student_NS = states_until(model, pictures.block, inputs).float()
+            labels_A = inputs["shift_labels"][inputs["shift_labels"] != IGNORE]
+            return Seen(
+                student_NS.new_empty(len(labels_A), 0),
+                labels_A,
+                student_NS=student_NS,
+                teacher_NH=inputs["teacher_pictures"],
+                readout=pictures.readout,
+            )
+        looking: AbstractContextManager[list[Tensor]] = (
+            states_into(pictures.block, inputs["picture_tokens"]) if pictures else nullcontext([])
+        )
+        with looking as seen:
             logits_AV, labels_A, _ = answer_logits(model, inputs)
-        shown = Seen(
+        return Seen(
             logits_AV.float(),
             labels_A,
             teacher_AV=self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None,
-            student_NS=seen[0].float() if self.pictures else None,
+            student_NS=seen[0].float() if pictures else None,
             teacher_NH=inputs.get("teacher_pictures"),
-            readout=self.pictures.readout if self.pictures else None,
+            readout=pictures.readout if pictures else None,
         )
-        parts = combine(self.weights, shown)
-        count = num_items_in_batch if num_items_in_batch is not None else labels_A.numel()
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-        self._sums["tokens"] = self._sums.get("tokens", 0.0) + labels_A.numel()
-        loss = parts["total"] / count * self.accelerator.num_processes
-        return (loss, {"logits": logits_AV}) if return_outputs else loss
-
-    def _looking(self, inputs: Batch) -> AbstractContextManager[list[Tensor]]:
-        return states_into(self.pictures.block, inputs["picture_tokens"]) if self.pictures else nullcontext([])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number."""
@@ -204,7 +221,7 @@ def train(
         pictures=pictures,
         callbacks=[report],
     )
-    row_flops = _row_flops(model, collate([groups[0]]))
+    row_flops = _row_flops(trainer, model, collate([groups[0]]))
     began = time.perf_counter()
     _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
     history = report.history
@@ -287,14 +304,15 @@ def _picture_match(
     return PictureMatch(block, fitted_readout(torch.cat(student), torch.cat(wanted)))
 
 
-def _row_flops(model: PreTrainedModel, batch: Batch) -> float:
-    """Return floating-point operations per row of one forward and backward pass."""
+def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
+    """Return floating-point operations per row of one forward and backward pass, as far as the losses look."""
     counter = flop_counter()
     batch = to_device(batch, model.device)
     with counter:
-        logits_AV, labels_A, _ = answer_logits(model, batch)
-        cross_entropy(logits_AV, labels_A).backward()
+        combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)
+    if trainer.pictures:
+        trainer.pictures.readout.zero_grad(set_to_none=True)
     return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
@@ -361,7 +379,7 @@ def _optimizer(
         groups.setdefault((scale, decay), []).append(parameter)
     if pictures:
         groups.setdefault((1.0, 0.0), []).extend(pictures.readout.parameters())
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
             for (scale, decay), parameters in groups.items()
@@ -369,6 +387,20 @@ def _optimizer(
         betas=(0.9, 0.98),
         fused=True,
     )
+    if pictures:
+        _own(optimizer, pictures.readout)
+    return optimizer
+
+
+def _own(optimizer: torch.optim.Optimizer, readout: nn.Linear) -> None:
+    """Share out and clear the readout's gradients at every step: the Trainer does so for its model, and that has no readout."""
+
+    def share(*_: Any) -> None:
+        for parameter in readout.parameters():
+            parameter.grad = reduce(parameter.grad, "mean")
+
+    optimizer.register_step_pre_hook(share)
+    optimizer.register_step_post_hook(lambda *_: readout.zero_grad())
 
 
 def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:

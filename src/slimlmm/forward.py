@@ -77,6 +77,28 @@ def states_into(block: nn.Module, where_BT: Tensor) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+class _ReachedError(Exception):
+    """The block was reached; what lies behind it need not run."""
+
+
+def states_until(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Tensor:
+    """Return the states [N, H] that enter `block` at picture tokens, with their gradient; the model stops there."""
+
+    def stop(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        raise _ReachedError
+
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    with states_into(block, batch["picture_tokens"]) as seen:
+        handle = block.register_forward_pre_hook(stop)
+        try:
+            model(**inputs, use_cache=False)
+        except _ReachedError:
+            return seen[0]
+        finally:
+            handle.remove()
+    raise RuntimeError(f"{type(model).__name__} never called the block {type(block).__name__}")
+
+
 def first_text_block(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
     """Return the language model's first decoder block: what enters it at picture tokens is all that it gets of the picture."""
     return model.get_submodule(f"{anatomy.axis('text.blocks').layers}.0")

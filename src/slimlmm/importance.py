@@ -1,6 +1,6 @@
 """How much each unit matters: criteria behind one interface, and whole blocks ranked by ablation.
 
-A criterion declares what it needs (nothing, weights, activations or gradients) and returns one score per unit
+A criterion declares what it needs (nothing, weights, activations or a loss) and returns one score per unit
 of every group; higher means keep. A *loss* is any callable ``(model, batch) -> scalar``: cross-entropy,
 distillation or their sum.
 
@@ -27,7 +27,9 @@ from slimlmm.forward import NOT_INPUTS
 #: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
 Scores = dict[str, Tensor]
-Needs = Literal["nothing", "weights", "activations", "gradients"]
+#: most units that the criterion `ablation` measures one by one
+MOST_ABLATED = 256
+Needs = Literal["nothing", "weights", "activations", "loss"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +90,12 @@ def score(
 ) -> Scores:
     """Return one score per unit, group name -> [U] fp64 on the CPU, for each group of `axes`; higher: keep.
 
-    `batches` are passed once; `loss` must be given where the criterion needs gradients. The model runs in
+    `batches` are passed once; `loss` must be given where the criterion needs one. The model runs in
     eval mode and comes back as it was (weights, flags, mode); gradients that it holds are dropped by
     `taylor`.
     """
     needs = needs_of(criterion)
-    if needs == "gradients" and loss is None:
+    if needs == "loss" and loss is None:
         raise UserError(f"the criterion {criterion!r} needs a loss; activation, magnitude and random do not.")
     groups = tuple(group for name in axes for group in anatomy.axis(name).groups)
     task = Task(model=model, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
@@ -224,9 +226,54 @@ def activation(task: Task) -> Scores:
     return squares
 
 
+def ablation(task: Task) -> Scores:
+    """Score by ablation: how much the mean loss grows when nothing reads this unit alone; one pass over the batches per unit.
+
+    The right measure where units are few and dear (key/value groups): taking one away is no small change, so that the
+    first order misleads (docs/lab-notes.md).
+    """
+    other = [group.axis for group in task.groups if task.anatomy.axis(group.axis).kind != "inner"]
+    if other:
+        raise UserError(f"the criterion 'ablation' measures inner axes only, not {other[0]}. Use taylor.")
+    units = sum(group.units for group in task.groups)
+    if units > MOST_ABLATED:
+        raise UserError(
+            f"the criterion 'ablation' runs the model once per unit, and there are {units}; up to {MOST_ABLATED} it may. "
+            "Use taylor."
+        )
+    assert task.loss is not None
+    batches = list(task.batches)
+    named = dict(task.model.named_parameters(remove_duplicate=False))
+    uncut = mean_loss(task.model, batches, task.loss)
+    totals = _zeros(task)
+    for group in task.groups:
+        for unit in range(group.units):
+            with _unread(named, group, unit):
+                totals[group.name][unit] = mean_loss(task.model, batches, task.loss) - uncut
+    return totals
+
+
+@contextmanager
+def _unread(named: dict[str, nn.Parameter], group: Group, unit: int) -> Iterator[None]:
+    """Within the block the consumers of a group read nothing of one unit."""
+    before = []
+    with torch.no_grad():
+        for slot in (slot for slot in group.slots if slot.role == "consume"):
+            parameter = named[slot.parameter]
+            rows = slot.rows(torch.tensor([unit]), group.units).to(parameter.device)
+            before.append((parameter, slot.dim, rows, parameter.index_select(slot.dim, rows)))
+            parameter.index_fill_(slot.dim, rows, 0)
+        try:
+            yield
+        finally:
+            for parameter, dim, rows, values in before:
+                parameter.index_copy_(dim, rows, values)
+
+
 #: name -> criterion; the recipe's `criterion` is one of these
 CRITERIA: dict[str, Criterion] = {
-    "taylor": Criterion(needs="gradients", measure=taylor),
+    "taylor": Criterion(needs="loss", measure=taylor),
+    "ablation": Criterion(needs="loss", measure=ablation),
     "activation": Criterion(needs="activations", measure=activation),
     "magnitude": Criterion(needs="weights", measure=magnitude),
     "random": Criterion(needs="nothing", measure=random),

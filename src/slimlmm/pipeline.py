@@ -257,27 +257,17 @@ def _round(
         model = _cut(job, model, processor, turn, (axis, size), folder)
     after = describe(model.config).sizes
     cut_score = _score(job, model, processor, f"{name}.{index} after the cut")
-    trained, score = None, None
-    if turn.train:
-        trained = train(
-            model,
-            processor,
-            job.train_rows,
-            turn.train,
-            folder / "training",
-            teacher=job.cache,
-            seed=job.recipe.seed + number,
-            progress=lambda facts: job.tell.step(
-                f"round {number} {name}.{index} training", facts["step"], facts["steps"], loss=facts["loss"]
-            ),
-        )
-        score = _score(job, model, processor, f"{name}.{index} recovered")
+    trained = [
+        _train(job, model, processor, turn, part, (number, f"{name}.{index}"), folder)
+        for part in range(len(turn.train))
+    ]
+    score = _score(job, model, processor, f"{name}.{index} recovered") if trained else None
     changed = [axis for axis in after if after[axis] != before[axis]]
     record = results.Round(
         number=number,
         stage=name,
         round=index,
-        criterion=_criteria(turn),
+        criterion=", ".join(dict.fromkeys(_criterion(turn, axis) for axis in turn.sizes)) or None,
         before={axis: before[axis] for axis in changed},
         after={axis: after[axis] for axis in changed},
         parameters_before=counted,
@@ -293,22 +283,36 @@ def _round(
     return _Done(model, processor, record, folder, _promise(job, record))
 
 
-def _criteria(turn: Round) -> str | None:
-    """Name how this round chose what goes: blocks by one way, other units by another."""
-    blocks = {axis for axis in turn.sizes if axis.endswith(".blocks")}
-    ways = ([turn.blocks] if blocks else []) + ([turn.criterion] if set(turn.sizes) - blocks else [])
-    return ", ".join(ways) or None
+def _train(
+    job: _Job, model: PreTrainedModel, processor: Any, turn: Round, part: int, place: tuple[int, str], folder: Path
+) -> TrainResult:
+    number, name = place
+    what = f"round {number} {name} training" + (f" {part + 1}/{len(turn.train)}" if len(turn.train) > 1 else "")
+    return train(
+        model,
+        processor,
+        job.train_rows,
+        turn.train[part],
+        folder / "training",
+        teacher=job.cache,
+        seed=job.recipe.seed + number + 1000 * part,
+        progress=lambda facts: job.tell.step(what, facts["step"], facts["steps"], loss=facts["loss"]),
+    )
 
 
-def _training_facts(trained: TrainResult | None) -> dict[str, Any]:
-    if trained is None:
-        return {}
-    last = trained.history[-1] if trained.history else {}
+def _criterion(turn: Round, axis: str) -> str:
+    """Return how this round chooses the units of an axis."""
+    return {"blocks": turn.blocks, "kv_groups": turn.groups}.get(axis.rpartition(".")[2], turn.criterion)
+
+
+def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
+    """Return the sums over a round's trainings and the last losses."""
+    last = trained[-1].history[-1] if trained and trained[-1].history else {}
     return {
         "losses": {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")},
-        "steps": trained.steps,
-        "row_visits": trained.row_visits,
-        "flops": trained.flops,
+        "steps": sum(one.steps for one in trained),
+        "row_visits": sum(one.row_visits for one in trained),
+        "flops": sum(one.flops for one in trained) if trained else None,
     }
 
 
@@ -340,7 +344,7 @@ def _cut(
         keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
     else:
         scores = importance.score(
-            model, anatomy, [axis], turn.criterion, batches, _calibration_loss(job), seed=job.recipe.seed
+            model, anatomy, [axis], _criterion(turn, axis), batches, _calibration_loss(job), seed=job.recipe.seed
         )
         keep = plan.choose(scores, anatomy, axis, size)
     if scores and turn.repair == "best":

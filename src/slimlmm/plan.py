@@ -13,14 +13,19 @@ from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
 from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
 
-#: share of the (logarithmic) shrinkage that each level carries: depth least, width most (docs/lab-notes.md)
-SHARES = {"blocks": 0.22, "inner": 0.30, "width": 0.48}
+#: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
+#: lose most, least (docs/lab-notes.md)
+SHARES = {"blocks": 0.22, "ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
 #: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
 FLOORS = {"blocks": 2, "inner": 1, "width": 32}
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
 LAST_SHARE = 0.5
+#: share of a round's row visits that stop at the language model
+STATES_SHARE = 0.5
+#: peak learning rate of the first round, and how many times higher it ends
+FIRST_RATE, RATE_RISE = 1e-4, 8
 
 
 def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -28,8 +33,8 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
 
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
 
-    An axis of level l keeps the fraction s^SHARES[l]; the largest s in (0, 1] that fits is found by bisection, then the
-    left-over budget goes to the axes that rounding left furthest below their share.
+    An axis keeps the fraction s^share of its noun, rounded to the nearest legal size; the largest s in (0, 1] that fits is
+    found by bisection, then the left-over budget goes to the axes that rounding left furthest below their share.
 
     Args:
         config: configuration of the model that will be cut.
@@ -62,14 +67,16 @@ def _count(config: Any, sizes: Mapping[str, int]) -> int:
 
 
 def _scaled(axes: Mapping[str, Axis], scale: float) -> dict[str, int]:
-    """Return for every axis the largest legal size not above its share of the scale (the smallest legal one at least)."""
+    """Return for every axis the legal size nearest (in ratio) to its share of the scale."""
     sizes = {}
     for name, axis in axes.items():
-        wanted = axis.size * scale ** SHARES[axis.kind] if scale > 0 else 0
-        choices = _choices(axis)
-        below = [size for size in choices if size <= wanted + 1e-9]
-        sizes[name] = below[-1] if below else choices[0]
+        wanted, choices = _wanted(axis, scale), _choices(axis)
+        sizes[name] = min(choices, key=lambda size: abs(math.log(size / wanted))) if wanted else choices[0]
     return sizes
+
+
+def _wanted(axis: Axis, scale: float) -> float:
+    return axis.size * scale ** SHARES[axis.noun] if scale > 0 else 0.0
 
 
 def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str, int]) -> dict[str, int]:
@@ -124,7 +131,7 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: 
             except UserError:
                 continue
             if count <= target:
-                options.append((larger[0] / (axis.size * scale ** SHARES[axis.kind]), name, larger[0]))
+                options.append((larger[0] / _wanted(axis, scale), name, larger[0]))
         if not options:
             return sizes
         _, name, size = min(options)
@@ -153,7 +160,7 @@ def stages_for(
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in order:
         rounds = [
-            Round(sizes=sizes, train=_training(anatomy, index / len(plans), share / rows_per_picture))
+            Round(sizes=sizes, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
             for index, ((name, sizes), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
@@ -171,22 +178,32 @@ def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _training(anatomy: Anatomy, progress: float, picture_visits: float) -> Training:
-    """Smaller shapes bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
+def _trainings(anatomy: Anatomy, progress: float, picture_visits: float) -> tuple[Training, ...]:
+    """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
-    The losses are the defaults and, where the language model's blocks can be told, `picture_states`.
+    A picture costs far less where the language model does not run, and says more: one state a picture token. Smaller shapes
+    bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
     """
     pictures = 8 if progress < 0.7 else 16
-    losses = dict(Training.model_fields["losses"].default)
-    if not anatomy.axes["text.blocks"].refusal:
-        losses["picture_states"] = 1.0
-    return Training(
+    answers = Training(
         steps=max(1, round(picture_visits / pictures)),
         pictures_per_step=pictures,
-        learning_rate=1e-4 * 8**progress,
+        learning_rate=FIRST_RATE * RATE_RISE**progress,
         warmup=0.1,
-        losses=losses,
     )
+    if anatomy.axes["text.blocks"].refusal:
+        return (answers,)
+    states = {
+        "steps": max(1, round(picture_visits * STATES_SHARE / 2 / pictures)),
+        "pictures_per_step": 2 * pictures,
+        "losses": {"picture_states": 1.0},
+        "freeze": ("patch_embedding", "text"),
+    }
+    answers_too = {
+        "steps": max(1, round(picture_visits * (1 - STATES_SHARE) / pictures)),
+        "losses": {**answers.losses, "picture_states": 1.0},
+    }
+    return answers.model_copy(update=states), answers.model_copy(update=answers_too)
 
 
 def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) -> list[dict[str, int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -52,7 +53,9 @@ class Training(Settings):
     )
     losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin", "picture_states"], float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
-        description="Weight of each loss by name; picture_states (about 0 to 1 a token) is not weighed by default.",
+        min_length=1,
+        description="Weight of each loss by name; picture_states (about 0 to 1 a token) is not weighed by default. Alone it "
+        "trains what comes before the language model, which then does not run.",
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
@@ -65,7 +68,10 @@ class Round(Settings):
     )
     sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")
     criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
-        "taylor", description="How the units of inner and width axes are scored."
+        "taylor", description="How the units of other axes are scored."
+    )
+    groups: Literal["ablation", "taylor", "activation", "magnitude", "random"] = Field(
+        "ablation", description="How key/value groups are scored: few and dear, each can be measured by its absence."
     )
     blocks: Literal["ablation", "taylor", "last", "random"] = Field(
         "ablation",
@@ -75,7 +81,15 @@ class Round(Settings):
     repair: Literal["best", "none"] = Field(
         "best", description="Closed-form repair of the cut: the one of least calibration loss, or none."
     )
-    train: Training | None = Field(None, description="Recovery training after the cut; null for none.")
+    train: tuple[Training, ...] = Field(
+        (),
+        description="Recovery trainings after the cut, one after the other; one alone needs no list; none by default.",
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_alone(cls, train: Any) -> Any:
+        return [] if train is None else [train] if isinstance(train, Mapping | Training) else train
 
 
 class Stage(Settings):
