@@ -121,3 +121,10 @@ def test_fingerprint_sees_answers_and_picture_bytes(tmp_path):
     before = data.fingerprint(data.load(tmp_path).train)
     (tmp_path / "a.png").write_bytes(png("green"))
     assert data.fingerprint(data.load(tmp_path).train) != before
+
+
+def test_a_file_without_rows_is_an_empty_split(tmp_path):
+    folder_of(tmp_path, [GOOD] * 2)
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(UserError, match="'test' is empty"):
+        data.load(tmp_path).need("test", tmp_path)

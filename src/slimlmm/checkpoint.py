@@ -96,7 +96,8 @@ def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any
         with _quiet():
             return AutoConfig.from_pretrained(str(local or model_id), **options)
     except _BROKEN as error:
-        raise UserError(f"{model_id}: its configuration cannot be read. {_first_line(error)}") from error
+        place = "" if local else f"There is no folder {model_id}, and as a hub id: "
+        raise UserError(f"{model_id}: its configuration cannot be read. {place}{_first_line(error)}") from error
 
 
 def _local_folder(model_id: str | Path) -> Path | None:

@@ -113,7 +113,7 @@ def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
             problems.append(f"{text}: the axis has {axis.size}; give 1 to {axis.size}")
         sizes[name] = int(value)
     if problems:
-        raise UserError("--set: " + "; ".join(problems))
+        raise UserError("--set:\n  " + "\n  ".join(problems))
     return sizes
 
 

@@ -150,6 +150,8 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
         else:
             reader = READERS[table.suffix]
             data = datasets.load_dataset(reader, data_files=str(table), split="train")
+    except StopIteration:  # what the reader of JSON makes of a file without a single row
+        return
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{table}: cannot be read as rows: {str(cause).splitlines()[0][:200]}") from error
