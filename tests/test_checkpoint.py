@@ -152,3 +152,22 @@ def test_missing_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a file, not a model folder"):
         checkpoint.load(tmp_path / "file")
+
+
+def test_weights_go_back_into_the_format_of_their_files_or_are_refused(tmp_path):
+    model, processor = tiny("llava-dinov2-llama")
+    checkpoint.save(model.half(), processor, tmp_path / "half")
+    loaded = checkpoint.load(tmp_path / "half")
+    assert (loaded.stored, loaded.model.dtype) == (torch.float16, torch.float32)
+    checkpoint.save(checkpoint.as_stored(loaded.model, loaded.stored), loaded.processor, tmp_path / "again")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("half", "again")]
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+    loaded = checkpoint.load(tmp_path / "half")
+    loaded.model.get_input_embeddings().weight.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"do not fit into torch.float16, first .*embed_tokens"):
+        checkpoint.as_stored(loaded.model, loaded.stored)
+
+
+def test_weights_can_be_read_by_whom_the_config_can(good):
+    modes = {path.name: path.stat().st_mode for path in good.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]

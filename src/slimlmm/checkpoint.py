@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
@@ -47,12 +48,16 @@ _BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model in eval mode, its processor (None where it cannot be built: `note` says why), its folder."""
+    """A model in eval mode, its processor (None where it cannot be built: `note` says why), its folder.
+
+    `stored` is the number format that its files have, whatever it was loaded as.
+    """
 
     model: PreTrainedModel
     processor: Any
     path: Path
     note: str = ""
+    stored: torch.dtype = torch.float32
 
 
 def load(
@@ -84,7 +89,9 @@ def load(
         )
     processor, note = _load_processor(where, options)
     model = model.to(device) if device is not None else model
-    return Loaded(model=model.eval(), processor=processor, path=local or _cached_folder(where), note=note)
+    stored = load_config(model_id, trust_remote_code=trust_remote_code).dtype or torch.float32
+    path = local or _cached_folder(where)
+    return Loaded(model=model.eval(), processor=processor, path=path, note=note, stored=stored)
 
 
 def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -189,6 +196,17 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: 
         raise
 
 
+def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
+    """Return the model with its weights in the number format of the files that it came from; refuse what overflows there."""
+    within: PreTrainedModel = nn.Module.to(model, stored)
+    broken = [name for name, value in within.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise UserError(
+            f"{len(broken)} weights do not fit into {stored}, first {broken[0]}; give the model in bfloat16 or float32."
+        )
+    return within
+
+
 def refuse_foreign(target: Path) -> None:
     """Raise a UserError if `target` exists and slimlmm did not write it."""
     if not target.exists() and not target.is_symlink():
@@ -208,6 +226,8 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -
         for path in sorted({path for pattern in PROCESSOR_FILES for path in source.glob(pattern)}):
             shutil.copyfile(path, folder / path.name)
     (folder / MARKER).write_text(json.dumps({"slimlmm": __version__}) + "\n")
+    for weights in folder.glob("*.safetensors"):  # which are written for their owner alone
+        shutil.copymode(folder / MARKER, weights)
 
 
 def verify(folder: Path) -> None:

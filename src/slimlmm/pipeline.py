@@ -102,7 +102,7 @@ def run(
         folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
     )
     done = _rounds(job, loaded, stages)
-    _hand_over(job, done)
+    _hand_over(job, done, loaded.stored)
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     found = _finish(job, loaded, checkpoint.load(folder.final, device=_device()), done, test)
     found = found.model_copy(update={"command": command, "data": facts})
@@ -111,14 +111,14 @@ def run(
     return found
 
 
-def _hand_over(job: _Job, done: Sequence[_Done]) -> None:
-    """Save the last model that kept the promise as ``final/``."""
+def _hand_over(job: _Job, done: Sequence[_Done], stored: torch.dtype) -> None:
+    """Save the last model that kept the promise as ``final/``, in the number format that the teacher's files have."""
     last = next((one for one in reversed(done) if one.kept_promise), None)
     if last is None:
         raise UserError(
             f"no round kept within {job.recipe.max_drop} points of the teacher; see {job.folder.path}/stages for what was tried."
         )
-    checkpoint.save(last.model, last.processor, job.folder.final)
+    checkpoint.save(checkpoint.as_stored(last.model, stored), last.processor, job.folder.final)
 
 
 def _device() -> torch.device:
