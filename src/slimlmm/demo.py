@@ -13,7 +13,7 @@ from slimlmm.evaluate import evaluate
 from slimlmm.progress import Reporter
 
 #: rows written for the demo: about as many pictures as the live rounds visit, and a test split with an error near 1 point
-ROWS = {"train": 6_000, "val": 1_000, "test": 1_000}
+ROWS = {"train": 9_000, "val": 1_000, "test": 1_000}
 
 
 BUNDLE = Path(str(resources.files("slimlmm"))) / "bundled"
