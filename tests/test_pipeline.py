@@ -121,6 +121,17 @@ def test_impossible_sizes_are_all_named_before_anything_runs(teacher, ads, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("correct", "kept"), [(446, True), (445, False)])
+def test_a_promise_is_kept_to_the_last_row(correct, kept):
+    told = SimpleNamespace(correct=466, n=500)
+    job = SimpleNamespace(
+        recipe=recipe.Recipe(max_drop=4.0),
+        teacher_validation=SimpleNamespace(accuracy=0.932, summary=SimpleNamespace(overall=told)),
+    )
+    score = SimpleNamespace(correct=correct, n=500, accuracy=correct / 500)
+    assert pipeline._promise(job, SimpleNamespace(after_recovery=score, after_cut=None)) is kept
+
+
 def test_a_broken_promise_stops_at_the_round_before(teacher, ads, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_promise", lambda job, record: record.number < 3)
     found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse({**RAW, "max_drop": 0.5}, "test"))
