@@ -65,8 +65,9 @@ def main() -> None:
         for name in DESCRIPTIONS:
             done = arguments.out / f"control-{name}" / "control.json"
             if name in arguments.controls and not done.exists():
-                told = control(name, arguments.out, folder, found, tell)
-                done.write_text(told.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                text = control(name, arguments.out, folder, found, tell).model_dump_json(indent=1)
+                done.parent.mkdir(exist_ok=True)
+                done.write_text(text + "\n", encoding="utf-8")
             if done.exists():
                 told = Control.model_validate_json(done.read_bytes())
                 found = found.model_copy(update={"controls": (*found.controls, told)})
@@ -125,7 +126,8 @@ def _untrained(
     """Train the student's shape from random weights for as many row visits as the whole run."""
     torch.manual_seed(found.seed)
     processor = checkpoint.load(run / "final").processor
-    model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run / "final"))
+    # trained in full precision as the student was, whatever format its files are in
+    model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run / "final"), dtype=torch.float32)
     assert found.totals is not None
     last = read(run / "recipe.yaml").stages[-1].rounds[-1].train[-1]
     losses: dict[Any, float] = {"cross_entropy": 1.0} if name == "scratch" else last.losses

@@ -23,6 +23,11 @@ Norm = Literal["", "rms", "layer"]
 Keep = Mapping[str, Tensor]
 
 
+def noun_of(axis: str) -> str:
+    """Return what an axis counts, its name without the tower: blocks, ffn, kv_groups, width."""
+    return axis.rpartition(".")[2]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """One place where a group's units live: rows of one parameter along one dimension.
@@ -99,8 +104,8 @@ class Axis:
 
     @property
     def noun(self) -> str:
-        """What is counted, without the tower: blocks, ffn, kv_groups, width."""
-        return self.name.rpartition(".")[2]
+        """What is counted (`noun_of`)."""
+        return noun_of(self.name)
 
     def choices(self) -> tuple[int, ...]:
         """Return every legal size up to the current one, ascending."""

@@ -74,7 +74,7 @@ def load(
     if local is not None:
         _check_files(local)
     try:
-        _check_type(where, options)
+        stored = _checked_config(where, options).dtype or torch.float32
         with _quiet():
             model, info = _MODELS.from_pretrained(
                 where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -89,7 +89,6 @@ def load(
         )
     processor, note = _load_processor(where, options)
     model = model.to(device) if device is not None else model
-    stored = load_config(model_id, trust_remote_code=trust_remote_code).dtype or torch.float32
     path = local or _cached_folder(where)
     return Loaded(model=model.eval(), processor=processor, path=path, note=note, stored=stored)
 
@@ -99,9 +98,7 @@ def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any
     local = _local_folder(model_id)
     options = {"local_files_only": local is not None, "trust_remote_code": trust_remote_code}
     try:
-        _check_type(str(local or model_id), options)
-        with _quiet():
-            return AutoConfig.from_pretrained(str(local or model_id), **options)
+        return _checked_config(str(local or model_id), options)
     except _BROKEN as error:
         place = "" if local else f"There is no folder {model_id}, and as a hub id: "
         raise UserError(f"{model_id}: its configuration cannot be read. {place}{_first_line(error)}") from error
@@ -133,10 +130,14 @@ def _check_files(folder: Path) -> None:
     raise UserError(f"{folder}: no *.safetensors file, so there are no weights to load.")
 
 
-def _check_type(where: str, options: dict[str, bool]) -> None:
-    model_type = AutoConfig.from_pretrained(where, **options).model_type
+def _checked_config(where: str, options: dict[str, bool]) -> Any:
+    """Return the configuration of an image-text-to-text model, and refuse any other."""
+    with _quiet():
+        config = AutoConfig.from_pretrained(where, **options)
+    model_type = config.model_type
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not options["trust_remote_code"]:
         raise UserError(f"{where}: model type {model_type!r} is no image-text-to-text model of transformers.")
+    return config
 
 
 def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
@@ -197,7 +198,7 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: 
 
 
 def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
-    """Return the model with its weights in the number format of the files that it came from; refuse what overflows there."""
+    """Put the model's weights, in place, into the number format of the files that it came from; refuse what overflows there."""
     within: PreTrainedModel = nn.Module.to(model, stored)
     broken = [name for name, value in within.named_parameters() if not bool(value.isfinite().all())]
     if broken:

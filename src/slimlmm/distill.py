@@ -125,24 +125,20 @@ class DistillTrainer(Trainer):
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
         pictures, alone = self.pictures, self.accelerator.num_processes == 1
         if pictures and alone and set(self.weights) == {"picture_states"}:
-            student_NS = states_until(model, pictures.block, inputs).float()
+            seen = [states_until(model, pictures.block, inputs)]
             labels_A = inputs["shift_labels"][inputs["shift_labels"] != IGNORE]
-            return Seen(
-                student_NS.new_empty(len(labels_A), 0),
-                labels_A,
-                student_NS=student_NS,
-                teacher_NH=inputs["teacher_pictures"],
-                readout=pictures.readout,
+            logits_AV = seen[0].new_empty(len(labels_A), 0)
+        else:
+            looking: AbstractContextManager[list[Tensor]] = (
+                states_into(pictures.block, inputs["picture_tokens"]) if pictures else nullcontext([])
             )
-        looking: AbstractContextManager[list[Tensor]] = (
-            states_into(pictures.block, inputs["picture_tokens"]) if pictures else nullcontext([])
-        )
-        with looking as seen:
-            logits_AV, labels_A, _ = answer_logits(model, inputs)
+            with looking as seen:
+                logits_AV, labels_A, _ = answer_logits(model, inputs)
+        hidden_AH = inputs.get("teacher_hidden")
         return Seen(
             logits_AV.float(),
             labels_A,
-            teacher_AV=self.teacher.logits(inputs["teacher_hidden"]) if self.teacher else None,
+            teacher_AV=self.teacher.logits(hidden_AH) if self.teacher and hidden_AH is not None else None,
             student_NS=seen[0].float() if pictures else None,
             teacher_NH=inputs.get("teacher_pictures"),
             readout=pictures.readout if pictures else None,
@@ -206,7 +202,7 @@ def train(
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     _check_settings(settings, rows, teacher)
-    collate = _collator(model, processor, rows, teacher, pictures="picture_states" in settings.losses)
+    collate = _collator(model, processor, rows, teacher, settings.losses)
     anatomy = describe(model.config)
     groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
     pictures = _picture_match(model, anatomy, settings, teacher, collate, groups)
@@ -263,18 +259,22 @@ def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCac
 
 
 def _collator(
-    model: PreTrainedModel, processor: Any, rows: Sequence[Row], teacher: TeacherCache | None, *, pictures: bool
+    model: PreTrainedModel,
+    processor: Any,
+    rows: Sequence[Row],
+    teacher: TeacherCache | None,
+    losses: Mapping[Any, float],
 ) -> Callable[[list[list[Row]]], Batch]:
-    """Return the Trainer's collator: a packed batch where the model allows it, with the teacher's hidden states."""
+    """Return the Trainer's collator: a packed batch where the model allows it, with what the losses ask of the teacher."""
     collator = Collator(processor, packed=can_pack(model, processor, rows))
 
     def collate(groups: list[list[Row]]) -> Batch:
         batch = collator(groups)
         batch["labels"] = batch["shift_labels"]
         batch["row_count"] = torch.tensor(len(batch["rows"]))
-        if teacher and pictures:
+        if teacher and "picture_states" in losses:
             batch["teacher_pictures"] = teacher.pictures(batch)
-        if teacher:
+        if teacher and "forward_kl" in losses:
             batch["teacher_hidden"] = teacher.of(batch)
         del batch["rows"], batch["heads"]
         return batch
@@ -297,9 +297,7 @@ def _picture_match(
     with torch.inference_mode():
         for start in range(0, min(32, len(groups)), 8):
             batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
-            with states_into(block, batch["picture_tokens"]) as seen:
-                answer_logits(model, batch)
-            student.append(seen[0])
+            student.append(states_until(model, block, batch))
             wanted.append(batch["teacher_pictures"])
     return PictureMatch(block, fitted_readout(torch.cat(student), torch.cat(wanted)))
 

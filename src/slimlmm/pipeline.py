@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimlmm import checkpoint, data, importance, plan, repair, report, results, surgery, vocab
 from slimlmm.anatomy import dead_blocks, describe, predict_parameters, resized
-from slimlmm.axes import Keep
+from slimlmm.axes import Keep, noun_of
 from slimlmm.collate import Batch, Collator, Prompter
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
@@ -303,7 +303,7 @@ def _train(
 
 def _criterion(turn: Round, axis: str) -> str:
     """Return how this round chooses the units of an axis."""
-    return {"blocks": turn.blocks, "kv_groups": turn.groups}.get(axis.rpartition(".")[2], turn.criterion)
+    return {"blocks": turn.blocks, "kv_groups": turn.groups}.get(noun_of(axis), turn.criterion)
 
 
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:

@@ -185,25 +185,23 @@ def _trainings(anatomy: Anatomy, progress: float, picture_visits: float) -> tupl
     bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
     """
     pictures = 8 if progress < 0.7 else 16
-    answers = Training(
-        steps=max(1, round(picture_visits / pictures)),
-        pictures_per_step=pictures,
-        learning_rate=FIRST_RATE * RATE_RISE**progress,
-        warmup=0.1,
-    )
+
+    def training(share: float, pictures: int, **more: Any) -> Training:
+        return Training(
+            steps=max(1, round(picture_visits * share / pictures)),
+            pictures_per_step=pictures,
+            learning_rate=FIRST_RATE * RATE_RISE**progress,
+            warmup=0.1,
+            **more,
+        )
+
     if anatomy.axes["text.blocks"].refusal:
-        return (answers,)
-    states = {
-        "steps": max(1, round(picture_visits * STATES_SHARE / 2 / pictures)),
-        "pictures_per_step": 2 * pictures,
-        "losses": {"picture_states": 1.0},
-        "freeze": ("patch_embedding", "text"),
-    }
-    answers_too = {
-        "steps": max(1, round(picture_visits * (1 - STATES_SHARE) / pictures)),
-        "losses": {**answers.losses, "picture_states": 1.0},
-    }
-    return answers.model_copy(update=states), answers.model_copy(update=answers_too)
+        return (training(1.0, pictures),)
+    states = {"picture_states": 1.0}
+    return (
+        training(STATES_SHARE, 2 * pictures, losses=states, freeze=("patch_embedding", "text")),
+        training(1 - STATES_SHARE, pictures, losses=Training.model_fields["losses"].default | states),
+    )
 
 
 def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) -> list[dict[str, int]]:
