@@ -25,10 +25,10 @@ def test_the_page_of_a_finished_run(tmp_path):
         "17 M -> 4.25 M\nparameters (4.00x fewer)",
         "| parameters | 17 M | 4.25 M | 4.00x |",
         "| latency p50, batch 1 | 87.0 ms | 19.7 ms | 4.42x |",
-        "| rows per second, batch 32 | 21.3 | 177.8 | 8.33x |",
-        "| all rows | 30 | 93.3 +- ",
+        "| rows/s, batch 32 | 21.3 | 177.8 | 8.33x |",
+        "| all rows | 30 | 93.3 ± ",
         "+13.33 [",
-        "| 2 inner.1 | text.ffn 1536 -> 1024 | taylor |",
+        "| 2 inner.1 | text.ffn 1536→1024 | taylor |",
         "| scratch | ",
         "rounds.png",
         "max_new_tokens=6",
@@ -53,7 +53,7 @@ def test_terminal_tables():
     for part in ("teacher -> final", "4.25 M", "4.42x", "exact match, all rows", "+13.33 [", "same answer"):
         assert part in text, part
     assert "17 M" in shown(report.final_table(unfinished()))
-    assert "text.width 576 -> 384" in shown(report.rounds_table(sample()).rich("rounds"))
+    assert "text.width 576→384" in shown(report.rounds_table(sample()).rich("rounds"))
 
 
 def test_units():

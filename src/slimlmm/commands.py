@@ -25,7 +25,7 @@ from slimlmm.forward import answer_logits, to_device
 from slimlmm.losses import cross_entropy
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Training
-from slimlmm.report import duration, final_table, points, rounds_table
+from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import model_record
@@ -281,7 +281,7 @@ def evaluate(
 def accuracy_table(found: dict[str, Any]) -> Table:
     """Return the terminal view of `evaluate`."""
     table = Table(title=f"{found['model']}: exact match on {found['split']}, per cent")
-    for head in ("task", "n", "accuracy", "+- s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
+    for head in ("task", "n", "accuracy", "± s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
         table.add_column(head, justify="left" if head == "task" else "right")
     for task, score in [*found["tasks"].items(), ("all", found["overall"])]:
         cells = [task, str(score["n"]), f"{100 * score['accuracy']:.1f}", f"{100 * score['se']:.1f}"]
@@ -347,7 +347,7 @@ def bench_table(found: dict[str, Any]) -> Table:
     row("parameters", counts, ",", counts[0] / counts[-1] if len(counts) > 1 else None)
     row("bytes on disk", [one["disk_bytes"] for one in found["models"]], ",")
     row(
-        f"FLOPs per answer of {found['models'][0]['flops_answer_tokens']} tokens",
+        f"FLOPs, {found['models'][0]['flops_answer_tokens']}-token answer",
         [one["flops"] for one in found["models"]],
         ".3g",
     )
@@ -369,7 +369,7 @@ def adreview(folder: Path, *, train: int, val: int, test: int, seed: int) -> dic
 def demo_page(found: dict[str, Any]) -> Lines:
     """Return the terminal view of the demo: the live run, then what the bundled student costs and keeps."""
     live = Results.model_validate(found["live"])
-    parts: list[Any] = [rounds_table(live).rich("rounds of the live run"), final_table(live)]
+    parts: list[Any] = [rounds_table(live).rich("rounds of the live run", ROUNDS), final_table(live)]
     if "student" in found:
         one, headline = found["student"], Results.model_validate(found["student"]["headline"])
         score, totals = one["accuracy"]["overall"], headline.totals

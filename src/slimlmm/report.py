@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from rich import box
 from rich.table import Table as RichTable
 
 from slimlmm.evaluate import Interval, Score
@@ -17,6 +18,8 @@ from slimlmm.measure import Comparison
 from slimlmm.results import Model, Results
 
 NOTHING = "-"
+#: what the terminal shows of the rounds; the page shows all
+ROUNDS = ("round", "cut", "params", "after cut", "recovered", "time")
 #: field of a round, label, marker and colour in the plot
 MARKS = (
     ("after_cut", "after cut and repair", "v", "tab:red"),
@@ -32,13 +35,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     left: int = 1
 
-    def rich(self, title: str) -> RichTable:
-        """Return the table for the terminal."""
-        shown = RichTable(title=title)
-        for index, name in enumerate(self.head):
-            shown.add_column(name, justify="left" if index < self.left else "right")
+    def rich(self, title: str, columns: Sequence[str] = ()) -> RichTable:
+        """Return the table for the terminal, with all columns or only these (80 characters hold few)."""
+        shown = RichTable(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        picked = [index for index, name in enumerate(self.head) if name in (columns or self.head)]
+        for index in picked:
+            shown.add_column(self.head[index], justify="left" if index < self.left else "right")
         for row in self.rows:
-            shown.add_row(*row)
+            shown.add_row(*(row[index] for index in picked))
         return shown
 
     def markdown(self) -> str:
@@ -88,7 +92,7 @@ def final_table(results: Results) -> RichTable:
     shown.add_section()
     for row in task_table(results).rows[-1:] if results.teacher.accuracy else ():
         name, _, teacher, student, change = row
-        shown.add_row(f"exact match, {name} (%)", teacher, student, f"{change} points" if change != NOTHING else change)
+        shown.add_row(f"exact match, {name}, %", teacher, student, change)
     if results.effect:
         shown.add_row("same answer (%)", NOTHING, NOTHING, percent(results.effect.agreement))
     return shown
@@ -130,7 +134,7 @@ def rounds_table(results: Results) -> Table:
     rows = [
         (
             f"{one.number} {one.stage}.{one.round}",
-            ", ".join(f"{axis} {one.before[axis]} -> {size}" for axis, size in one.after.items()),
+            ",\n".join(f"{axis} {one.before[axis]}→{size}" for axis, size in one.after.items()),
             one.criterion or NOTHING,
             count(one.parameters),
             scored(one.after_cut),
@@ -267,7 +271,7 @@ def points(interval: Interval | None) -> str:
 
 def scored(score: Score | None) -> str:
     """Return accuracy in per cent with one standard error (over pictures, where there are several)."""
-    return NOTHING if score is None else f"{100 * score.accuracy:.1f} +- {100 * _error(score):.1f}"
+    return NOTHING if score is None else f"{100 * score.accuracy:.1f} ± {100 * _error(score):.1f}"
 
 
 def _error(score: Score) -> float:
@@ -291,7 +295,7 @@ def _pair(a: Model, b: Model | None, name: str) -> tuple[str, str]:
 def _flops_label(model: Model) -> str:
     """Return what the FLOPs are of."""
     tokens = model.flops_answer_tokens
-    return "FLOPs per answer" + (f" of {tokens} tokens" if tokens else "")
+    return f"FLOPs, {tokens}-token answer" if tokens else "FLOPs per answer"
 
 
 def _peak(model: Model | None) -> int | None:
@@ -308,7 +312,7 @@ def _time_rows(latency: Comparison | None, throughput: Comparison | None) -> lis
         rows.append(("latency p95, batch 1", seconds(a.p95), seconds(b.p95), times(a.p95 / b.p95)))
     if throughput:
         a, b = throughput.first, throughput.second
-        label = f"rows per second, batch {a.batch_size}"
+        label = f"rows/s, batch {a.batch_size}"
         rows.append((label, f"{a.rows_per_second:.1f}", f"{b.rows_per_second:.1f}", times(throughput.ratio)))
     return rows
 
