@@ -121,6 +121,24 @@ def test_impossible_sizes_are_all_named_before_anything_runs(teacher, ads, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_sizes_that_the_config_cannot_say_are_named_before_anything_runs(teacher, ads, tmp_path):
+    raw = yaml.safe_load(yaml.safe_dump(RAW))
+    raw["stages"][2]["rounds"] += [
+        {"sizes": {"text.ffn": 33, "vision.ffn": 33}}
+    ]  # grows again; no multiple of the width
+    raw["stages"][3]["rounds"][0]["sizes"]["text.width"] = 37
+    with pytest.raises(UserError) as caught:
+        pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    assert str(caught.value).count("stages.") == 3
+    for part in (
+        "text.ffn=33: must be between 1 and its present size 32",
+        "vision.ffn=33",
+        "text.width=37 cannot be said",
+    ):
+        assert part in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("correct", "kept"), [(446, True), (445, False)])
 def test_a_promise_is_kept_to_the_last_row(correct, kept):
     told = SimpleNamespace(correct=466, n=500)

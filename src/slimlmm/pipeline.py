@@ -30,7 +30,7 @@ from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, dump
 from slimlmm.results import Results
 from slimlmm.runfolder import RunFolder, write_json
-from slimlmm.selfcheck import self_check
+from slimlmm.selfcheck import self_check, shallow
 from slimlmm.snapshot import model_record
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 
@@ -155,21 +155,21 @@ def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
 def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
     """Refuse axes and sizes that the config cannot say, all at once, before anything runs."""
     anatomy, problems = describe(config), []
-    current = {name: axis.size for name, axis in anatomy.axes.items()}
-    for stage in stages:
-        for number, turn in enumerate(stage.rounds):
-            where = f"stages.{stage.name}.rounds.{number}.sizes"
-            for name, size in turn.sizes.items():
-                try:
-                    anatomy.axis(name)
-                except UserError as error:
-                    problems.append(f"{where}: {error}")
-                    continue
-                if not 0 < size <= current[name]:
-                    problems.append(
-                        f"{where}.{name}={size}: the axis has {current[name]} by then; give 1 to {current[name]}."
-                    )
-                current[name] = size
+    blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
+    config = shallow(config)  # sizes other than those of blocks do not depend on the depth
+    turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
+    for stage, number, turn in turns:
+        for name, size in turn.sizes.items():
+            try:
+                anatomy.axis(name)
+                if name not in blocks:
+                    config = resized(config, {name: size})
+                elif not 0 < size <= blocks[name]:
+                    raise UserError(f"{name}={size}: the axis has {blocks[name]} by then; give 1 to {blocks[name]}.")
+                else:
+                    blocks[name] = size
+            except UserError as error:
+                problems.append(f"stages.{stage}.rounds.{number}.sizes: {error}")
     if problems:
         raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
 
