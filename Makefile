@@ -12,7 +12,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # hours on 2 cores, minutes on a GPU; stop it at any time, the same command resumes
 headline: $(READY)

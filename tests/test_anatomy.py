@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from slimlmm.anatomy import dead_blocks, describe, predict_parameters, resized
+from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.probing import skeleton
+from slimlmm.resizing import dead_blocks, predict_parameters, resized
 from tiny import NAMES, tiny_config
 
 PLAIN = ["text.blocks", "text.ffn", "text.width", "vision.blocks", "vision.ffn", "vision.width", "vocab"]

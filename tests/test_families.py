@@ -1,34 +1,57 @@
 """The family lines name things that exist."""
 
+import re
+
 import pytest
 
-from slimlmm.families import BACKBONES, FAMILIES, backbone_of, family_of
+from slimlmm.backbones import BACKBONES
+from slimlmm.families import FAMILIES, backbone_of, family_of, part_of
 from slimlmm.probing import get, skeleton
-from tiny import NAMES, tiny_config
+from zoo import CONFIGS
+
+FIELDS = {"width": "width", "blocks": "blocks", "ffn": "ffn", "kv_groups": "heads"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def pattern(path: str) -> str:
+    return re.escape(path).replace(r"\*", r"\d+")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_name_in_the_family_lines_exists_in_the_model(name):
-    config = tiny_config(name)
+    config = CONFIGS[name]()
     family, shapes = family_of(config), skeleton(config).shapes
     assert any(parameter.startswith(f"{family.joint}.") for parameter in shapes)
-    for interior in family.interiors:
-        assert {f"{interior.produce}.weight", f"{interior.consume}.weight"} <= set(shapes)
     for tower in family.towers:
         backbone = backbone_of(config, tower)
         assert backbone is not None
-        prefix = f"{tower.prefix}.{backbone.layers}.0."
-        assert any(parameter.startswith(prefix) for parameter in shapes), prefix
-        for field in (backbone.width, backbone.blocks, backbone.heads, backbone.ffn):
-            assert get(config, (tower.config, field)), field
-        for token in backbone.tokens:
+        if set(backbone.refusals) >= set(FIELDS):
+            continue
+        block = rf"{re.escape(tower.prefix)}\.{re.escape(backbone.layers)}\.\d+\."
+        assert any(re.match(block, parameter) for parameter in shapes), block
+        for noun, field in FIELDS.items():
+            assert noun in backbone.refusals or get(config, (tower.config, getattr(backbone, field))), field
+        for token in (*backbone.tokens, *((backbone.final_norm,) if backbone.root_of_width else ())):
             assert f"{tower.prefix}.{token}" in shapes
-        first = backbone.attention[0]
-        for module in (*first.produce, *first.consume):
-            assert f"{prefix}{first.module}.{module}.weight" in shapes
+        for module in (*backbone.attention[0].produce, *backbone.attention[0].consume):
+            where = block + re.escape(f"{backbone.attention[0].module}.{module}.weight")
+            assert any(re.fullmatch(where, parameter) for parameter in shapes), where
 
 
-def test_all_families_of_the_table_are_tested():
-    assert {tiny_config(name).model_type for name in NAMES} == set(FAMILIES)
-    used = {getattr(tiny_config(n), t.config).model_type for n in NAMES for t in family_of(tiny_config(n)).towers}
-    assert set(BACKBONES) - used == {"mistral", "qwen3"}, "known, but llama-like and not built here"
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_path_of_a_family_exists_in_one_of_its_models(model_type):
+    configs = [config for name in CONFIGS if (config := CONFIGS[name]()).model_type == model_type]
+    assert configs, "no tiny configuration"
+    names = {parameter for config in configs for parameter in skeleton(config).shapes}
+    modules = {name.rpartition(".")[0] for name in names}
+    family = FAMILIES[model_type]
+    paths = [path for i in family.interiors for path in (*i.produce, *i.consume, *i.scale)]
+    for path in (*paths, *family.raw, *family.raw_readers, *family.post_norms):
+        assert any(re.fullmatch(pattern(path), module) for module in modules), path
+    for path in (*family.layouts, *family.pieces):
+        assert any(re.fullmatch(pattern(path), name) for name in names), path
+
+
+def test_all_backbones_of_the_table_are_tested():
+    configs = [CONFIGS[name]() for name in CONFIGS]
+    used = {part_of(config, tower).model_type for config in configs for tower in family_of(config).towers}
+    assert set(BACKBONES) - used == {"qwen3"}, "known, but llama-like and not built here"

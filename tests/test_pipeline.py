@@ -76,7 +76,7 @@ def test_every_round_is_written_down(finished):
         assert one.flops > 0
         assert one.parameters < one.parameters_before
     page = (out / "README.md").read_text()
-    assert "text.width 48 -> 36" in page
+    assert "text.width 48→36" in page
     assert (out / "rounds.png").stat().st_size > 1000
     plan = json.loads((out / "stages" / "03-inner.1" / "plan-text.ffn.json").read_text())
     assert len(plan["keep"]["text.ffn[0]"]) == 32

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from slimlmm import plan
-from slimlmm.anatomy import describe, predict_parameters, resized
+from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
+from slimlmm.resizing import predict_parameters, resized
 from tiny import NAMES, tiny
 
 

@@ -9,7 +9,7 @@ import torch
 from slimlmm import anatomy, repair, surgery
 from slimlmm.importance import forward
 from slimlmm.rotation import basis, rotate
-from slimlmm.wiring import NotRotatable, classify, trace
+from slimlmm.wiring import NotRotatable, norm_of, trace
 from tiny import NAMES, tiny, tiny_batch
 
 MAIN = "llava-dinov2-llama"
@@ -194,12 +194,12 @@ def test_norms_are_told_apart_by_what_they_compute():
     layer, rms = torch.nn.LayerNorm(16), torch.nn.RMSNorm(16)
     for module in (layer, rms):
         torch.nn.init.normal_(module.weight)
-    assert (classify(layer, 16), classify(rms, 16), classify(OnePlus(), 16)) == ("layer", "rms", "rms1")
-    assert classify(case(MAIN)[0].model.vision_tower.encoder.layer[0].layer_scale1, 32) == "scale"
+    assert (norm_of(layer, 16), norm_of(rms, 16), norm_of(OnePlus(), 16)) == ("layer", "rms", "rms1")
+    assert norm_of(case(MAIN)[0].model.vision_tower.encoder.layer[0].layer_scale1, 32) == "scale"
     with pytest.raises(NotRotatable, match="Odd"):
-        classify(Odd(), 16)
+        norm_of(Odd(), 16)
     with pytest.raises(NotRotatable, match="stream of 32"):
-        classify(layer, 32)
+        norm_of(layer, 32)
 
 
 def test_the_trace_finds_who_reads_through_which_norm():

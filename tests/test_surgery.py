@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slimlmm import families
-from slimlmm.anatomy import dead_blocks, describe, predict_parameters
+from slimlmm import backbones, families
+from slimlmm.anatomy import describe
 from slimlmm.axes import Axis, Keep
 from slimlmm.errors import UserError
+from slimlmm.resizing import dead_blocks, predict_parameters
 from slimlmm.selfcheck import random_model, self_check, some_units
 from slimlmm.surgery import cut, masked
 from tiny import NAMES, tiny, tiny_batch, tiny_config
@@ -58,10 +59,13 @@ def test_cut_equals_masked_and_predicted_equals_counted(name, axis_name):
     model, anatomy, batch, before = ready(name)
     axis = anatomy.axis(axis_name)
     size = half(axis)
-    keep = some_units(axis, size)
+    for seed in range(5):  # a choice that drops blocks behind the last one read says nothing
+        keep = some_units(axis, size, seed)
+        with torch.no_grad(), masked(model, anatomy, axis_name, keep):
+            wanted = model(**batch).logits
+        if not torch.equal(wanted, before):
+            break
     student = cut(model, anatomy, axis_name, keep)
-    with torch.no_grad(), masked(model, anatomy, axis_name, keep):
-        wanted = model(**batch).logits
     got = logits(student, batch)
     assert (got - wanted).abs().max() <= TOLERANCE
     assert (got - before).abs().max() > 1e-2, "a vacuous test: the axis does not matter"
@@ -274,8 +278,8 @@ def test_the_self_check_passes_and_names_what_is_refused():
     ],
 )
 def test_the_self_check_notices_wrong_family_lines(monkeypatch, model_type, changes):
-    wrong = dataclasses.replace(families.BACKBONES[model_type], attention=(families.Attention(**changes),))
-    monkeypatch.setattr(families, "BACKBONES", {**families.BACKBONES, model_type: wrong})
+    wrong = dataclasses.replace(backbones.BACKBONES[model_type], attention=(backbones.Attention(**changes),))
+    monkeypatch.setattr(families, "BACKBONES", {**backbones.BACKBONES, model_type: wrong})
     monkeypatch.setattr("slimlmm.anatomy._ANATOMIES", {})
     (check,) = self_check(tiny_config("blip2-opt"), ["vision.width"])
     assert not check.ok

@@ -7,7 +7,7 @@ A `Group` is one such independent choice; scoring, planning, cutting, masking an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,7 @@ from slimlmm.errors import UserError, nearest
 
 Role = Literal["produce", "consume", "affine"]
 Kind = Literal["blocks", "inner", "width", "vocab"]
-Norm = Literal["", "rms", "layer"]
+Norm = Literal["", "write", "read", "rms", "rms1", "last", "last1", "layer"]
 #: group name -> sorted indices of the kept units
 Keep = Mapping[str, Tensor]
 
@@ -36,7 +36,10 @@ class Slot:
     vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head).
     `parameter` is the name in ``model.state_dict()``; tied aliases (``Anatomy.tied``) own no slots. Role: *produce* writes
     the axis (output rows, biases, embeddings), *consume* reads it (input columns of a linear or convolution), *affine*
-    scales it in place (norms, layer scale). `norm` is the kind of norm whose weight or bias this is, "" for all else.
+    scales it in place (norms, layer scale). `norm` says what a cut of the width has to make up for: "layer" is weight or bias
+    of a LayerNorm, "rms" or "rms1" (1 + w) the weight of an RMSNorm that blocks read, "last" and "last1" of the one before
+    a head tied to the embedding, "write" all that writes a stream read by RMSNorms, "read" what reads it without a
+    norm, "" all else (`surgery._compensate`).
     """
 
     parameter: str
@@ -61,7 +64,8 @@ class Group:
     `stride` is how much axis size one unit carries: 1 for a residual channel, head_dim for a vision head that goes with
     the width. `rate` is how many units that much size carries: 4 for the FFN neurons of a tower whose FFN is 4 x width.
     For block axes `slots` is empty and unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1
-    but in a Q-Former, where blocks go by whole periods of its cross-attention).
+    but in a Q-Former, where blocks go by whole periods of its cross-attention). Of each set of units in `some_of` one at
+    least has to stay (the only block with attention, a block whose output is read elsewhere).
     """
 
     name: str
@@ -71,6 +75,36 @@ class Group:
     stride: int = 1
     rate: int = 1
     layer: int | None = None
+    some_of: tuple[tuple[int, ...], ...] = ()
+
+    def allows(self, kept: Collection[int]) -> bool:
+        """Tell whether one unit at least of each set in `some_of` is in `kept`."""
+        return all(any(unit in kept for unit in units) for units in self.some_of)
+
+    def _forced(self, scores: Tensor) -> list[int]:
+        """Return the best unit of each set in `some_of` that holds none yet."""
+        chosen: list[int] = []
+        for units in sorted(self.some_of, key=len):
+            if not any(unit in chosen for unit in units):
+                chosen.append(max(units, key=lambda unit: float(scores[unit])))
+        return chosen
+
+    @property
+    def least(self) -> int:
+        """Least number of units that can stay alone."""
+        return max(1, len(self._forced(torch.zeros(self.units))))
+
+    def best(self, scores: Tensor, count: int) -> Tensor:
+        """Return the `count` units of highest score that `some_of` allows, ascending."""
+        chosen = self._forced(scores)
+        if len(chosen) > count:
+            raise UserError(f"{self.name}: {count} cannot stay alone; {len(chosen)} must: {sorted(chosen)}.")
+        rest = [unit for unit in scores.argsort(descending=True, stable=True).tolist() if unit not in chosen]
+        return torch.tensor(sorted(chosen + rest[: count - len(chosen)]))
+
+    def first(self, count: int) -> Tensor:
+        """Return the first `count` units that `some_of` allows, ascending."""
+        return self.best(-torch.arange(self.units, dtype=torch.float64), count)
 
     def kept(self, size: int) -> int:
         """Return how many units stay when the axis has `size`."""

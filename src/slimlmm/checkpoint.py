@@ -20,16 +20,21 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from slimlmm import __version__
 from slimlmm.errors import UserError
+from slimlmm.families import stock_class
 
 MARKER = "slimlmm.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 #: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
+_MODEL_TYPES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 PROCESSOR_FILES = (
     "*preprocessor_config.json",
     "processor_config.json",
@@ -40,7 +45,6 @@ PROCESSOR_FILES = (
     "merges.txt",
     "chat_template*",
 )
-_MODELS: Any = AutoModelForImageTextToText
 _PROCESSORS: Any = AutoProcessor
 _LOGGING: Any = logging
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -74,9 +78,10 @@ def load(
     if local is not None:
         _check_files(local)
     try:
-        stored = _checked_config(where, options).dtype or torch.float32
+        config = _checked_config(where, options)
+        stored = config.dtype or torch.float32
         with _quiet():
-            model, info = _MODELS.from_pretrained(
+            model, info = stock_class(config).from_pretrained(
                 where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
     except _BROKEN as error:
@@ -135,7 +140,7 @@ def _checked_config(where: str, options: dict[str, bool]) -> Any:
     with _quiet():
         config = AutoConfig.from_pretrained(where, **options)
     model_type = config.model_type
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not options["trust_remote_code"]:
+    if model_type not in _MODEL_TYPES and not options["trust_remote_code"]:
         raise UserError(f"{where}: model type {model_type!r} is no image-text-to-text model of transformers.")
     return config
 
@@ -235,7 +240,7 @@ def verify(folder: Path) -> None:
     """Raise a UserError unless the stock class finds every key of `folder`, no other, at the right shape."""
     try:
         with _quiet():
-            _, info = _MODELS.from_pretrained(
+            _, info = stock_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
                 folder,
                 output_loading_info=True,
                 local_files_only=True,

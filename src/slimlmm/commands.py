@@ -16,7 +16,7 @@ from slimlmm import adreview as generator
 from slimlmm import checkpoint, data, importance, measure, plan, surgery
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
-from slimlmm.anatomy import describe, predict_parameters
+from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
 from slimlmm.collate import Collator
 from slimlmm.distill import can_pack, train
@@ -26,6 +26,7 @@ from slimlmm.losses import cross_entropy
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Training
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
+from slimlmm.resizing import predict_parameters
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import model_record

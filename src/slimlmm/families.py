@@ -9,234 +9,353 @@ are right.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from slimlmm.backbones import BACKBONES, Backbone
 from slimlmm.errors import UserError, nearest
 
-Inputs = Literal["grid", "idefics", "qwen", "queries"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Modules (names inside a layer, or inside the tower where outside the layers) whose inner axis is heads.
-
-    `produce` have heads in their output rows, `consume` in their input columns; `outer` is 3 where q, k and v
-    are stacked in one matrix. `group` is the name that ends the group's name when heads go with the width.
-    """
-
-    module: str = "self_attn"
-    produce: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    consume: tuple[str, ...] = ("o_proj",)
-    outer: int = 1
-    group: str = "heads"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backbone:
-    """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
-
-    `ffn_is_ratio`: the field `ffn` holds FFN width / residual width. `ties`: fields that follow `width` where
-    they equal it. `norm`, `eps`: kind of norm and the config field of its epsilon ("" = hard-wired).
-    `tokens`: vectors that are not scales but rows of the residual stream. `class_tokens`: states that the
-    tower puts before those of the patches. `parts`: places outside the layers that hold FFNs. `per_layer`:
-    lists with one entry per block; `indexes`: lists of block numbers; `reset`: fields that the config class
-    derives from the depth; `period`: field that says every how many blocks one is special. `width_by_heads`:
-    the config class insists that the width is a multiple of the number of heads.
-    """
-
-    layers: str
-    attention: tuple[Attention, ...] = (Attention(),)
-    width: str = "hidden_size"
-    blocks: str = "num_hidden_layers"
-    heads: str = "num_attention_heads"
-    kv: str = ""
-    ffn: str = "intermediate_size"
-    ffn_is_ratio: bool = False
-    ties: tuple[str, ...] = ()
-    norm: Literal["rms", "layer"] = "layer"
-    eps: str = ""
-    tokens: tuple[str, ...] = ()
-    class_tokens: int = 0
-    parts: Mapping[str, str] = field(default_factory=dict)
-    per_layer: tuple[str, ...] = ()
-    indexes: tuple[str, ...] = ()
-    reset: tuple[str, ...] = ()
-    period: str = ""
-    width_by_heads: bool = False
+def matched(path: str, name: str) -> tuple[str, ...] | None:
+    """Return the numbers that the stars of `path` stand for in `name`, None where it does not match."""
+    found = re.fullmatch(re.escape(path).replace(r"\*", r"(\d+)"), name)
+    return None if found is None else found.groups()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tower:
-    """A tower of a family: axis prefix ("text"), sub-config key, and module path in the model."""
+    """A tower of a family: axis prefix ("text"), sub-config key ("" = top level), and module path in the model.
+
+    `others`: module paths that differ, by the tower's own model type.
+    """
 
     name: str
     config: str
     prefix: str
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interior:
-    """An axis sized like a tower's width (or a multiple) that is the inside of a joint, not the stream."""
+    """An axis sized like a tower's width (or a multiple) that is the inside of a joint, not the stream.
+
+    Module paths; a ``*`` stands for the numbers of several such parts.
+    """
 
     axis: str
     part: str
-    produce: str
-    consume: str
+    produce: tuple[str, ...]
+    consume: tuple[str, ...]
+    scale: tuple[str, ...] = ()
+
+    def place(self, parameter: str, dim: int) -> str:
+        """Return the name of the part whose inner axis this is, "" where it is none."""
+        module = parameter.rpartition(".")[0]
+        sides = ((self.produce, dim == 0), (self.consume, dim == 1), (self.scale, dim == 0))
+        for path in (path for paths, right in sides if right for path in paths):
+            if (numbers := matched(path, module)) is not None:
+                return self.part + "".join(f"[{number}]" for number in numbers)
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One top-level model type.
 
-    `joint`: module path of what joins vision to text. `ties`: axis -> (sub-config, field) pairs that follow
-    it where they equal it. `feature_layer`: field that picks vision hidden states by number (0 = embeddings,
-    negative from the end). `inputs`: how the self-check writes a picture prompt.
+    `joint`: module path of what joins vision to text, `parts`: other places of the towers' FFN axes (path -> name).
+    `tokens`: rows of the residual stream outside the towers. `layouts`: parameters whose axes their module's class does
+    not tell, one letter per dimension: p produces, c consumes, - neither; a capital where the unit varies slowest. `pieces`:
+    parameters with a dimension that is several axes in a row: "1" one constant per unit, "q" one per query head of a group, "R"
+    the rest, with the unit varying slowest. A ``*`` in a path stands for a number.
+
+    `ties`: axis -> (sub-config, field) pairs that follow it where they equal it or a multiple. `projector`: axis ->
+    (sub-config, field) of a free size inside the joint. `raw`: modules that write channels of
+    the text tower which no norm reads; `raw_readers`: modules that read the vision tower without
+    a norm; `post_norms`: norms of the joint whose output is the stream. `leading`:
+    axis of blocks -> list as long as the number of first
+    blocks that must stay. `feature_layer`: (sub-config, field) that picks vision hidden states by number (0 = embeddings,
+    negative from the end). `token_parts`: more sub-configs that hold token ids. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
-    inputs: Inputs
     joint: str
+    tokens: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    pieces: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    projector: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     interiors: tuple[Interior, ...] = ()
     ties: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    feature_layer: str = ""
+    raw: tuple[str, ...] = ()
+    raw_readers: tuple[str, ...] = ()
+    post_norms: tuple[str, ...] = ()
+    leading: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    feature_layer: tuple[str, str] | None = None
+    token_parts: tuple[str, ...] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def interior(self, axis: str, parameter: str, dim: int) -> str:
+        """Return the name of the part of a joint whose inner axis this is, "" for the stream itself."""
+        found = (interior.place(parameter, dim) for interior in self.interiors if interior.axis == axis)
+        return next((part for part in found if part), "")
+
+    def reads_raw(self, parameter: str) -> bool:
+        """Tell whether what this parameter writes is read without a norm."""
+        return parameter.rpartition(".")[0] in self.raw
+
+    def raw_reader(self, parameter: str) -> bool:
+        """Tell whether this parameter reads the residual stream without a norm."""
+        return parameter.rpartition(".")[0] in self.raw_readers
+
+    def feeds_stream(self, norm: str) -> bool:
+        """Tell whether this norm of the joint writes the residual stream."""
+        return norm.rpartition(".")[0] in self.post_norms
+
+    def token_data(self, data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """Return the parts of a configuration's dictionary that hold token ids, by their keys; "" is the top level."""
+        keys = {"", self.tower("text").config, *self.token_parts}
+        return {key: data[key] if key else data for key in sorted(keys)}
 
     def tower(self, name: str) -> Tower:
         """Return the tower that carries the axes ``name.*``."""
         return next(tower for tower in self.towers if tower.name == name)
 
 
-_SIGLIP = Attention(consume=("out_proj",))
-_LLAMA = Backbone(layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", per_layer=("layer_types",))
-_VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
-_VISION_ENCODER = Backbone(layers="encoder.layers", attention=(_SIGLIP,))
+def _towers(
+    text: str = "model.language_model",
+    vision: str = "model.vision_tower",
+    *,
+    text_config: str = "text_config",
+    vision_config: str = "vision_config",
+) -> tuple[Tower, ...]:
+    return (
+        Tower(name="text", config=text_config, prefix=text),
+        Tower(name="vision", config=vision_config, prefix=vision),
+    )
 
-BACKBONES: Mapping[str, Backbone] = {
-    "llama": Backbone(layers="layers", kv="num_key_value_heads", norm="rms", eps="rms_norm_eps", width_by_heads=True),
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen2_5_vl_text": _LLAMA,
-    "opt": Backbone(layers="decoder.layers", attention=(_SIGLIP,), ffn="ffn_dim", ties=("word_embed_proj_dim",)),
-    "clip_vision_model": Backbone(
-        layers="encoder.layers",
-        attention=(_SIGLIP,),
-        tokens=("embeddings.class_embedding",),
-        class_tokens=1,
-    ),
-    "siglip_vision_model": Backbone(
-        layers="encoder.layers",
-        attention=(
-            _SIGLIP,
-            Attention(
-                module="head.attention",
-                produce=("in_proj_weight", "in_proj_bias"),
-                consume=("out_proj",),
-                outer=3,
-                group="pooler.heads",
-            ),
-        ),
-        parts={"head": "pooler"},
-    ),
-    "smolvlm_vision": _VISION_ENCODER,
-    "idefics3_vision": _VISION_ENCODER,
-    "blip_2_vision_model": Backbone(
-        layers="encoder.layers",
-        attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),),
-    ),
-    "dinov2": Backbone(
-        layers="encoder.layer",
-        attention=(Attention(module="attention"),),
-        ffn="mlp_ratio",
-        ffn_is_ratio=True,
-        class_tokens=1,
-        reset=("stage_names", "out_features", "out_indices"),
-    ),
-    "qwen2_5_vl_vision": Backbone(
-        layers="blocks",
-        attention=(_VISION_FUSED,),
-        blocks="depth",
-        heads="num_heads",
-        norm="rms",
-        indexes=("fullatt_block_indexes",),
-    ),
-    "blip_2_qformer": Backbone(
-        layers="encoder.layer",
-        attention=(
-            Attention(
-                module="attention",
-                produce=("attention.query", "attention.key", "attention.value"),
-                consume=("output.dense",),
-            ),
-            Attention(
-                module="crossattention",
-                produce=("attention.query", "attention.key", "attention.value"),
-                consume=("output.dense",),
-                group="cross_heads",
-            ),
-        ),
-        period="cross_attention_frequency",
-    ),
-}
 
-_IDEFICS = Family(
+def _two_layers(joint: str, first: str = "linear_1", second: str = "linear_2") -> tuple[Interior, ...]:
+    return (
+        Interior(axis="text.width", part="projector", produce=(f"{joint}.{first}",), consume=(f"{joint}.{second}",)),
+    )
+
+
+def _merger(path: str, first: str, second: str, part: str = "merger") -> Interior:
+    """Say that a merger's inside is sized like the patches that it puts together."""
+    return Interior(axis="vision.width", part=part, produce=(f"{path}.{first}",), consume=(f"{path}.{second}",))
+
+
+_PROJECTOR = "model.multi_modal_projector"
+_LLAVA = Family(
+    towers=_towers(),
+    joint=_PROJECTOR,
+    interiors=_two_layers(_PROJECTOR),
+    raw_readers=(f"{_PROJECTOR}.linear_1",),
+    feature_layer=("", "vision_feature_layer"),
+)
+_TILED = replace(_LLAVA, tokens=("model.image_newline",))
+_IDEFICS = Family(towers=_towers("model.text_model", "model.vision_model"), joint="model.connector")
+_QWEN = Family(
+    towers=_towers(vision="model.visual"),
+    joint="model.visual.merger",
+    interiors=(_merger("model.visual.merger", "mlp.0", "mlp.2"),),
+    ties={"text.width": (("vision_config", "out_hidden_size"),)},
+)
+_QWEN3 = replace(
+    _QWEN,
+    leading={"text.blocks": ("vision_config", "deepstack_visual_indexes")},
+    interiors=(
+        _merger("model.visual.merger", "linear_fc1", "linear_fc2"),
+        _merger("model.visual.deepstack_merger_list.*", "linear_fc1", "linear_fc2", part="deepstack"),
+    ),
+)
+_PERCEIVER = "model.connector.perceiver_resampler"
+_PHI4 = "model.embed_tokens_extend"
+_MERGER = "model.visual.merger"
+_GLM = Family(
+    towers=_towers(vision="model.visual"),
+    joint=_MERGER,
+    interiors=(
+        Interior(
+            axis="text.width",
+            part="vision_ffn",
+            produce=tuple(f"model.visual.blocks.*.mlp.{name}_proj" for name in ("gate", "up")),
+            consume=("model.visual.blocks.*.mlp.down_proj",),
+        ),
+        Interior(
+            axis="text.width", part="downsample", produce=("model.visual.downsample",), consume=(f"{_MERGER}.proj",)
+        ),
+        Interior(
+            axis="text.width",
+            part="merger",
+            produce=(f"{_MERGER}.proj",),
+            consume=(f"{_MERGER}.gate_proj", f"{_MERGER}.up_proj"),
+            scale=(f"{_MERGER}.post_projection_norm",),
+        ),
+    ),
+    ties={"text.width": (("vision_config", "out_hidden_size"),)},
+    projector={"projector.ffn": ("vision_config", "intermediate_size")},
+)
+_BLIP = Family(
     towers=(
-        Tower(name="text", config="text_config", prefix="model.text_model"),
-        Tower(name="vision", config="vision_config", prefix="model.vision_model"),
+        Tower(name="text", config="text_config", prefix="language_model.model", others={"t5": "language_model"}),
+        Tower(name="vision", config="vision_config", prefix="vision_model"),
+        Tower(name="qformer", config="qformer_config", prefix="qformer"),
     ),
-    inputs="idefics",
-    joint="model.connector",
+    joint="language_projection",
+    ties={"vision.width": (("qformer_config", "encoder_hidden_size"),)},
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "llava": Family(
-        towers=(
-            Tower(name="text", config="text_config", prefix="model.language_model"),
-            Tower(name="vision", config="vision_config", prefix="model.vision_tower"),
-        ),
-        inputs="grid",
-        joint="model.multi_modal_projector",
+    "llava": _LLAVA,
+    "llava_next": _TILED,
+    "llava_onevision": _TILED,
+    "vipllava": _LLAVA,
+    "mistral3": replace(
+        _LLAVA,
+        raw_readers=(),
+        interiors=(*_LLAVA.interiors, _merger(_PROJECTOR, "patch_merger.merging_layer", "linear_1")),
+        layouts={f"{_PROJECTOR}.patch_merger.merging_layer.weight": "pC"},
+    ),
+    "internvl": _LLAVA,
+    "smolvlm": _IDEFICS,
+    "idefics3": _IDEFICS,
+    "qwen2_vl": replace(_QWEN, ties={"text.width": (("vision_config", "hidden_size"),)}),
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN3,
+    "paligemma": Family(
+        towers=_towers(),
+        joint=_PROJECTOR,
+        ties={"text.width": (("", "hidden_size"), ("", "projection_dim"), ("vision_config", "projection_dim"))},
+    ),
+    "gemma3": Family(towers=_towers(), joint=_PROJECTOR, layouts={f"{_PROJECTOR}.mm_input_projection_weight": "cp"}),
+    "gemma4": Family(
+        towers=_towers(),
+        joint="model.embed_vision",
+        ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
+    ),
+    "aya_vision": replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")}),
+    "idefics2": Family(
+        towers=_towers("model.text_model", "model.vision_model"),
+        joint="model.connector",
+        parts={"model.connector.modality_projection": "connector"},
+        ties={"text.width": (("perceiver_config", "hidden_size"),)},
+        post_norms=(f"{_PERCEIVER}.norm",),
         interiors=(
             Interior(
                 axis="text.width",
-                part="projector",
-                produce="model.multi_modal_projector.linear_1",
-                consume="model.multi_modal_projector.linear_2",
+                part="perceiver",
+                produce=tuple(f"{_PERCEIVER}.layers.*.mlp.{name}_proj" for name in ("gate", "up")),
+                consume=(f"{_PERCEIVER}.layers.*.mlp.down_proj",),
             ),
         ),
-        feature_layer="vision_feature_layer",
     ),
-    "smolvlm": _IDEFICS,
-    "idefics3": _IDEFICS,
-    "qwen2_5_vl": Family(
-        towers=(
-            Tower(name="text", config="text_config", prefix="model.language_model"),
-            Tower(name="vision", config="vision_config", prefix="model.visual"),
+    "deepseek_vl": Family(
+        towers=_towers(vision="model.vision_model"),
+        joint="model.aligner",
+        interiors=_two_layers("model.aligner", "linear1", "linear2"),
+    ),
+    "got_ocr2": Family(
+        towers=_towers(),
+        joint=_PROJECTOR,
+        interiors=_two_layers(_PROJECTOR, "conv_upsampler2", "multimodal_projector"),
+    ),
+    "perception_lm": replace(_LLAVA, feature_layer=None),
+    "fast_vlm": replace(_LLAVA, feature_layer=None),
+    "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": replace(_QWEN3, leading={}, interiors=_QWEN3.interiors[:1]),
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "minicpmv4_6": Family(
+        towers=_towers(),
+        joint="model.merger",
+        interiors=(_merger("model.merger.mlp.*", "linear_1", "linear_2"),),
+    ),
+    "mllama": Family(
+        towers=_towers(vision="model.vision_model"),
+        joint=_PROJECTOR,
+        ties={"vision.width": (("vision_config", "vision_output_dim"),)},
+        pieces={f"{_PROJECTOR}.weight": (1, ("1", "R"))},
+        raw=(_PROJECTOR,),
+        refusals={
+            "vocab": "its embedding has eight rows more than the vocabulary, and the picture's token is one of them"
+        },
+    ),
+    "florence2": Family(
+        towers=_towers(), joint=_PROJECTOR, ties={"text.width": (("vision_config", "projection_dim"),)}
+    ),
+    "kosmos-2": Family(
+        towers=_towers("text_model.model", "vision_model.model"),
+        joint="image_to_text_projection",
+        refusals={"vocab": "its positions are counted from the id of the padding token, which the cut would change"},
+    ),
+    "git": Family(
+        towers=_towers("git", "git.image_encoder.vision_model", text_config=""), joint="git.visual_projection"
+    ),
+    "phi4_multimodal": Family(
+        towers=_towers("model", "model.embed_tokens_extend.image_embed.img_processor", text_config=""),
+        joint=f"{_PHI4}.image_embed",
+        feature_layer=("vision_config", "feature_layer"),
+        token_parts=("vision_config", "audio_config"),
+        interiors=tuple(
+            Interior(axis="text.width", part=part, produce=(f"{_PHI4}.{up}",), consume=(f"{_PHI4}.{down}",))
+            for part, up, down in (
+                ("projector", "image_embed.img_projection_up", "image_embed.img_projection_down"),
+                ("speech", "audio_embed.up_proj_for_speech", "audio_embed.down_proj_for_speech"),
+                ("vision_speech", "audio_embed.up_proj_for_vision_speech", "audio_embed.down_proj_for_vision_speech"),
+            )
         ),
-        inputs="qwen",
-        joint="model.visual.merger",
+    ),
+    "llama4": Family(towers=_towers("language_model.model", "vision_model.model"), joint="multi_modal_projector"),
+    "ovis2": Family(
+        towers=_towers(),
+        joint="model.visual_embeddings_table",
+        ties={"text.width": (("", "hidden_size"),), "vocab": (("", "vocab_size"),)},
+    ),
+    "janus": Family(
+        towers=_towers(vision="model.vision_model"),
+        joint="model.aligner",
+        interiors=_two_layers("model.aligner", "fc1", "hidden_layers.0"),
+        ties={
+            "text.width": (
+                ("vision_config", "projection_dim"),
+                ("vq_config", "projection_dim"),
+                ("vq_config", "image_token_embed_dim"),
+            )
+        },
+    ),
+    "lfm2_vl": Family(
+        towers=_towers(),
+        joint=_PROJECTOR,
         interiors=(
             Interior(
-                axis="vision.width",
-                part="merger",
-                produce="model.visual.merger.mlp.0",
-                consume="model.visual.merger.mlp.2",
+                axis="text.width",
+                part="conv",
+                produce=("model.language_model.layers.*.conv.in_proj",),
+                scale=("model.language_model.layers.*.conv.conv",),
+                consume=("model.language_model.layers.*.conv.out_proj",),
             ),
         ),
-        ties={"text.width": (("vision_config", "out_hidden_size"),)},
+        projector={"projector.ffn": ("", "projector_hidden_size")},
     ),
-    "blip-2": Family(
-        towers=(
-            Tower(name="text", config="text_config", prefix="language_model.model"),
-            Tower(name="vision", config="vision_config", prefix="vision_model"),
-            Tower(name="qformer", config="qformer_config", prefix="qformer"),
-        ),
-        inputs="queries",
-        joint="language_projection",
-        ties={"vision.width": (("qformer_config", "encoder_hidden_size"),)},
-    ),
+    "instructblip": _BLIP,
+    "blip-2": _BLIP,
 }
+
+
+def stock_class(config: Any) -> Any:
+    """Return the Auto class of transformers that builds and loads this configuration."""
+    known = getattr(AutoModelForImageTextToText, "_model_mapping")  # noqa: B009
+    return AutoModelForImageTextToText if type(config) in known else AutoModelForMultimodalLM
+
+
+def part_of(config: Any, tower: Tower) -> Any:
+    """Return the sub-configuration of a tower, the whole one where its sizes stand on the top level."""
+    return getattr(config, tower.config) if tower.config else config
 
 
 def family_of(config: Any) -> Family:
@@ -244,12 +363,17 @@ def family_of(config: Any) -> Family:
     if config.model_type not in FAMILIES:
         hint = nearest(config.model_type, list(FAMILIES))
         raise UserError(f"model type {config.model_type!r} is not supported. {hint}")
-    return FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
+    towers = []
+    for tower in family.towers:
+        prefix = tower.others.get(part_of(config, tower).model_type, tower.prefix)
+        towers.append(replace(tower, prefix=prefix))
+    return replace(family, towers=tuple(towers))
 
 
 def backbone_of(config: Any, tower: Tower) -> Backbone | None:
     """Return the backbone of one tower, None where its model type is unknown (its axes are then refused)."""
-    return BACKBONES.get(getattr(config, tower.config).model_type)
+    return BACKBONES.get(part_of(config, tower).model_type)
 
 
 #: prompt of processors with no chat template, by class name; they add the picture's placeholders

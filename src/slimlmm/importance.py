@@ -305,17 +305,19 @@ def greedy_blocks(
     2 passes for L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand
     in for each other.
     """
-    blocks = _blocks(model, anatomy.axis(axis))
-    if not 1 <= keep <= len(blocks):
-        raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for 1 to {len(blocks)}.")
+    blocks, group = _blocks(model, anatomy.axis(axis)), anatomy.axis(axis).groups[0]
+    if not group.least <= keep <= len(blocks):
+        raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for {group.least} to {len(blocks)}.")
     kept = list(range(len(blocks)))
     with evaluating(model), ExitStack() as gone:
         while len(kept) > keep:
-            costs = []
+            costs = {}
             for candidate in kept:
-                with skipped(blocks[candidate]):
-                    costs.append(mean_loss(model, batches, loss))
-            worst = kept.pop(min(range(len(kept)), key=costs.__getitem__))
+                if group.allows([other for other in kept if other != candidate]):
+                    with skipped(blocks[candidate]):
+                        costs[candidate] = mean_loss(model, batches, loss)
+            worst = min(costs, key=costs.__getitem__)
+            kept.remove(worst)
             gone.enter_context(skipped(blocks[worst]))
     return kept
 
@@ -377,7 +379,9 @@ def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states that a layer was called with, first or by name."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = (
+        args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)
+    )
     return hidden
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint, data, importance, plan, repair, report, results, surgery, vocab
-from slimlmm.anatomy import dead_blocks, describe, predict_parameters, resized
+from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.collate import Batch, Collator, Prompter
 from slimlmm.distill import TrainResult, can_pack, train
@@ -28,6 +28,7 @@ from slimlmm.losses import Seen, combine
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, dump
+from slimlmm.resizing import dead_blocks, predict_parameters, resized
 from slimlmm.results import Results
 from slimlmm.runfolder import RunFolder, write_json
 from slimlmm.selfcheck import self_check, shallow
@@ -381,13 +382,13 @@ def _blocks(job: _Job, model: PreTrainedModel, turn: Round, what: tuple[str, int
     group = anatomy.axis(axis).groups[0]
     count = group.kept(size)
     if turn.blocks == "last":
-        return torch.arange(count)
+        return group.first(count)
     if turn.blocks == "taylor":
         scores = importance.score(model, anatomy, [axis], "taylor", batches, _calibration_loss(job))
         return plan.choose(scores, anatomy, axis, size)[group.name]
     if turn.blocks == "random":
         generator = torch.Generator().manual_seed(job.recipe.seed)
-        return torch.randperm(group.units, generator=generator)[:count].sort().values
+        return group.best(torch.rand(group.units, generator=generator), count)
     return torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, _calibration_loss(job), count))
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from slimlmm.anatomy import describe, predict_parameters, resized
+from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
 from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
+from slimlmm.resizing import predict_parameters, resized
 
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
@@ -242,6 +243,5 @@ def choose(scores: Mapping[str, torch.Tensor], anatomy: Anatomy, axis: str, size
     """Return for every group of the axis its best-scored units, as many as `size` asks for, ascending."""
     keep = {}
     for group in anatomy.axis(axis).groups:
-        best = scores[group.name].topk(group.kept(size)).indices
-        keep[group.name] = best.sort().values
+        keep[group.name] = group.best(scores[group.name], group.kept(size))
     return keep

@@ -10,22 +10,20 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
-from slimlmm.families import Backbone, Family, Tower
+from slimlmm.families import stock_class
 
 #: where a field stands: (sub-config key, field), "" for the top level
 Field = tuple[str, str]
 #: (parameter name, dimension)
 Place = tuple[str, int]
 
-_STOCK: Any = AutoModelForImageTextToText
 _KEPT = 64
+T = TypeVar("T")
 _cache: OrderedDict[str, Skeleton] = OrderedDict()
 
 
@@ -48,8 +46,16 @@ class Skeleton:
 
 
 def key_of(config: Any) -> str:
-    """Return a text that two configurations share exactly when they describe the same model."""
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+    """Return a text that two configurations share exactly when they describe the same model, number format aside."""
+    return json.dumps(_without_dtype(config.to_dict()), sort_keys=True, default=str)
+
+
+def _without_dtype(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_dtype(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if key != "dtype"
+    }
 
 
 def skeleton(config: Any) -> Skeleton:
@@ -59,7 +65,7 @@ def skeleton(config: Any) -> Skeleton:
         _cache.move_to_end(key)
         return _cache[key]
     with torch.device("meta"):
-        model = _STOCK.from_config(config)
+        model = stock_class(config).from_config(config)
     owners: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -102,88 +108,3 @@ def moved(before: Any, after: Any) -> dict[Place, tuple[int, int]]:
             if a != b:
                 places[name, dim] = (a, b)
     return places
-
-
-@dataclass(frozen=True)
-class View:
-    """One tower of one configuration, with its current sizes."""
-
-    config: Any
-    family: Family
-    tower: Tower
-    backbone: Backbone
-
-    def field(self, name: str) -> Field:
-        """Address of a field of this tower."""
-        return (self.tower.config, name)
-
-    def value(self, name: str) -> Any:
-        """Value of a field of this tower, None where absent."""
-        return get(self.config, self.field(name)) if name else None
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return int(self.value(self.backbone.width))
-
-    @property
-    def heads(self) -> int:
-        """Q."""
-        return int(self.value(self.backbone.heads))
-
-    @property
-    def kv(self) -> int:
-        """KV; equal to Q in plain multi-head attention."""
-        return int(self.value(self.backbone.kv) or self.heads)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return int(self.value(self.backbone.blocks))
-
-    @property
-    def ffn(self) -> int:
-        """FFN width in neurons."""
-        return int(self.value(self.backbone.ffn)) * (self.width if self.backbone.ffn_is_ratio else 1)
-
-    @property
-    def period(self) -> int:
-        """Every how many blocks one is special (cross-attention of a Q-Former); 1 where none is."""
-        return int(self.value(self.backbone.period) or 1)
-
-    def pin(self) -> dict[Field, Any]:
-        """Write head_dim out, so that changing W or Q leaves D alone."""
-        return {self.field("head_dim"): int(self.value("head_dim") or self.width // self.heads)}
-
-    @cached_property
-    def free_heads(self) -> bool:
-        """Tell whether this tower's modelling honours head_dim, i.e. whether heads are free of the width."""
-        pinned = self.pin()
-        doubled = {field: 2 * value for field, value in pinned.items()}
-        return bool(moved(edited(self.config, pinned), edited(self.config, doubled)))
-
-    def set_width(self, size: int) -> dict[Field, Any]:
-        """Fields to write for a new width: itself, all that equal it by design, heads if they go with it."""
-        changes: dict[Field, Any] = {self.field(self.backbone.width): size}
-        follow = [self.field(name) for name in self.backbone.ties]
-        follow += self.family.ties.get(f"{self.tower.name}.width", ())
-        changes |= {field: size for field in follow if get(self.config, field) == self.width}
-        if self.free_heads:
-            return changes | self.pin()
-        return changes | self.set_heads(self.heads * size // self.width)
-
-    def set_heads(self, heads: int) -> dict[Field, Any]:
-        """Fields to write for `heads` query heads at the same number of queries per key/value head."""
-        changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
-        if self.backbone.kv:
-            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
-        return changes
-
-    def locate(self, parameter: str) -> tuple[int | None, str]:
-        """Return (layer, name inside the layer), or (None, name inside the tower) outside the layers."""
-        inside = parameter.removeprefix(f"{self.tower.prefix}.")
-        prefix = f"{self.backbone.layers}."
-        if inside != parameter and inside.startswith(prefix):
-            layer, _, rest = inside.removeprefix(prefix).partition(".")
-            return int(layer), rest
-        return None, inside

@@ -7,20 +7,22 @@ key missing or left over, answers the same afterwards, and generates. No weights
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimlmm import checkpoint
-from slimlmm.anatomy import describe, predict_parameters, resized
+from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
-from slimlmm.families import BACKBONES, Inputs, family_of
+from slimlmm.families import family_of, stock_class
+from slimlmm.prompts import Batch, picture_prompt
+from slimlmm.resizing import block_kinds, predict_parameters, resized
 from slimlmm.surgery import cut, masked
 from slimlmm.token_ids import referenced
 
@@ -28,8 +30,8 @@ from slimlmm.token_ids import referenced
 TOLERANCE = 1e-5
 #: layers per tower of the shallow copy
 DEPTH = 3
-_STOCK: Any = AutoModelForImageTextToText
-Batch = dict[str, Tensor]
+#: inputs that are tokens of the text tower
+_TOKENS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +58,22 @@ def self_check(config: Any, axes: Iterable[str] | None = None) -> list[Check]:
 
 
 def shallow(config: Any, depth: int = DEPTH) -> Any:
-    """Return `config` with at most `depth` blocks per tower (whole periods where blocks go by periods)."""
-    axes = describe(config).axes.values()
-    sizes = {
-        axis.name: min(axis.size, max(depth // axis.multiple, 2) * axis.multiple)
-        for axis in axes
-        if axis.kind == "blocks" and not axis.refusal
-    }
-    return resized(config, sizes)
+    """Return `config` with about `depth` blocks per tower: whole periods, and one at least of every kind of block."""
+    sizes, blocks = {}, {}
+    for axis in describe(config).axes.values():
+        if axis.kind != "blocks" or axis.refusal:
+            continue
+        group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
+        count = min(group.units, max(depth // axis.multiple, 2, group.least))
+        sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
+    return resized(config, sizes, blocks)
 
 
 def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """Return a random model of `config` in which all matters: unit gain in matrices, jitter in vectors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = _STOCK.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = stock_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -84,10 +87,7 @@ def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
 def some_units(axis: Axis, size: int, seed: int = 0) -> Keep:
     """Return a random choice of units that brings `axis` to `size`."""
     rng = torch.Generator().manual_seed(seed)
-    return {
-        group.name: torch.randperm(group.units, generator=rng)[: group.kept(size)].sort().values
-        for group in axis.groups
-    }
+    return {group.name: group.best(torch.rand(group.units, generator=rng), group.kept(size)) for group in axis.groups}
 
 
 def _check(model: PreTrainedModel, anatomy: Anatomy, name: str, batch: Batch) -> Check:
@@ -115,7 +115,7 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
     student = cut(model, anatomy, axis.name, keep)
     inputs = dict(batch)
     if axis.kind == "vocab":
-        inputs["input_ids"] = torch.searchsorted(keep["vocab"], batch["input_ids"])
+        inputs |= {key: torch.searchsorted(keep["vocab"], batch[key]) for key in _TOKENS if key in batch}
     with masked(model, anatomy, axis.name, keep):
         wanted = model(**batch).logits
     if axis.kind == "vocab":
@@ -124,7 +124,8 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
         raise UserError("masking half of the units changes nothing, so nothing was proven")
     got = student(**inputs).logits
     counted = sum(parameter.numel() for parameter in student.parameters())
-    predicted = predict_parameters(model.config, {axis.name: size})
+    blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
+    predicted = predict_parameters(model.config, {axis.name: size}, blocks)
     if counted != predicted:
         raise UserError(f"predicted {predicted} parameters, counted {counted}")
     _prove_folder(student, inputs, got)
@@ -138,9 +139,14 @@ def _prove_folder(student: PreTrainedModel, inputs: Batch, logits: Tensor) -> No
         again = checkpoint.load(Path(parent) / "model").model
     if not torch.allclose(again(**inputs).logits, logits, rtol=0, atol=1e-6 * float(logits.abs().max())):
         raise UserError("the model gives other logits after saving and loading")
-    length = inputs["input_ids"].shape[1]
+    length = 1 if "decoder_input_ids" in inputs else inputs["input_ids"].shape[1]
     generate: Any = again.generate
-    answer: Tensor = generate(**inputs, max_new_tokens=2, min_new_tokens=1, do_sample=False)
+    answer: Tensor = generate(
+        **{key: value for key, value in inputs.items() if key != "decoder_input_ids"},
+        max_new_tokens=2,
+        min_new_tokens=1,
+        do_sample=False,
+    )
     if answer.shape[1] <= length:
         raise UserError("the cut model generates nothing")
 
@@ -148,65 +154,10 @@ def _prove_folder(student: PreTrainedModel, inputs: Batch, logits: Tensor) -> No
 def _kept_tokens(model: PreTrainedModel, axis: Axis, batch: Batch) -> Keep:
     """Keep every second token, and all that the prompt or a configuration mentions."""
     data = model.config.to_dict()
-    part = data[family_of(model.config).tower("text").config]
-    mentioned = referenced(data, part, model.generation_config.to_dict())
-    kept = {*range(0, axis.size, 2), *batch["input_ids"].flatten().tolist()}
+    mentioned = referenced(*family_of(model.config).token_data(data).values(), model.generation_config.to_dict())
+    kept = {
+        *range(0, axis.size, 2),
+        *(token for key in _TOKENS if key in batch for token in batch[key].flatten().tolist()),
+    }
     kept |= {token for token in mentioned if token < axis.size}
     return {"vocab": torch.tensor(sorted(kept))}
-
-
-def picture_prompt(config: Any, seed: int = 0) -> Batch:
-    """Return one valid random input for `config`: a picture, its placeholders, and eight text tokens."""
-    rng = torch.Generator().manual_seed(seed)
-    family = family_of(config)
-    pictures, count = _PICTURES[family.inputs](config, rng)
-    data = config.to_dict()
-    text = data[family.tower("text").config]
-    image = next(data[key] for key in ("image_token_id", "image_token_index") if key in data)
-    special = set(referenced(data, text))
-    plain = torch.tensor([token for token in range(text["vocab_size"]) if token not in special])
-    words = plain[torch.randint(len(plain), (8,), generator=rng)]
-    ids = torch.cat((words[:2], torch.full((count,), image), words[2:])).unsqueeze(0)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures}
-    if family.inputs == "qwen":
-        batch["mm_token_type_ids"] = (ids == image).long()
-    return batch
-
-
-def _square(value: Any) -> int:
-    return int(value[0] if isinstance(value, list | tuple) else value)
-
-
-def _grid(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    vision = config.vision_config
-    side = _square(vision.image_size)
-    count = (side // _square(vision.patch_size)) ** 2 + BACKBONES[vision.model_type].class_tokens
-    count -= config.vision_feature_select_strategy == "default"
-    return {"pixel_values": torch.randn(1, 3, side, side, generator=rng)}, count
-
-
-def _idefics(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    side, patch = _square(config.vision_config.image_size), _square(config.vision_config.patch_size)
-    count = (side // patch) ** 2 // config.scale_factor**2
-    return {"pixel_values": torch.randn(1, 1, 3, side, side, generator=rng)}, count
-
-
-def _qwen(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    vision = config.vision_config
-    side = 2 * vision.spatial_merge_size
-    length = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = torch.randn(side * side, length, generator=rng)
-    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}, 4
-
-
-def _queries(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    side = _square(config.vision_config.image_size)
-    return {"pixel_values": torch.randn(1, 3, side, side, generator=rng)}, config.num_query_tokens
-
-
-_PICTURES: Mapping[Inputs, Callable[[Any, torch.Generator], tuple[Batch, int]]] = {
-    "grid": _grid,
-    "idefics": _idefics,
-    "qwen": _qwen,
-    "queries": _queries,
-}

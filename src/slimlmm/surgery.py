@@ -15,16 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
-from slimlmm.anatomy import resized
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.errors import UserError
-from slimlmm.families import backbone_of, family_of
-from slimlmm.probing import Field, edited, get
+from slimlmm.families import family_of, stock_class
+from slimlmm.resizing import resized
 from slimlmm.token_ids import renumbered
-
-_MODELS: Any = AutoModelForImageTextToText
 
 
 def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreTrainedModel:
@@ -41,10 +38,8 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
     renamed = _renamed(found, keep, state)
     new = {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
-    for group in found.groups:
-        for slot in group.slots:
-            rows = slot.rows(keep[group.name].cpu(), group.units).to(new[slot.parameter].device)
-            new[slot.parameter] = new[slot.parameter].index_select(slot.dim, rows)
+    for (name, dim), rows in _kept_rows(found, keep).items():
+        new[name] = new[name].index_select(dim, rows.to(new[name].device))
     _compensate(found, size, new)
     buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
     student = _assemble(model, config, new, renamed, buffers)
@@ -53,6 +48,15 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
+
+
+def _kept_rows(axis: Axis, keep: Keep) -> dict[tuple[str, int], Tensor]:
+    """Return the rows that stay of every parameter and dimension, in storage order."""
+    rows: dict[tuple[str, int], list[Tensor]] = {}
+    for group in axis.groups:
+        for slot in group.slots:
+            rows.setdefault((slot.parameter, slot.dim), []).append(slot.rows(keep[group.name].cpu(), group.units))
+    return {place: torch.cat(parts).sort().values if len(parts) > 1 else parts[0] for place, parts in rows.items()}
 
 
 def check(axis: Axis, keep: Keep) -> int:
@@ -69,6 +73,10 @@ def check(axis: Axis, keep: Keep) -> int:
         ordered = bool((units[1:] > units[:-1]).all())
         if not len(units) or not ordered or int(units[0]) < 0 or int(units[-1]) >= group.units:
             raise UserError(f"{group.name}: kept units must be sorted, unique, and within 0..{group.units - 1}.")
+        if not group.allows(set(units.tolist())):
+            raise UserError(
+                f"{group.name}: of each of these sets one unit must stay: {list(map(list, group.some_of))}."
+            )
         sizes.add(len(units) * group.stride / group.rate)
     if len(sizes) > 1 or not sizes or next(iter(sizes)) % 1:
         raise UserError(f"{axis.name}: the groups ask for different sizes: {sorted(sizes)}.")
@@ -79,11 +87,7 @@ def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
     if axis.kind == "vocab":
         config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
-    new = resized(config, {axis.name: size}, blocks)
-    eps = _epsilon(config, axis)
-    if eps is not None:
-        new = edited(new, {eps: get(config, eps) * axis.size / size})
-    return new
+    return resized(config, {axis.name: size}, blocks)
 
 
 def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
@@ -91,18 +95,10 @@ def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
     new = {old: index for index, old in enumerate(ids)}
     data = config.to_dict()
     data.pop("transformers_version", None)
-    part = family_of(config).tower("text").config
-    data = renumbered(data, new, size) | {part: renumbered(data[part], new, size)}
+    for key, part in family_of(config).token_data(data).items():
+        changed = renumbered(part, new, size)
+        data |= {key: changed} if key else changed
     return type(config).from_dict(data)
-
-
-def _epsilon(config: Any, axis: Axis) -> Field | None:
-    """Return the field of the norms' epsilon when a cut of this axis changes what they average over."""
-    if axis.kind != "width":
-        return None
-    tower = family_of(config).tower(axis.name.partition(".")[0])
-    backbone = backbone_of(config, tower)
-    return (tower.config, backbone.eps) if backbone is not None and backbone.eps else None
 
 
 def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -123,14 +119,21 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
 
 
 def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
-    """Scale RMSNorm weights: the cut norm then equals the full norm of a stream whose dropped channels are 0.
+    """Make a cut of the width equal the full model with dropped channels zero, where RMSNorms read the stream.
 
-    w x / sqrt(sum(x^2)/H + e) = w' x / sqrt(sum(x^2)/H' + e')  for  w' = w sqrt(H/H'), e' = e H/H'. With S =
-    sum(x^2): S/H' + e' = (H/H') (S/H + e), so the right side has to be larger by sqrt(H/H').
+    With c = sqrt(H'/H) what writes the stream is scaled by c: then sum (c x)^2 / H' = sum x^2 / H, and every norm divides
+    by what it divided by before, its epsilon included. A norm that is read by the blocks ("rms") has c too much, so its
+    weight is divided by c. One whose output is the stream ("post") keeps its weight. An embedding that the model multiplies
+    by sqrt(H') has its c already. A head tied to a scaled embedding has another c, taken out of the norm before it ("last").
+    In a tower of LayerNorms, which divide by another sum anyway, nothing that writes is scaled.
     """
-    scale = math.sqrt(axis.size / size)
-    for name in {slot.parameter for group in axis.groups for slot in group.slots if slot.norm == "rms"}:
-        state[name] = state[name] * scale
+    c = math.sqrt(size / axis.size)
+    factors = {"write": c, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c, "last": 1 / c**2, "last1": 1 / c**2}
+    for name, norm in {(slot.parameter, slot.norm) for group in axis.groups for slot in group.slots}:
+        if norm not in factors:
+            continue
+        one = int(norm.endswith("1"))  # Gemma's norms hold w - 1
+        state[name] = (state[name] + one) * factors[norm] - one
 
 
 def _assemble(
@@ -142,20 +145,12 @@ def _assemble(
 ) -> PreTrainedModel:
     """Build the stock class of `config` around these tensors; it shares no storage with `model`."""
     with torch.device("meta"):
-        attention = {"attn_implementation": model.config._attn_implementation}
-        student: PreTrainedModel = _MODELS.from_config(config, **attention)
+        student: PreTrainedModel = stock_class(config).from_config(config, attn_implementation=_attention(model.config))
     shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
     own = {name: tensor.clone() if tensor.data_ptr() in shared else tensor for name, tensor in state.items()}
     missing, unexpected = student.load_state_dict(own, strict=False, assign=True)
     student.tie_weights()
-    for name, buffer in list(student.named_buffers()):
-        if buffer.is_meta:  # not in the state dict: rotary frequencies, position numbers; no cut changes them
-            parent, _, leaf = name.rpartition(".")
-            setattr(
-                student.get_submodule(parent),
-                leaf,
-                nn.Buffer(buffers[name].detach().clone(), persistent=False),
-            )
+    _fill_buffers(student, buffers)
     left = [name for name, tensor in student.named_parameters() if tensor.is_meta]
     assert not unexpected, unexpected
     assert not left, (left, missing)
@@ -167,6 +162,28 @@ def _assemble(
     student.config.dtype = model.config.dtype
     student.train(model.training)
     return student
+
+
+def _attention(config: Any) -> dict[str, str]:
+    """Return the attention implementation of a configuration and of its parts, which need not be the same."""
+    parts = {"": config, **{key: getattr(config, key) for key in config.sub_configs}}
+    return {key: part._attn_implementation for key, part in parts.items() if part is not None}
+
+
+def _fill_buffers(student: PreTrainedModel, buffers: Mapping[str, Tensor]) -> None:
+    """Fill what no checkpoint holds (rotary frequencies, position numbers, the root of the width) as loading does."""
+    for _, tensor in (*student.named_parameters(), *student.named_buffers()):
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for name, buffer in list(student.named_buffers()):
+        if buffer.is_meta:
+            old, (parent, _, leaf) = buffers.get(name), name.rpartition(".")
+            same = old is not None and old.shape == buffer.shape
+            new = old.detach().clone() if old is not None and same else torch.full_like(buffer, math.nan, device="cpu")
+            setattr(student.get_submodule(parent), leaf, nn.Buffer(new, persistent=False))
+    student.initialize_weights()
+    unknown = [name for name, b in student.named_buffers() if b.is_floating_point() and b.isnan().any()]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: of another size now, and the stock class does not compute it anew.")
 
 
 @contextmanager
@@ -190,7 +207,7 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> I
                 if slot.role == ("produce" if width else "consume"):
                     _zero(model, slot, group, dropped, stack)
                 if slot.norm == "layer" and slot.parameter.endswith("weight"):
-                    _narrow(model, slot, keep[group.name], stack)
+                    _narrow(model, slot, slot.rows(keep[group.name].cpu(), group.units), stack)
         yield model
 
 
@@ -214,18 +231,20 @@ def _restore(parameter: nn.Parameter, before: Tensor) -> None:
     parameter.copy_(before)
 
 
-def _narrow(model: PreTrainedModel, slot: Slot, keep: Tensor, stack: ExitStack) -> None:
+def _narrow(model: PreTrainedModel, slot: Slot, kept: Tensor, stack: ExitStack) -> None:
     """Let one LayerNorm take mean and variance over the kept channels and put out zeros elsewhere."""
-    norm = model.get_submodule(slot.parameter.rpartition(".")[0])
-    assert isinstance(norm, nn.LayerNorm)
+    norm: Any = model.get_submodule(slot.parameter.rpartition(".")[0])
+    eps = norm.eps if "eps" in vars(norm) else norm.variance_epsilon
 
-    def hook(module: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept = keep.to(output.device)
-        x = args[0][..., kept]
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = kept.to(output.device)
+        x = args[0][..., rows]
         mean = x.mean(-1, keepdim=True)
-        y = (x - mean) * torch.rsqrt((x - mean).pow(2).mean(-1, keepdim=True) + module.eps)
-        y = y * module.weight[kept] + module.bias[kept]
-        return torch.zeros_like(output).index_copy(-1, kept, y.to(output.dtype))
+        y = (x - mean) * torch.rsqrt((x - mean).pow(2).mean(-1, keepdim=True) + eps)
+        y = y * module.weight[rows]
+        if getattr(module, "bias", None) is not None:
+            y = y + module.bias[rows]
+        return torch.zeros_like(output).index_copy(-1, rows, y.to(output.dtype))
 
     stack.callback(norm.register_forward_hook(hook).remove)
 
@@ -242,7 +261,7 @@ def _passed_on() -> Callable[..., Any]:
     """Return a hook that makes a block hand on the hidden states that it was given."""
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return hook

@@ -62,8 +62,8 @@ def needed(model: PreTrainedModel, processor: Any, texts: Iterable[str], *, at_l
     size = describe(model.config).axis("vocab").size
     kept = set(closed_tokens(tokenizer_of(processor), texts, at_least=at_least))
     data = model.config.to_dict()
-    text_part = data[family_of(model.config).tower("text").config]
-    kept |= {i for i in referenced(data, text_part, model.generation_config.to_dict()) if i < size}
+    parts = family_of(model.config).token_data(data).values()
+    kept |= {i for i in referenced(*parts, model.generation_config.to_dict()) if i < size}
     ids = sorted(kept)
     if ids[-1] >= size:
         raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size} rows.")

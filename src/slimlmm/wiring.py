@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from slimlmm.axes import Group, Slot
 from slimlmm.collate import Batch
 from slimlmm.importance import evaluating, forward
+from slimlmm.norms import NormKind, classify
 
-NormKind = Literal["layer", "rms", "rms1", "scale"]
 #: autograd nodes that only move numbers around
 MOVES: tuple[str, ...] = (
     "View",
@@ -83,32 +83,15 @@ def trace(model: PreTrainedModel, group: Group, batch: Batch) -> Wiring:
     return wiring
 
 
-def classify(module: nn.Module, size: int) -> NormKind:
-    """Tell a norm by what it computes: LayerNorm, RMSNorm with weight w or 1 + w, or a plain scale."""
-    weight = next(p for name, p in module.named_parameters(recurse=False) if name != "bias").detach()
-    offset = getattr(module, "bias", None)
-    offset = offset.detach() if isinstance(offset, Tensor) else torch.zeros_like(weight)
+def norm_of(module: nn.Module, size: int) -> NormKind:
+    """Return the kind of a norm over the whole stream, or raise NotRotatable."""
+    weight = next(p for name, p in module.named_parameters(recurse=False) if name != "bias")
     if weight.shape != (size,):
         raise NotRotatable(f"a norm of {tuple(weight.shape)} values over a stream of {size} channels")
-    rng = torch.Generator().manual_seed(0)
-    values = (torch.randn(4, size, generator=rng) + 0.5).to(weight)
-    with torch.no_grad():
-        found = module(values).float()
-    values, weight, offset = values.float(), weight.float(), offset.float()
-    unit = values / values.square().mean(-1, keepdim=True).sqrt()
-    centred = values - values.mean(-1, keepdim=True)
-    centred = centred / centred.square().mean(-1, keepdim=True).sqrt()
-    expected: dict[NormKind, Tensor] = {
-        "layer": centred * weight + offset,
-        "rms": unit * weight + offset,
-        "rms1": unit * (1 + weight) + offset,
-        "scale": values * weight + offset,
-    }
-    errors = {kind: float((found - value).norm() / found.norm()) for kind, value in expected.items()}
-    best = min(errors, key=errors.__getitem__)
-    if errors[best] > 0.02:
+    kind = classify(module)
+    if kind is None:
         raise NotRotatable(f"{type(module).__name__} is neither a LayerNorm, an RMSNorm nor a scale")
-    return best
+    return kind
 
 
 class _Recorder:
@@ -205,7 +188,7 @@ def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph
         if slot.role == "affine" and name not in wiring.kinds:
             if name not in record.out:
                 raise NotRotatable(f"{slot.parameter} is a scale outside of a module of its own")
-            wiring.kinds[name] = classify(record.modules[name], group.units)
+            wiring.kinds[name] = norm_of(record.modules[name], group.units)
     norms = {record.out[name]: name for name, kind in wiring.kinds.items() if kind != "scale"}
     produced = {record.out[owner(s.parameter)]: owner(s.parameter) for s in slots if owner(s.parameter) in record.out}
     for name, kind in wiring.kinds.items():

@@ -1,0 +1,368 @@
+"""The model types of single towers, as data: their lists of blocks, field names, attention modules, and what goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Modules (names inside a layer, or inside the tower where outside the layers) whose inner axis is heads.
+
+    `produce` have heads in their output rows, `consume` in their input columns; `outer` is 3 where q, k and v
+    are stacked in one matrix. `group` is the name that ends the group's name when heads go with the width.
+    """
+
+    module: str = "self_attn"
+    produce: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    consume: tuple[str, ...] = ("o_proj",)
+    outer: int = 1
+    group: str = "heads"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
+
+    `more_layers`: lists of further blocks that share the sizes but not the number of blocks. `ffn_is_ratio`: the field
+    `ffn` holds FFN width / residual width. `expert_ffn`: FFN width of each expert. `refusals`: noun -> why the config
+    cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
+
+    `ties`: fields that follow `width` where they equal it or a multiple. `root_of_width`: embeddings are multiplied by the
+    root of the width. `post_norms`: norms whose output is the residual stream. `final_norm` stands before the head.
+    `tokens`: vectors that are not scales but rows of the residual stream. `class_tokens`: states that the tower puts
+    before those of the patches. `parts`: places outside the blocks that hold FFNs, and those inside that choose for
+    themselves. `width_by_heads`: the config class insists that the width is a multiple of the number of heads.
+
+    Blocks: `per_layer`: lists with one entry per block; `essential`: (list, value) of which one block must stay;
+    `indexes`: lists of block numbers; `anchors`: those whose blocks must stay; `fixed`: numbers of blocks that must stay;
+    `counts`: how many of the first blocks are of another kind; `reset`: fields that the config class derives from the
+    depth; `period`: field that says every how many blocks one is special.
+    """
+
+    layers: str
+    more_layers: tuple[str, ...] = ()
+    attention: tuple[Attention, ...] = (Attention(),)
+    width: str = "hidden_size"
+    blocks: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv: str = ""
+    head_dim: str = "head_dim"
+    ffn: str = "intermediate_size"
+    ffn_is_ratio: bool = False
+    expert_ffn: str = ""
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    pieces: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    ties: tuple[str, ...] = ()
+    root_of_width: bool = False
+    post_norms: tuple[str, ...] = ()
+    final_norm: str = "norm.weight"
+    tokens: tuple[str, ...] = ()
+    class_tokens: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
+    per_layer: tuple[str, ...] = ()
+    essential: tuple[tuple[str, str], ...] = ()
+    anchors: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
+    indexes: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
+    period: str = ""
+    width_by_heads: bool = False
+
+
+_SIGLIP = Attention(consume=("out_proj",))
+_LLAMA = Backbone(layers="layers", kv="num_key_value_heads", per_layer=("layer_types",))
+_GEMMA = replace(_LLAMA, root_of_width=True)
+_GEMMA2 = replace(_GEMMA, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
+_VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
+_QFORMER = Backbone(
+    layers="encoder.layer",
+    attention=(
+        Attention(
+            module="attention",
+            produce=("attention.query", "attention.key", "attention.value"),
+            consume=("output.dense",),
+        ),
+        Attention(
+            module="crossattention",
+            produce=("attention.query", "attention.key", "attention.value"),
+            consume=("output.dense",),
+            group="cross_heads",
+        ),
+    ),
+    period="cross_attention_frequency",
+)
+_CLIP = Backbone(
+    layers="encoder.layers",
+    attention=(_SIGLIP,),
+    tokens=("embeddings.class_embedding",),
+    class_tokens=1,
+)
+
+_SIGLIP_TOWER = Backbone(
+    layers="encoder.layers",
+    attention=(
+        _SIGLIP,
+        Attention(
+            module="head.attention",
+            produce=("in_proj_weight", "in_proj_bias"),
+            consume=("out_proj",),
+            outer=3,
+            group="pooler.heads",
+        ),
+    ),
+    parts={"head": "pooler"},
+)
+
+
+def _stages(kind: str) -> Backbone:
+    """Say that nothing of a tower can be cut, because its config has lists of sizes, one per stage."""
+    reason = f"the sizes of a {kind} tower are lists, one entry per stage"
+    return Backbone(layers="", refusals=dict.fromkeys(("blocks", "ffn", "kv_groups", "width"), reason))
+
+
+_QWEN3_VISION = Backbone(
+    layers="blocks",
+    attention=(_VISION_FUSED,),
+    blocks="depth",
+    heads="num_heads",
+    indexes=("deepstack_visual_indexes",),
+    anchors=("deepstack_visual_indexes",),
+)
+_GLM_VISION = Backbone(
+    post_norms=("post_conv_layernorm",),
+    layers="blocks",
+    attention=(_VISION_FUSED,),
+    blocks="depth",
+    heads="num_heads",
+    refusals={"ffn": "the FFN of its blocks is as wide as the text tower (out_hidden_size) and goes with text.width"},
+)
+_VISION_ENCODER = Backbone(layers="encoder.layers", attention=(_SIGLIP,))
+BACKBONES: Mapping[str, Backbone] = {
+    "llama": Backbone(layers="layers", kv="num_key_value_heads", width_by_heads=True),
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
+    "granite": _LLAMA,
+    "qwen3_vl_moe_text": replace(
+        _LLAMA,
+        expert_ffn="moe_intermediate_size",
+        counts=("first_k_dense_replace",),
+        parts={"mlp.shared_experts": "shared"},
+        indexes=("mlp_only_layers",),
+        layouts={
+            "mlp.experts.gate_up_proj": "-pc",
+            "mlp.experts.down_proj": "-pc",
+            "mlp.gate.weight": "-c",
+        },
+    ),
+    "qwen3_5_text": replace(_LLAMA, essential=(("layer_types", "full_attention"), ("layer_types", "linear_attention"))),
+    "mllama_text_model": replace(
+        _LLAMA,
+        attention=(Attention(), Attention(module="cross_attn", group="cross_heads")),
+        indexes=("cross_attention_layers",),
+    ),
+    "t5": Backbone(
+        layers="encoder.block",
+        more_layers=("decoder.block",),
+        attention=tuple(
+            Attention(module=module, produce=("q", "k", "v"), consume=("o",), group=group)
+            for module, group in (
+                ("layer.0.SelfAttention", "heads"),
+                ("layer.1.EncDecAttention", "cross_heads"),
+            )
+        ),
+        width="d_model",
+        blocks="num_layers",
+        heads="num_heads",
+        head_dim="d_kv",
+        ffn="d_ff",
+        fixed=(0,),
+        final_norm="decoder.final_layer_norm.weight",
+        refusals={
+            "kv_groups": "the position bias of the first block, one value per head, is added in every other block"
+        },
+    ),
+    "bart": Backbone(
+        layers="encoder.layers",
+        more_layers=("decoder.layers",),
+        attention=(_SIGLIP,),
+        width="d_model",
+        blocks="encoder_layers",
+        heads="encoder_attention_heads",
+        ffn="encoder_ffn_dim",
+        refusals={
+            "width": "encoder and decoder each have a number of heads of their own, and head_dim is d_model / heads in both"
+        },
+    ),
+    "kosmos_2_text_model": Backbone(
+        layers="layers",
+        attention=(_SIGLIP,),
+        width="embed_dim",
+        blocks="layers",
+        heads="attention_heads",
+        ffn="ffn_dim",
+        refusals={
+            "width": "its sinusoidal positions are computed from the width, and the embeddings scaled by its root"
+        },
+    ),
+    "git": Backbone(
+        layers="encoder.layer",
+        attention=(
+            Attention(module="attention", produce=("self.query", "self.key", "self.value"), consume=("output.dense",)),
+        ),
+    ),
+    "phi4_multimodal": replace(
+        _LLAMA,
+        attention=(Attention(produce=("qkv_proj",)),),
+        pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
+    ),
+    "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    "glm4v_moe_text": replace(
+        _LLAMA,
+        expert_ffn="moe_intermediate_size",
+        counts=("first_k_dense_replace",),
+        parts={"mlp.shared_experts": "shared"},
+        layouts={
+            "mlp.experts.gate_up_proj": "-pc",
+            "mlp.experts.down_proj": "-pc",
+            "mlp.gate.weight": "-c",
+        },
+    ),
+    "llama4_text": replace(
+        _LLAMA,
+        ffn="intermediate_size_mlp",
+        expert_ffn="intermediate_size",
+        parts={"feed_forward.shared_expert": "shared"},
+        per_layer=("layer_types", "no_rope_layers"),
+        indexes=("moe_layers",),
+        layouts={"feed_forward.experts.gate_up_proj": "-cp", "feed_forward.experts.down_proj": "-cp"},
+    ),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "gemma4_text": replace(
+        _GEMMA2,
+        refusals={
+            "blocks": "sizes, shared keys and values, and embeddings per layer are tied to the numbers of the blocks",
+            "kv_groups": "full and sliding blocks each have a number of key/value heads of their own",
+            "width": "the projection of its embeddings per layer is scaled by a root of the width",
+        },
+    ),
+    "gemma4_vision": Backbone(
+        layers="encoder.layers",
+        attention=(Attention(produce=("q_proj.linear", "k_proj.linear", "v_proj.linear"), consume=("o_proj.linear",)),),
+        kv="num_key_value_heads",
+        refusals={"width": "its pooled states are scaled by the root of the width"},
+    ),
+    "cohere2": replace(_LLAMA),
+    "lfm2": replace(
+        _LLAMA,
+        attention=(replace(Attention(), consume=("out_proj",)),),
+        essential=(("layer_types", "full_attention"),),
+        final_norm="embedding_norm.weight",
+    ),
+    "opt": Backbone(layers="decoder.layers", attention=(_SIGLIP,), ffn="ffn_dim", ties=("word_embed_proj_dim",)),
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": _SIGLIP_TOWER,
+    "siglip2_vision_model": _VISION_ENCODER,
+    "pixtral": Backbone(
+        layers="transformer.layers", attention=(Attention(module="attention"),), post_norms=("ln_pre",)
+    ),
+    "internvl_vision": Backbone(
+        layers="encoder.layer",
+        attention=(Attention(module="attention", consume=("projection_layer",)),),
+    ),
+    "ovis2_vision": Backbone(
+        layers="transformer.encoder.layers",
+        post_norms=("transformer.embeddings.rms_norm",),
+        attention=(Attention(module="attention", consume=("out_proj",)),),
+    ),
+    "janus_vision_model": Backbone(
+        layers="encoder.layers",
+        attention=(Attention(consume=("projection_layer",)),),
+        ffn="mlp_ratio",
+        ffn_is_ratio=True,
+    ),
+    "smolvlm_vision": _VISION_ENCODER,
+    "idefics3_vision": _VISION_ENCODER,
+    "blip_2_vision_model": Backbone(
+        layers="encoder.layers",
+        attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),),
+    ),
+    "dinov2": Backbone(
+        layers="encoder.layer",
+        attention=(Attention(module="attention"),),
+        ffn="mlp_ratio",
+        ffn_is_ratio=True,
+        class_tokens=1,
+        reset=("stage_names", "out_features", "out_indices"),
+    ),
+    "qwen2_vl_vision": Backbone(
+        layers="blocks",
+        attention=(_VISION_FUSED,),
+        blocks="depth",
+        heads="num_heads",
+        width="embed_dim",
+        ffn="mlp_ratio",
+        ffn_is_ratio=True,
+    ),
+    "glm4v_vision": _GLM_VISION,
+    "glm4v_moe_vision": _GLM_VISION,
+    "idefics2_vision": _VISION_ENCODER,
+    "git_vision_model": _CLIP,
+    "kosmos_2_vision_model": _CLIP,
+    "phi4_multimodal_vision": _SIGLIP_TOWER,
+    "florence_vision": _stages("DaViT"),
+    "convnext": _stages("ConvNext"),
+    "mllama_vision_model": Backbone(
+        layers="transformer.layers",
+        more_layers=("global_transformer.layers",),
+        attention=(Attention(),),
+        heads="attention_heads",
+        indexes=("intermediate_layers_indices",),
+        anchors=("intermediate_layers_indices",),
+        tokens=("class_embedding",),
+    ),
+    "minicpmv4_6_vision": replace(
+        _VISION_ENCODER,
+        attention=(_SIGLIP, replace(_SIGLIP, module="vit_merger.self_attn", group="merger.heads")),
+        parts={"vit_merger": "merger"},
+        refusals={"blocks": "patches are merged behind block insert_layer_id, which the config holds in two places"},
+    ),
+    "instructblip_vision_model": Backbone(
+        layers="encoder.layers",
+        attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),),
+    ),
+    "got_ocr2_vision": Backbone(
+        layers="layers",
+        attention=(replace(_VISION_FUSED, module="attn"),),
+        ffn="mlp_dim",
+        indexes=("global_attn_indexes",),
+    ),
+    "qwen3_5_vision": replace(_QWEN3_VISION, indexes=(), anchors=()),
+    "llama4_vision_model": Backbone(
+        layers="layers",
+        refusals={
+            "ffn": "it has to be width / pixel_shuffle_ratio^2",
+            "width": "the FFN has to be width / pixel_shuffle_ratio^2",
+        },
+    ),
+    "qwen3_vl_vision": _QWEN3_VISION,
+    "qwen3_vl_moe_vision": _QWEN3_VISION,
+    "qwen2_5_vl_vision": Backbone(
+        layers="blocks",
+        attention=(_VISION_FUSED,),
+        blocks="depth",
+        heads="num_heads",
+        indexes=("fullatt_block_indexes",),
+    ),
+    "blip_2_qformer": _QFORMER,
+    "instructblip_qformer": _QFORMER,
+}

@@ -1,0 +1,89 @@
+"""Where the units of a group live: role, layout and name of every parameter axis that moved with a field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from slimlmm.axes import Group, Norm, Role, Slot
+from slimlmm.backbones import Attention
+from slimlmm.norms import kind_of
+from slimlmm.probing import Place, Skeleton
+from slimlmm.views import View
+
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class RefusedError(Exception):
+    """The probe found something that the slots cannot say; the text is the reason."""
+
+
+def place_name(view: View, axis: str, place: Place) -> str:
+    """Name the group of a place: ``axis[block]``, or ``axis.part`` for a declared part outside the blocks."""
+    label, inside = view.inside(place[0])
+    for parts, name in ((view.backbone.parts, inside), (view.family.parts, place[0])):
+        for prefix, part in parts.items():
+            if name.startswith(f"{prefix}."):
+                return f"{axis}{label}.{part}"
+    if label or axis in view.family.projector:
+        return axis + label
+    raise RefusedError(f"{place[0]} moves with it, but lies in no known part of the tower")
+
+
+def attention_of(view: View, place: Place) -> Attention | None:
+    """Return the attention module whose head axis this place is, None for every other axis."""
+    inside = view.inside(place[0])[1]
+    for attention in view.backbone.attention:
+        names = attention.produce if place[1] == 0 else attention.consume
+        leaves = {f"{attention.module}.{name}{leaf}" for name in names for leaf in ("", ".weight", ".bias")}
+        if inside in leaves and not (place[1] == 0 and inside.rpartition(".")[0] in attention.consume):
+            return attention
+    return None
+
+
+def slots_of(view: View, whole: Skeleton, place: Place, group: Group) -> list[Slot]:
+    """Return the slots of one parameter axis: one, or one for each declared piece."""
+    role, norm = _role(view, whole, place)
+    length = whole.shapes[place[0]][place[1]]
+    attention = attention_of(view, place)
+    outer = attention.outer if attention is not None and place[1] == 0 else 1
+    per_unit = length // group.units
+    if attention is None:
+        # constants that multiply a plain channel axis vary slowest, if nothing else is declared
+        outer = 1 if view.layout(place[0])[place[1] : place[1] + 1].isupper() else per_unit
+    if length % (group.units * outer):
+        raise RefusedError(f"{place[0]} dim {place[1]} of length {length} does not split into {group.units} units")
+    slot = Slot(parameter=place[0], dim=place[1], role=role, outer=outer, inner=per_unit // outer, norm=norm)
+    dim, pieces = view.pieces(place[0])
+    if dim != place[1]:
+        return [slot]
+    if "R" in pieces:  # one constant each, then the rest
+        rest = per_unit - pieces.count("1")
+        sizes = [1 if piece == "1" else rest for piece in pieces]
+    else:
+        weights = [1 if piece == "1" else view.heads // view.kv for piece in pieces]
+        sizes = [per_unit * weight // sum(weights) for weight in weights]
+    offsets = [group.units * sum(sizes[:index]) for index in range(len(sizes))]
+    return [replace(slot, outer=1, inner=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)]
+
+
+def _role(view: View, whole: Skeleton, place: Place) -> tuple[Role, Norm]:
+    """Tell what a parameter axis does with its channels, from the module that holds it."""
+    name, dim = place
+    module, leaf = whole.owner(name), name.rpartition(".")[2]
+    if letters := view.layout(name):
+        return ("consume" if letters[dim] in "cC" else "produce"), ""
+    if isinstance(module, _LINEAR) or (isinstance(module, nn.MultiheadAttention) and leaf.startswith("in_proj")):
+        return ("produce" if dim == 0 else "consume"), ""
+    if len(whole.shapes[name]) > 1 or view.inside(name)[1] in view.backbone.tokens or name in view.family.tokens:
+        return "produce", ""
+    return "affine", _norm(view, whole, name)
+
+
+def _norm(view: View, whole: Skeleton, name: str) -> Norm:
+    """Return the kind of norm whose weight or bias this is."""
+    kind = kind_of(whole.owner(name))
+    if kind == "layer":
+        return "layer"
+    return kind if kind in ("rms", "rms1") and name.endswith("weight") else ""

@@ -1,0 +1,214 @@
+"""One tower of one configuration: its sizes by name, and the fields to write for other ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+
+from slimlmm.backbones import Backbone
+from slimlmm.errors import UserError
+from slimlmm.families import Family, Tower, backbone_of, family_of, matched, part_of
+from slimlmm.probing import Field, edited, get, moved
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class View:
+    """One tower of one configuration, with its current sizes."""
+
+    config: Any
+    family: Family
+    tower: Tower
+    backbone: Backbone
+
+    def field(self, name: str) -> Field:
+        """Address of a field of this tower."""
+        return (self.tower.config, name)
+
+    def value(self, name: str) -> Any:
+        """Value of a field of this tower, None where absent."""
+        return get(self.config, self.field(name)) if name else None
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return int(self.value(self.backbone.width))
+
+    @property
+    def heads(self) -> int:
+        """Q."""
+        return int(self.value(self.backbone.heads))
+
+    @property
+    def kv(self) -> int:
+        """KV; equal to Q in plain multi-head attention."""
+        return int(self.value(self.backbone.kv) or self.heads)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.value(self.backbone.blocks))
+
+    @property
+    def ffn(self) -> int:
+        """FFN width in neurons."""
+        return int(self.value(self.backbone.ffn) * (self.width if self.backbone.ffn_is_ratio else 1))
+
+    @property
+    def free_ratio(self) -> bool:
+        """Tell whether the FFN width is a ratio that need not be whole."""
+        return self.backbone.ffn_is_ratio and isinstance(self.value(self.backbone.ffn), float)
+
+    @property
+    def period(self) -> int:
+        """Every how many blocks one is special (cross-attention of a Q-Former); 1 where none is."""
+        return int(self.value(self.backbone.period) or 1)
+
+    def pin(self) -> dict[Field, Any]:
+        """Write head_dim out, so that changing W or Q leaves D alone."""
+        name = self.backbone.head_dim
+        return {self.field(name): int(self.value(name) or self.width // self.heads)}
+
+    @cached_property
+    def free_heads(self) -> bool:
+        """Tell whether this tower's modelling honours head_dim, i.e. whether heads are free of the width."""
+        pinned = self.pin()
+        doubled = {field: 2 * value for field, value in pinned.items()}
+        try:
+            return bool(moved(edited(self.config, pinned), edited(self.config, doubled)))
+        except StrictDataclassError:
+            return False  # the config class itself derives or checks head_dim
+
+    def set_width(self, size: int) -> dict[Field, Any]:
+        """Fields to write for a new width: itself, all that equal it by design, heads if they go with it."""
+        changes: dict[Field, Any] = {self.field(self.backbone.width): size}
+        follow = [self.field(name) for name in self.backbone.ties]
+        follow += self.family.ties.get(f"{self.tower.name}.width", ())
+        changes |= {
+            field: old // self.width * size
+            for field in follow
+            if (old := get(self.config, field)) and old % self.width == 0
+        }
+        if self.free_ratio:  # the FFN keeps its width
+            changes[self.field(self.backbone.ffn)] = self.ffn / size
+        if self.free_heads:
+            return changes | self.pin()
+        return changes | self.set_heads(self.heads * size // self.width)
+
+    def set_heads(self, heads: int) -> dict[Field, Any]:
+        """Fields to write for `heads` query heads at the same number of queries per key/value head."""
+        changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
+        if self.backbone.kv:
+            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
+        return changes
+
+    def locate(self, parameter: str) -> tuple[int | None, str]:
+        """Return (layer, name inside the layer), or (None, name inside the tower) outside the layers."""
+        inside = parameter.removeprefix(f"{self.tower.prefix}.")
+        prefix = f"{self.backbone.layers}."
+        if inside != parameter and inside.startswith(prefix):
+            layer, _, rest = inside.removeprefix(prefix).partition(".")
+            return int(layer), rest
+        return None, inside
+
+    def inside(self, parameter: str) -> tuple[str, str]:
+        """Return (label of the block, name inside the block) for any list of blocks, (``""``, name in the tower) elsewhere."""
+        layer, inside = self.locate(parameter)
+        if layer is not None:
+            return f"[{layer}]", inside
+        for layers in self.backbone.more_layers:
+            if inside.startswith(f"{layers}."):
+                number, _, rest = inside.removeprefix(f"{layers}.").partition(".")
+                return f"[{layers.partition('.')[0]}.{number}]", rest
+        return "", inside
+
+    def layout(self, parameter: str) -> str:
+        """Return the declared layout of a parameter, one letter per dimension, "" where none is."""
+        return self._declared(self.family.layouts, self.backbone.layouts, parameter) or ""
+
+    def pieces(self, parameter: str) -> tuple[int, tuple[str, ...]]:
+        """Return the dimension of a parameter that is several axes in a row, and its declared pieces; (-1, ()) for none."""
+        return self._declared(self.family.pieces, self.backbone.pieces, parameter) or (-1, ())
+
+    def _declared(self, whole: Mapping[str, T], inner: Mapping[str, T], parameter: str) -> T | None:
+        """Return what the family (by full name) or the backbone (by name inside a block) says of a parameter."""
+        for names, name in ((whole, parameter), (inner, self.inside(parameter)[1])):
+            for path, value in names.items():
+                if matched(path, name) is not None:
+                    return value
+        return None
+
+
+def view_of(config: Any, tower: str) -> View:
+    """Return the tower of that name, or refuse where its model type is unknown."""
+    family = family_of(config)
+    found = family.tower(tower)
+    backbone = backbone_of(config, found)
+    if backbone is None:
+        raise UserError(f"{tower}: backbone {part_of(config, found).model_type!r} is not supported.")
+    return View(config, family, found, backbone)
+
+
+def some_of(view: View) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of blocks of which one must stay: the kinds that the model needs, those that others read."""
+    sets = []
+    for name, value in view.backbone.essential:
+        kinds = view.value(name) or ()
+        sets += [tuple(layer for layer, kind in enumerate(kinds) if kind == value)]
+    sets += [(layer,) for layer in view.backbone.fixed]
+    for name in view.backbone.anchors:
+        sets += [(layer,) for layer in view.value(name) or ()]
+    if field := view.family.leading.get(f"{view.tower.name}.blocks"):
+        sets += [(layer,) for layer in range(min(view.blocks, len(get(view.config, field) or ())))]
+    return tuple(units for units in sets if units)
+
+
+def vocab_fields(config: Any) -> list[Field]:
+    """Return the field of the vocabulary and those that follow it."""
+    family = family_of(config)
+    own: Field = (family.tower("text").config, "vocab_size")
+    return [own, *(field for field in family.ties.get("vocab", ()) if get(config, field) == get(config, own))]
+
+
+def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
+    """Fields to write when only `layers` stay: depth, lists per block, block numbers, the feature layer."""
+    if not layers:
+        raise UserError(f"{view.tower.name}.blocks: at least one block must stay.")
+    place = {old: new for new, old in enumerate(layers)}
+    changes: dict[Field, Any] = {view.field(view.backbone.blocks): len(layers)}
+    for name in view.backbone.per_layer:
+        if (values := view.value(name)) is not None:
+            changes[view.field(name)] = [values[layer] for layer in layers]
+    for name in view.backbone.indexes:
+        changes[view.field(name)] = [place[layer] for layer in view.value(name) if layer in place]
+    for name in view.backbone.counts:
+        if view.value(name) is not None:
+            changes[view.field(name)] = sum(layer < view.value(name) for layer in layers)
+    changes |= {view.field(name): None for name in view.backbone.reset}
+    field = view.family.feature_layer
+    if view.tower.name == "vision" and field:
+        old = get(view.config, field)
+        new = [_moved_index(index, view.blocks, layers) for index in as_list(old)]
+        changes[field] = new if isinstance(old, list | tuple) else new[0]
+    return changes
+
+
+def _moved_index(index: int, blocks: int, layers: list[int]) -> int:
+    """Feature layer `index` when only `layers` stay: behind the same blocks, counted from the same end."""
+    before = sum(layer < absolute(index, blocks) for layer in layers)
+    return before if index >= 0 else before - len(layers) - 1
+
+
+def as_list(value: Any) -> list[int]:
+    """Return a list of one number as such a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def absolute(index: int, blocks: int) -> int:
+    """Hidden state `index` as the number of blocks that ran before it (hidden state 0 is the embedding)."""
+    return index if index >= 0 else blocks + 1 + index
