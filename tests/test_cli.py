@@ -48,6 +48,15 @@ def test_inspect_reports_every_axis_as_json(teacher, monkeypatch, capsys):
     assert found["parameters"] == checkpoint.load(teacher).model.num_parameters()
 
 
+def test_inspect_counts_a_cut_model_as_the_cut_itself_does(teacher, tmp_path, monkeypatch, capsys):
+    words = ("--set", "text.ffn=32", "--set", "vision.blocks=2", "--json")
+    code, out, _ = call(monkeypatch, capsys, "inspect", teacher, *words)
+    assert code == 0
+    told = json.loads(out)["after"]["parts"]["total"]
+    assert call(monkeypatch, capsys, "cut", teacher, *words, "--out", tmp_path / "small")[0] == 0
+    assert told == checkpoint.load(tmp_path / "small").model.num_parameters()
+
+
 def test_cut_saves_a_plain_checkpoint(teacher, tmp_path, monkeypatch, capsys):
     code, out, _ = call(
         monkeypatch,

@@ -83,12 +83,19 @@ def _report(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-@app.command(epilog="Example: `slimlmm inspect path/to/model`")
-def inspect(model: Model, json_out: Json = False, trust_remote_code: Trust = False) -> None:
+@app.command(epilog="Example: `slimlmm inspect path/to/model --set text.ffn=1024 --set vision.blocks=12`")
+def inspect(
+    model: Model,
+    sizes: Annotated[
+        list[str] | None, typer.Option("--set", help="axis=size: say what the model would count at these sizes.")
+    ] = None,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
     """Show the axes of a model: size, legal sizes, share of parameters, and what cannot be cut and why."""
     from slimlmm import commands
 
-    found = commands.inspect(model, trust_remote_code=trust_remote_code)
+    found = commands.inspect(model, sizes or (), trust_remote_code=trust_remote_code)
     _report(found, json_out, lambda: Console().print(commands.inspection(found)))
 
 

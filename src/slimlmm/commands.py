@@ -23,10 +23,11 @@ from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.losses import cross_entropy
+from slimlmm.probing import skeleton
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Training
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
-from slimlmm.resizing import predict_parameters
+from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import model_record
@@ -42,10 +43,12 @@ def settings(path: Path | None, *, shrink: float | None, max_drop: float | None,
     return recipes.parse(raw, "command line")
 
 
-def inspect(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Describe every axis of a model from its config alone; no weights are read."""
+def inspect(model: str, texts: Sequence[str] = (), *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Describe every axis of a model, and its parts now and at other sizes, from its config alone; no weights are read."""
     config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
     anatomy = describe(config)
+    sizes = sizes_of(texts, anatomy)
+    smaller = measure.parameters(skeleton(resized(config, sizes)).model) if sizes else None
     total = predict_parameters(config, {})
     axes = []
     for name, axis in anatomy.axes.items():
@@ -63,7 +66,14 @@ def inspect(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
                 "refusal": axis.refusal,
             }
         )
-    return {"model": model, "model_type": anatomy.model_type, "parameters": total, "axes": axes}
+    return {
+        "model": model,
+        "model_type": anatomy.model_type,
+        "parameters": total,
+        "axes": axes,
+        "parts": measure.parameters(skeleton(config).model),
+        "after": {"sizes": sizes, "parts": smaller} if sizes else None,
+    }
 
 
 def inspection(found: dict[str, Any]) -> Lines:
@@ -82,7 +92,18 @@ def inspection(found: dict[str, Any]) -> Lines:
         share = "-" if axis["share"] is None else f"{100 * axis['share']:.1f} %"
         kind = "[red]refused[/red]" if axis["refusal"] else "exact" if axis["exact"] else "close"
         table.add_row(axis["axis"], str(axis["size"]), axis["allowed"], share, kind, axis["refusal"] or axis["note"])
-    return Lines(table, "share: parameters that go when this axis alone is cut to its smallest legal size")
+    parts = Table(title="parameters by part" + (f", {_said(found['after']['sizes'])}" if found["after"] else ""))
+    for head in ("part", "parameters", "share", *(("after", "ratio") if found["after"] else ())):
+        parts.add_column(head, justify="left" if head == "part" else "right")
+    for part, count in found["parts"].items():
+        left = found["after"]["parts"].get(part, 0) if found["after"] else 0
+        after = (f"{left:,}", f"{count / left:.2f}x" if left else "-") if found["after"] else ()
+        parts.add_row(part, f"{count:,}", f"{100 * count / found['parameters']:.1f} %", *after)
+    return Lines(table, "share: parameters that go when this axis alone is cut to its smallest legal size", parts)
+
+
+def _said(sizes: dict[str, int]) -> str:
+    return "after " + ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _ranges(choices: Sequence[int]) -> str:

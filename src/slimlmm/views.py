@@ -30,9 +30,14 @@ class View:
         """Address of a field of this tower."""
         return (self.tower.config, name)
 
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        data: dict[str, Any] = self.config.to_dict()
+        return data[self.tower.config] if self.tower.config else data
+
     def value(self, name: str) -> Any:
         """Value of a field of this tower, None where absent."""
-        return get(self.config, self.field(name)) if name else None
+        return self._values.get(name) if name else None
 
     @property
     def width(self) -> int:
