@@ -130,9 +130,8 @@ def _llama(tokenizer, **changes) -> dict:
     return sizes | changes
 
 
-def _vit(model_type: str, **changes) -> dict:
+def vit(model_type: str | None = None, **changes) -> dict:
     sizes = {
-        "model_type": model_type,
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -141,7 +140,7 @@ def _vit(model_type: str, **changes) -> dict:
         "patch_size": 14,
         "initializer_range": 0.1,
     }
-    return sizes | changes
+    return sizes | ({"model_type": model_type} if model_type else {}) | changes
 
 
 def _llava(name: str):
@@ -149,13 +148,13 @@ def _llava(name: str):
     text = _llama(tokenizer)
     if name == "llava-clip-llama":
         text |= {"head_dim": 10, "tie_word_embeddings": False}
-        vision, layer, strategy, extra = _vit("clip_vision_model", projection_dim=16), -2, "default", 1
+        vision, layer, strategy, extra = vit("clip_vision_model", projection_dim=16), -2, "default", 1
     elif name == "llava-siglip-qwen2":
         text |= {"model_type": "qwen2", "head_dim": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
-        vision, layer, strategy, extra = _vit("siglip_vision_model"), -1, "full", 0
+        vision, layer, strategy, extra = vit("siglip_vision_model"), -1, "full", 0
     else:
         text |= {"tie_word_embeddings": True}
-        vision = _vit("dinov2", mlp_ratio=3, layerscale_value=0.7, num_hidden_layers=3)
+        vision = vit("dinov2", mlp_ratio=3, layerscale_value=0.7, num_hidden_layers=3)
         del vision["intermediate_size"]
         layer, strategy, extra = -1, "default", 1
     config = tf.LlavaConfig(
@@ -194,7 +193,7 @@ def _idefics3(name: str):
     kind = {"smolvlm": tf.SmolVLMConfig, "idefics3": tf.Idefics3Config}[name]
     tied = name == "smolvlm"
     config = kind(
-        vision_config=_vit(vision_type, patch_size=7),
+        vision_config=vit(vision_type, patch_size=7),
         text_config=_llama(tokenizer, head_dim=8 if tied else 12, tie_word_embeddings=tied),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
@@ -237,6 +236,18 @@ def _qwen2_5_vl(name: str):
     return config, processor
 
 
+def qformer() -> dict:
+    return {
+        "hidden_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 36,
+        "vocab_size": 50,
+        "cross_attention_frequency": 2,
+        "initializer_range": 0.1,
+    }
+
+
 def _blip2(name: str):
     tokenizer = tiny_tokenizer(image="")
     pictures = tf.BlipImageProcessorPil(size={"height": 28, "width": 28})
@@ -254,20 +265,9 @@ def _blip2(name: str):
         "init_std": 0.1,
         **_special_ids(tokenizer),
     }
-    qformer = {
-        "hidden_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 36,
-        "vocab_size": 50,
-        "cross_attention_frequency": 2,
-        "initializer_range": 0.1,
-    }
-    vision = _vit("blip_2_vision_model")
-    del vision["model_type"]
     config = tf.Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
+        vision_config=vit(),
+        qformer_config=qformer(),
         text_config=text,
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),

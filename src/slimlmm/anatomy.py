@@ -16,7 +16,7 @@ from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
-from slimlmm.probing import Field, Place, edited, get, key_of, moved, skeleton
+from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
 from slimlmm.slots import RefusedError, attention_of, place_name, slots_of
 from slimlmm.views import View, block_changes, some_of, view_of, vocab_fields
 
@@ -211,29 +211,31 @@ def _with_note(view: View, axis: Axis) -> Axis:
         return replace(axis, exact=False, note=note)
     if not {slot.norm for slot in slots} & {"rms", "rms1"}:
         return axis
-    tied = set(skeleton(view.config).tied.values())
-    groups = []
-    for group in axis.groups:
-        if group.name == axis.name:
-            group = replace(group, slots=tuple(_made_up(view, slot, tied) for slot in group.slots))
-        groups.append(group)
+    whole = skeleton(view.config)
+    groups = [
+        replace(group, slots=tuple(_made_up(view, whole, slot) for slot in group.slots))
+        if group.name == axis.name
+        else group
+        for group in axis.groups
+    ]
     return replace(axis, groups=tuple(groups))
 
 
-def _made_up(view: View, slot: Slot, tied: set[str]) -> Slot:
+def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:
     """Say what a cut of the width does to one place of a stream that RMSNorms read."""
-    label, inside = view.inside(slot.parameter)
+    family, module = view.family, slot.parameter.rpartition(".")[0]
     if slot.role == "produce":
-        scaled = view.backbone.root_of_width and isinstance(skeleton(view.config).owner(slot.parameter), nn.Embedding)
-        return slot if scaled or view.family.reads_raw(slot.parameter) else replace(slot, norm="write")
+        scaled = view.backbone.root_of_width and isinstance(whole.owner(slot.parameter), nn.Embedding)
+        return slot if scaled or module in family.raw else replace(slot, norm="write")
     if slot.role == "consume":
-        return replace(slot, norm="read") if view.family.raw_reader(slot.parameter) else slot
+        return replace(slot, norm="read") if module in family.raw_readers else slot
     if slot.norm not in ("rms", "rms1"):
         return slot
-    if inside.removesuffix(".weight") in view.backbone.post_norms or view.family.feeds_stream(slot.parameter):
+    label, inside = view.inside(slot.parameter)
+    if inside.removesuffix(".weight") in view.backbone.post_norms or module in family.post_norms:
         return replace(slot, norm="")
-    head = any(name.startswith(f"{view.tower.prefix}.") for name in tied) and not view.backbone.root_of_width
-    if head and not label and inside == view.backbone.final_norm:
+    tied = any(name.startswith(f"{view.tower.prefix}.") for name in whole.tied.values())
+    if tied and not view.backbone.root_of_width and not label and inside == view.backbone.final_norm:
         return replace(slot, norm="last1" if slot.norm == "rms1" else "last")
     return slot
 

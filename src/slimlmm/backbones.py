@@ -75,6 +75,12 @@ class Backbone:
 
 _SIGLIP = Attention(consume=("out_proj",))
 _LLAMA = Backbone(layers="layers", kv="num_key_value_heads", per_layer=("layer_types",))
+_EXPERTS = replace(
+    _LLAMA,
+    expert_ffn="moe_intermediate_size",
+    parts={"mlp.shared_experts": "shared"},
+    layouts={"mlp.experts.gate_up_proj": "-pc", "mlp.experts.down_proj": "-pc", "mlp.gate.weight": "-c"},
+)
 _GEMMA = replace(_LLAMA, root_of_width=True)
 _GEMMA2 = replace(_GEMMA, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
@@ -140,6 +146,9 @@ _GLM_VISION = Backbone(
     heads="num_heads",
     refusals={"ffn": "the FFN of its blocks is as wide as the text tower (out_hidden_size) and goes with text.width"},
 )
+_BLIP_VISION = Backbone(
+    layers="encoder.layers", attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),)
+)
 _VISION_ENCODER = Backbone(layers="encoder.layers", attention=(_SIGLIP,))
 BACKBONES: Mapping[str, Backbone] = {
     "llama": Backbone(layers="layers", kv="num_key_value_heads", width_by_heads=True),
@@ -150,18 +159,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen2_5_vl_text": _LLAMA,
     "qwen3_vl_text": _LLAMA,
     "granite": _LLAMA,
-    "qwen3_vl_moe_text": replace(
-        _LLAMA,
-        expert_ffn="moe_intermediate_size",
-        counts=("first_k_dense_replace",),
-        parts={"mlp.shared_experts": "shared"},
-        indexes=("mlp_only_layers",),
-        layouts={
-            "mlp.experts.gate_up_proj": "-pc",
-            "mlp.experts.down_proj": "-pc",
-            "mlp.gate.weight": "-c",
-        },
-    ),
+    "qwen3_vl_moe_text": replace(_EXPERTS, indexes=("mlp_only_layers",)),
     "qwen3_5_text": replace(_LLAMA, essential=(("layer_types", "full_attention"), ("layer_types", "linear_attention"))),
     "mllama_text_model": replace(
         _LLAMA,
@@ -224,17 +222,7 @@ BACKBONES: Mapping[str, Backbone] = {
         pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
     ),
     "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
-    "glm4v_moe_text": replace(
-        _LLAMA,
-        expert_ffn="moe_intermediate_size",
-        counts=("first_k_dense_replace",),
-        parts={"mlp.shared_experts": "shared"},
-        layouts={
-            "mlp.experts.gate_up_proj": "-pc",
-            "mlp.experts.down_proj": "-pc",
-            "mlp.gate.weight": "-c",
-        },
-    ),
+    "glm4v_moe_text": replace(_EXPERTS, counts=("first_k_dense_replace",)),
     "llama4_text": replace(
         _LLAMA,
         ffn="intermediate_size_mlp",
@@ -261,10 +249,10 @@ BACKBONES: Mapping[str, Backbone] = {
         kv="num_key_value_heads",
         refusals={"width": "its pooled states are scaled by the root of the width"},
     ),
-    "cohere2": replace(_LLAMA),
+    "cohere2": _LLAMA,
     "lfm2": replace(
         _LLAMA,
-        attention=(replace(Attention(), consume=("out_proj",)),),
+        attention=(_SIGLIP,),
         essential=(("layer_types", "full_attention"),),
         final_norm="embedding_norm.weight",
     ),
@@ -292,10 +280,7 @@ BACKBONES: Mapping[str, Backbone] = {
     ),
     "smolvlm_vision": _VISION_ENCODER,
     "idefics3_vision": _VISION_ENCODER,
-    "blip_2_vision_model": Backbone(
-        layers="encoder.layers",
-        attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),),
-    ),
+    "blip_2_vision_model": _BLIP_VISION,
     "dinov2": Backbone(
         layers="encoder.layer",
         attention=(Attention(module="attention"),),
@@ -336,13 +321,10 @@ BACKBONES: Mapping[str, Backbone] = {
         parts={"vit_merger": "merger"},
         refusals={"blocks": "patches are merged behind block insert_layer_id, which the config holds in two places"},
     ),
-    "instructblip_vision_model": Backbone(
-        layers="encoder.layers",
-        attention=(Attention(produce=("qkv",), consume=("projection",), outer=3),),
-    ),
+    "instructblip_vision_model": _BLIP_VISION,
     "got_ocr2_vision": Backbone(
         layers="layers",
-        attention=(replace(_VISION_FUSED, module="attn"),),
+        attention=(_VISION_FUSED,),
         ffn="mlp_dim",
         indexes=("global_attn_indexes",),
     ),

@@ -33,8 +33,8 @@ from slimlmm.families import stock_class
 
 MARKER = "slimlmm.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-#: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
 _MODEL_TYPES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+#: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
 PROCESSOR_FILES = (
     "*preprocessor_config.json",
     "processor_config.json",

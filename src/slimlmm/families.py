@@ -15,6 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from slimlmm.backbones import BACKBONES, Backbone
 from slimlmm.errors import UserError, nearest
@@ -102,18 +106,6 @@ class Family:
         """Return the name of the part of a joint whose inner axis this is, "" for the stream itself."""
         found = (interior.place(parameter, dim) for interior in self.interiors if interior.axis == axis)
         return next((part for part in found if part), "")
-
-    def reads_raw(self, parameter: str) -> bool:
-        """Tell whether what this parameter writes is read without a norm."""
-        return parameter.rpartition(".")[0] in self.raw
-
-    def raw_reader(self, parameter: str) -> bool:
-        """Tell whether this parameter reads the residual stream without a norm."""
-        return parameter.rpartition(".")[0] in self.raw_readers
-
-    def feeds_stream(self, norm: str) -> bool:
-        """Tell whether this norm of the joint writes the residual stream."""
-        return norm.rpartition(".")[0] in self.post_norms
 
     def token_data(self, data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """Return the parts of a configuration's dictionary that hold token ids, by their keys; "" is the top level."""
@@ -349,8 +341,8 @@ FAMILIES: Mapping[str, Family] = {
 
 def stock_class(config: Any) -> Any:
     """Return the Auto class of transformers that builds and loads this configuration."""
-    known = getattr(AutoModelForImageTextToText, "_model_mapping")  # noqa: B009
-    return AutoModelForImageTextToText if type(config) in known else AutoModelForMultimodalLM
+    only = set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return AutoModelForMultimodalLM if config.model_type in only else AutoModelForImageTextToText
 
 
 def part_of(config: Any, tower: Tower) -> Any:

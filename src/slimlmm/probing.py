@@ -10,7 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ Field = tuple[str, str]
 Place = tuple[str, int]
 
 _KEPT = 64
-T = TypeVar("T")
 _cache: OrderedDict[str, Skeleton] = OrderedDict()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
+from slimlmm.importance import skipped
 from slimlmm.resizing import resized
 from slimlmm.token_ids import renumbered
 
@@ -254,14 +255,4 @@ def _skip_blocks(model: PreTrainedModel, axis: Axis, keep: Keep, stack: ExitStac
     for unit in _complement(keep[group.name], group.units).tolist():
         for layer in range(unit * group.stride, (unit + 1) * group.stride):
             block = model.get_submodule(f"{axis.layers}.{layer}")
-            stack.callback(block.register_forward_hook(_passed_on(), with_kwargs=True, prepend=True).remove)
-
-
-def _passed_on() -> Callable[..., Any]:
-    """Return a hook that makes a block hand on the hidden states that it was given."""
-
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook
+            stack.enter_context(skipped([block]))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import transformers as tf
 
+from tiny import vit
+
 VOCAB = 320
 #: the other special tokens stand from 300 on; what is between is plain
 TEXT_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -33,23 +35,9 @@ def _text(model_type: str, tied: bool, **changes) -> dict:
     return sizes | changes
 
 
-def _vit(model_type: str, **changes) -> dict:
-    sizes = {
-        "model_type": model_type,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 44,
-        "image_size": 28,
-        "patch_size": 14,
-        "initializer_range": 0.1,
-    }
-    return sizes | changes
-
-
 def _llava_pixtral() -> tf.PreTrainedConfig:
     return tf.LlavaConfig(
-        vision_config=_vit("pixtral", image_size=42),
+        vision_config=vit("pixtral", image_size=42),
         text_config=_text("llama", tied=True),
         image_token_index=IMAGE,
         image_seq_length=1,
@@ -62,7 +50,7 @@ def _llava_pixtral() -> tf.PreTrainedConfig:
 
 def _llava_next() -> tf.PreTrainedConfig:
     return tf.LlavaNextConfig(
-        vision_config=_vit("clip_vision_model", projection_dim=16),
+        vision_config=vit("clip_vision_model", projection_dim=16),
         text_config=_text("mistral", tied=False, sliding_window=None, num_key_value_heads=2),
         image_token_index=IMAGE,
         image_seq_length=4,
@@ -84,7 +72,7 @@ def _granite_vision() -> tf.PreTrainedConfig:
         logits_scaling=2.0,
     )
     return tf.LlavaNextConfig(
-        vision_config=_vit("siglip_vision_model", num_hidden_layers=4, vision_use_head=False),
+        vision_config=vit("siglip_vision_model", num_hidden_layers=4, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
         image_seq_length=4,
@@ -98,7 +86,7 @@ def _granite_vision() -> tf.PreTrainedConfig:
 
 def _llava_onevision() -> tf.PreTrainedConfig:
     return tf.LlavaOnevisionConfig(
-        vision_config=_vit("siglip_vision_model", vision_use_head=False),
+        vision_config=vit("siglip_vision_model", vision_use_head=False),
         text_config=_text("qwen2", tied=True, num_key_value_heads=2),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
@@ -112,7 +100,7 @@ def _llava_onevision() -> tf.PreTrainedConfig:
 
 def _mistral3() -> tf.PreTrainedConfig:
     return tf.Mistral3Config(
-        vision_config=_vit("pixtral", image_size=42, patch_size=7),
+        vision_config=vit("pixtral", image_size=42, patch_size=7),
         text_config=_text("mistral", tied=False, sliding_window=None, head_dim=12),
         image_token_index=IMAGE,
         spatial_merge_size=2,
@@ -125,7 +113,7 @@ def _mistral3() -> tf.PreTrainedConfig:
 
 def _internvl() -> tf.PreTrainedConfig:
     return tf.InternVLConfig(
-        vision_config=_vit("internvl_vision", image_size=[28, 28], patch_size=[7, 7], attention_bias=True),
+        vision_config=vit("internvl_vision", image_size=[28, 28], patch_size=[7, 7], attention_bias=True),
         text_config=_text("qwen2", tied=False, num_key_value_heads=2),
         image_token_id=IMAGE,
         image_seq_length=4,
@@ -139,7 +127,7 @@ def _internvl() -> tf.PreTrainedConfig:
 
 def _paligemma(text: dict) -> tf.PreTrainedConfig:
     return tf.PaliGemmaConfig(
-        vision_config=_vit("siglip_vision_model", projection_dim=48, vision_use_head=False),
+        vision_config=vit("siglip_vision_model", projection_dim=48, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
         vocab_size=VOCAB,
@@ -178,7 +166,7 @@ def _gemma3() -> tf.PreTrainedConfig:
         query_pre_attn_scalar=16,
     )
     return tf.Gemma3Config(
-        vision_config=_vit("siglip_vision_model", patch_size=7, vision_use_head=False),
+        vision_config=vit("siglip_vision_model", patch_size=7, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -192,7 +180,7 @@ def _gemma3() -> tf.PreTrainedConfig:
 def _gemma4(text: dict, vision: dict) -> tf.PreTrainedConfig:
     """Heads of 12 in sliding, 20 in full layers; the vision tower has KV heads and a head size of its own."""
     common = {"num_key_value_heads": 2, "head_dim": 12, "pooling_kernel_size": 2, "position_embedding_size": 20}
-    vision = _vit("gemma4_vision", patch_size=7, **common) | vision
+    vision = vit("gemma4_vision", patch_size=7, **common) | vision
     del vision["image_size"]
     sizes = {"num_hidden_layers": 4, "layer_types": PATTERN * 2, "head_dim": 12, "global_head_dim": 20}
     return tf.Gemma4Config(
@@ -247,7 +235,7 @@ def _aya_vision() -> tf.PreTrainedConfig:
     )
     del text["rms_norm_eps"]
     return tf.AyaVisionConfig(
-        vision_config=_vit("siglip_vision_model", patch_size=7, vision_use_head=False),
+        vision_config=vit("siglip_vision_model", patch_size=7, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
         downsample_factor=2,
@@ -261,7 +249,7 @@ def _aya_vision() -> tf.PreTrainedConfig:
 
 def _ovis2() -> tf.PreTrainedConfig:
     return tf.Ovis2Config(
-        vision_config=_vit(
+        vision_config=vit(
             "ovis2_vision", patch_size=7, vocab_size=40, hidden_stride=2, num_visual_indicator_tokens=5, qkv_bias=True
         ),
         text_config=_text("qwen2", tied=True, num_key_value_heads=2),
@@ -276,7 +264,7 @@ def _ovis2() -> tf.PreTrainedConfig:
 
 def _janus() -> tf.PreTrainedConfig:
     """The picture generator stays at one resolution level; its group norms want channels in multiples of 32."""
-    vision = _vit("janus_vision_model", mlp_ratio=1.375, projection_dim=48, depth=2, num_image_tokens=4)
+    vision = vit("janus_vision_model", mlp_ratio=1.375, projection_dim=48, depth=2, num_image_tokens=4)
     del vision["intermediate_size"]
     generator = {
         "model_type": "janus_vqgan",
@@ -312,7 +300,7 @@ def _lfm2_vl() -> tf.PreTrainedConfig:
         norm_eps=1e-5,
     )
     del text["rms_norm_eps"]
-    vision = _vit("siglip2_vision_model", patch_size=7, num_patches=16, vision_use_head=False)
+    vision = vit("siglip2_vision_model", patch_size=7, num_patches=16, vision_use_head=False)
     del vision["image_size"]
     return tf.Lfm2VlConfig(
         vision_config=vision,
@@ -327,7 +315,7 @@ def _lfm2_vl() -> tf.PreTrainedConfig:
 
 def _vipllava() -> tf.PreTrainedConfig:
     return tf.VipLlavaConfig(
-        vision_config=_vit("clip_vision_model", num_hidden_layers=4, projection_dim=16),
+        vision_config=vit("clip_vision_model", num_hidden_layers=4, projection_dim=16),
         text_config=_text("llama", tied=False),
         image_token_index=IMAGE,
         image_seq_length=4,

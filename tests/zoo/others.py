@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import transformers as tf
 
+from tiny import qformer, vit
+
 VOCAB = 320
 BOS, EOS, PAD, IMAGE = 0, 2, 3, 4
 SPECIAL_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -37,19 +39,6 @@ def _text(model_type: str | None = None, **changes) -> dict:
         "initializer_range": 0.1,
         "rms_norm_eps": 1e-5,
         **SPECIAL_IDS,
-    }
-    return sizes | ({"model_type": model_type} if model_type else {}) | changes
-
-
-def _vit(model_type: str | None = None, **changes) -> dict:
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 44,
-        "image_size": 28,
-        "patch_size": 14,
-        "initializer_range": 0.1,
     }
     return sizes | ({"model_type": model_type} if model_type else {}) | changes
 
@@ -206,7 +195,7 @@ def _llama4(**changes) -> tf.PreTrainedConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
     return tf.Llama4Config(
-        vision_config=_vit(
+        vision_config=vit(
             patch_size=7,
             intermediate_size=32 * 4,
             pixel_shuffle_ratio=0.5,
@@ -233,7 +222,7 @@ def llama4_moe() -> tf.PreTrainedConfig:
 
 def kosmos2() -> tf.PreTrainedConfig:
     return tf.Kosmos2Config(
-        vision_config=_vit(),
+        vision_config=vit(),
         text_config={
             "embed_dim": 48,
             "layers": 3,
@@ -252,12 +241,12 @@ def kosmos2() -> tf.PreTrainedConfig:
 def git() -> tf.PreTrainedConfig:
     text = _text()
     del text["num_key_value_heads"], text["rms_norm_eps"]
-    return tf.GitConfig(vision_config=_vit(), **text, tie_word_embeddings=False)
+    return tf.GitConfig(vision_config=vit(), **text, tie_word_embeddings=False)
 
 
 def phi4_multimodal() -> tf.PreTrainedConfig:
     """The text model's sizes stand on the top level."""
-    vision = _vit(patch_size=7, num_hidden_layers=4, crop_size=28, feature_layer=-2, image_token_id=318)
+    vision = vit(patch_size=7, num_hidden_layers=4, crop_size=28, feature_layer=-2, image_token_id=318)
     audio = {
         "hidden_size": 16,
         "intermediate_size": 20,
@@ -284,7 +273,7 @@ def phi4_multimodal() -> tf.PreTrainedConfig:
 def minicpmv4_6() -> tf.PreTrainedConfig:
     text = qwen3_5().text_config.to_dict() | {"tie_word_embeddings": True}
     return tf.MiniCPMV4_6Config(
-        vision_config=_vit(num_hidden_layers=4, patch_size=7, image_size=56),
+        vision_config=vit(num_hidden_layers=4, patch_size=7, image_size=56),
         text_config=text,
         insert_layer_id=1,
         image_size=56,
@@ -292,18 +281,6 @@ def minicpmv4_6() -> tf.PreTrainedConfig:
         video_token_id=319,
         tie_word_embeddings=True,
     )
-
-
-def _qformer() -> dict:
-    return {
-        "hidden_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 36,
-        "vocab_size": 50,
-        "cross_attention_frequency": 2,
-        "initializer_range": 0.1,
-    }
 
 
 def blip2_t5() -> tf.PreTrainedConfig:
@@ -323,8 +300,8 @@ def blip2_t5() -> tf.PreTrainedConfig:
         **SPECIAL_IDS,
     }
     return tf.Blip2Config(
-        vision_config=_vit(),
-        qformer_config=_qformer(),
+        vision_config=vit(),
+        qformer_config=qformer(),
         text_config=text,
         num_query_tokens=4,
         image_token_index=IMAGE,
@@ -333,8 +310,8 @@ def blip2_t5() -> tf.PreTrainedConfig:
 
 def instructblip() -> tf.PreTrainedConfig:
     return tf.InstructBlipConfig(
-        vision_config=_vit(),
-        qformer_config=_qformer(),
+        vision_config=vit(),
+        qformer_config=qformer(),
         text_config=_text("llama", head_dim=12, tie_word_embeddings=False),
         num_query_tokens=4,
         image_token_index=IMAGE,
@@ -343,7 +320,7 @@ def instructblip() -> tf.PreTrainedConfig:
 
 def deepseek_vl() -> tf.PreTrainedConfig:
     return tf.DeepseekVLConfig(
-        vision_config=_vit("siglip_vision_model"),
+        vision_config=vit("siglip_vision_model"),
         text_config=_text("llama", head_dim=12, tie_word_embeddings=True),
         image_token_id=IMAGE,
         tie_word_embeddings=True,
@@ -352,7 +329,7 @@ def deepseek_vl() -> tf.PreTrainedConfig:
 
 def idefics2() -> tf.PreTrainedConfig:
     return tf.Idefics2Config(
-        vision_config=_vit(),
+        vision_config=vit(),
         perceiver_config={
             "hidden_size": 48,
             "rms_norm_eps": 1e-5,
@@ -369,7 +346,7 @@ def idefics2() -> tf.PreTrainedConfig:
 
 
 def got_ocr2() -> tf.PreTrainedConfig:
-    vision = _vit(image_size=56, patch_size=7, mlp_dim=44, output_channels=20, window_size=3, global_attn_indexes=[1])
+    vision = vit(image_size=56, patch_size=7, mlp_dim=44, output_channels=20, window_size=3, global_attn_indexes=[1])
     del vision["intermediate_size"]
     return tf.GotOcr2Config(
         vision_config=vision,
@@ -417,7 +394,7 @@ def florence2() -> tf.PreTrainedConfig:
 def perception_lm() -> tf.PreTrainedConfig:
     """The real vision tower is a timm model; a CLIP tower with the same output (class token first) stands in."""
     return tf.PerceptionLMConfig(
-        vision_config=_vit("clip_vision_model", patch_size=7, model_args={"embed_dim": 32, "img_size": [28, 28]}),
+        vision_config=vit("clip_vision_model", patch_size=7, model_args={"embed_dim": 32, "img_size": [28, 28]}),
         text_config=_text("llama", head_dim=12, tie_word_embeddings=True),
         vision_use_cls_token=True,
         projector_pooling_ratio=2,
