@@ -170,8 +170,10 @@ def test_activation_by_hand_and_behind_a_mask():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_criterion_scores_every_unit_of_every_axis(name):
     model, described, batches = case(name)
-    axes = cuttable(described, ("inner", "width", "blocks"))
     for criterion in set(CRITERIA) - {"ablation"}:
+        axes = cuttable(described, ("inner", "width", "blocks"))
+        if criterion == "activation":  # no layer reads the dimensions of queries and keys
+            axes = [axis for axis in axes if not axis.endswith(".head_dim")]
         scores = score(model, described, axes, criterion, batches[:1], loss)
         groups = [group for axis in axes for group in described.axis(axis).groups]
         assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
@@ -244,8 +246,12 @@ def test_refusals_name_what_is_missing():
         score(model, described, ["text.ffn"], "tailor")
     with pytest.raises(UserError, match="once per unit, and there are"):
         score(model, described, ["text.ffn", "vision.ffn"], "ablation", batches, loss)
-    with pytest.raises(UserError, match=r"inner axes only, not text\.width"):
+    with pytest.raises(UserError, match=r"what some matrix reads, not text\.width"):
         score(model, described, ["text.width"], "ablation", batches, loss)
+    with pytest.raises(UserError, match=r"what some matrix reads, not text\.head_dim\.pairs"):
+        score(model, described, ["text.head_dim"], "ablation", batches, loss)
+    with pytest.raises(UserError, match=r"text\.head_dim\.pairs: no linear layer reads it"):
+        score(model, described, ["text.head_dim"], "activation", batches)
     with pytest.raises(UserError, match="needs a loss"):
         score(model, described, ["text.ffn"], "taylor", batches)
     with pytest.raises(UserError, match="calibration rows"):

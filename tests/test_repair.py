@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from slimlmm import anatomy, repair, surgery
-from slimlmm.axes import Group, Slot
 from slimlmm.errors import UserError
 from slimlmm.importance import forward, score
 from slimlmm.moments import Moments, predict
@@ -63,36 +62,33 @@ def consumer(bias=True, inputs=12, outputs=7, samples=40, noise=0.0):
     moments = Moments(inputs)
     for start in range(0, samples, 10):
         moments.add(values[start : start + 10])
-    slot = Slot(parameter="weight", dim=1, role="consume")
-    group = Group(name="g", axis="text.ffn", units=inputs, slots=(slot,))
-    return linear, values, moments, group, slot
+    return linear, values, moments
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_refit_is_least_squares_as_the_ridge_vanishes(bias):
-    linear, values, moments, group, slot = consumer(bias, noise=0.3)
+    linear, values, moments = consumer(bias, noise=0.3)
     kept = torch.tensor([0, 2, 3, 7, 8, 11])
     target = linear(values).detach().reshape(-1, 7).numpy()
     inputs = values[..., kept].reshape(-1, 6).numpy()
     design = np.concatenate([inputs, np.ones((len(inputs), 1))], 1) if bias else inputs
     expected = np.linalg.lstsq(design, target, rcond=None)[0]
-    repair.refit(linear, group, slot, kept, moments, ridges=[1e-13])
+    repair.refit(linear, torch.tensor([1, 4, 5, 6, 9, 10]), moments, ridges=[1e-13])
     assert np.allclose(linear.weight.detach()[:, kept].numpy().T, expected[:6], atol=1e-7)
     if bias:
         assert np.allclose(linear.bias.detach().numpy(), expected[6], atol=1e-7)
 
 
 def test_dropped_units_that_are_combinations_of_kept_ones_cost_nothing():
-    linear, values, moments, group, slot = consumer()
+    linear, values, moments = consumer()
     before = linear(values).detach()
-    kept = torch.arange(6)
-    repair.refit(linear, group, slot, kept, moments, ridges=[1e-12])
+    repair.refit(linear, torch.arange(6, 12), moments, ridges=[1e-12])
     assert torch.allclose(linear(values), before, atol=1e-5)
     assert not linear.weight[:, 6:].any()
 
 
 def test_the_ridge_is_chosen_by_error_on_samples_not_seen():
-    linear, _, moments, _, _ = consumer(noise=1.0, samples=4)
+    linear, _, moments = consumer(noise=1.0, samples=4)
     kept, dropped = torch.arange(6), torch.arange(6, 12)
     tried = [predict(moments, kept, dropped, linear.weight, bias=True, ridges=[r]) for r in (1e-9, 1e-1, 1e3)]
     found = predict(moments, kept, dropped, linear.weight, bias=True, ridges=(1e-9, 1e-1, 1e3))
@@ -171,14 +167,38 @@ def test_inner_repair_leaves_an_uncut_model_that_computes_as_the_cut_one():
     assert torch.allclose(logits(student, batches[0]), logits(repaired, batches[0]), atol=1e-5)
 
 
-def test_attention_outputs_take_no_small_ridge():
-    model, described, _ = case(MAIN)
-    group = described.axis("text.kv_groups").groups[0]
-    slot = next(s for s in group.slots if s.role == "consume")
-    linear = copy.deepcopy(model.get_submodule(slot.parameter.removesuffix(".weight")))
-    moments = calibrated(MAIN, "text.kv_groups").consumers[slot.parameter]
-    found = repair.refit(linear, group, slot, torch.tensor([0, 2]), moments, ridges=[1e-9, 1e-3])
-    assert found.ridge == repair.ATTENTION_RIDGE
+def test_attention_outputs_take_no_small_ridge(monkeypatch):
+    tried = []
+    monkeypatch.setattr(repair, "refit", lambda linear, goes, moments, ridges: tried.append(list(ridges)))
+    for name in ("text.kv_groups", "text.queries", "text.head_dim", "text.ffn"):
+        model, described, _ = case(MAIN)
+        axis = described.axis(name)
+        keep = half(axis, model, described)
+        repair.fold(copy.deepcopy(model), described, name, keep, calibrated(MAIN, name), ridges=[1e-9, 1e-3])
+        wanted = [1e-9, 1e-3] if name == "text.ffn" else [repair.ATTENTION_RIDGE]
+        assert tried, name
+        assert all(ridges == wanted for ridges in tried), name
+        tried.clear()
+
+
+@pytest.mark.parametrize("axis_name", ["text.queries", "text.head_dim"])
+def test_groups_that_share_a_consumer_are_refitted_together(axis_name):
+    """Each of them alone would lean on columns that another one drops: the cut model would lose what was put there."""
+    model, described, batches = case(MAIN)
+    axis = described.axis(axis_name)
+    keep = half(axis, model, described)
+    repaired = copy.deepcopy(model)
+    kept = repair.fold(repaired, described, axis_name, keep, calibrated(MAIN, axis_name))
+    student = surgery.cut(repaired, described, axis_name, kept)
+    with surgery.masked(repaired, described, axis_name, kept):
+        wanted = logits(repaired, batches[0])
+    assert torch.allclose(logits(student, batches[0]), wanted, atol=1e-5)
+    for name in {s.parameter for group in axis.groups for s in group.slots if s.role == "consume"}:
+        gone = torch.ones(repaired.get_parameter(name).shape[1], dtype=torch.bool)
+        for group in axis.groups:
+            for slot in (s for s in group.slots if s.parameter == name):
+                gone[slot.rows(kept[group.name], group.units)] = False
+        assert not repaired.get_parameter(name)[:, gone].any(), name
 
 
 def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():

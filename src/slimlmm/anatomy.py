@@ -16,12 +16,25 @@ from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
+from slimlmm.heads import head_dim_axis, kv_axis, queries_axis
 from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
-from slimlmm.slots import RefusedError, attention_of, place_name, slots_of
+from slimlmm.slots import RefusedError, attention_of, grouped, labels, place_name, refused
 from slimlmm.views import View, block_changes, some_of, view_of, vocab_fields
 
 Places = Mapping[Place, tuple[int, int]]
-_KINDS: Mapping[str, Kind] = {"blocks": "blocks", "ffn": "inner", "kv_groups": "inner", "width": "width"}
+_KINDS: Mapping[str, Kind] = {
+    "blocks": "blocks",
+    "decoder_blocks": "blocks",
+    "ffn": "inner",
+    "expert_ffn": "inner",
+    "experts": "experts",
+    "kv_groups": "inner",
+    "queries": "inner",
+    "head_dim": "inner",
+    "width": "width",
+}
+#: what every tower has, and what is refused in one that is not known
+_ALWAYS = ("blocks", "ffn", "kv_groups", "width")
 #: grouped matrix products want rows of whole 16 bytes
 _GROUPED = 8
 _REMEMBERED = 64
@@ -40,10 +53,12 @@ def describe(config: Any) -> Anatomy:
             axes |= {axis.name: axis for axis in _tower_axes(config, family, tower)}
         for name, field in family.projector.items():
             axes[name] = _inner_axis(view_of(config, "vision"), name, field, int(get(config, field)))
+        for name, (part, field_name, _) in family.query_tokens.items():
+            axes[name] = _tokens_axis(view_of(config, "vision"), name, (part, field_name))
         axes["vocab"] = _vocab_axis(config, family)
         towers = {tower.name: f"{tower.prefix}." for tower in family.towers} | {"projector": f"{family.joint}."}
         for name, refusal in family.refusals.items():
-            axes[name] = _refused(axes[name], refusal)
+            axes[name] = refused(axes[name], refusal)
         tied = skeleton(config).tied
         _ANATOMIES[key] = Anatomy(model_type=config.model_type, axes=axes, tied=tied, towers=towers)
     return _ANATOMIES[key]
@@ -54,25 +69,39 @@ def _tower_axes(config: Any, family: Family, tower: Tower) -> Iterable[Axis]:
     if backbone is None:
         model_type = part_of(config, tower).model_type
         reason = f"the backbone {model_type!r} is not known to families.py"
-        for noun, kind in _KINDS.items():
-            yield Axis(name=f"{tower.name}.{noun}", kind=kind, size=0, refusal=reason)
+        for noun in _ALWAYS:
+            yield Axis(name=f"{tower.name}.{noun}", kind=_KINDS[noun], size=0, refusal=reason)
         return
     view = View(config, family, tower, backbone)
-    makers = {"blocks": _blocks_axis, "ffn": _ffn_axis, "kv_groups": _kv_axis, "width": _width_axis}
-    for noun, make in makers.items():
+    for noun, make in _makers(view).items():
         if refusal := backbone.refusals.get(noun):
             yield Axis(name=f"{tower.name}.{noun}", kind=_KINDS[noun], size=0, refusal=refusal)
         else:
             yield make(view)
-    if backbone.expert_ffn and view.value(backbone.expert_ffn):
-        field = view.field(backbone.expert_ffn)
-        axis = _inner_axis(view, f"{tower.name}.expert_ffn", field, int(get(config, field)))
-        aligned = math.lcm(axis.multiple, _GROUPED)
-        yield axis if axis.refusal else replace(axis, multiple=aligned, minimum=aligned)
 
 
-def _blocks_axis(view: View) -> Axis:
-    name, period = f"{view.tower.name}.blocks", view.period
+def _makers(view: View) -> dict[str, Callable[[View], Axis]]:
+    """Return how to find each axis that this tower has, by noun."""
+    backbone = view.backbone
+    found: dict[str, Callable[[View], Axis]] = {"blocks": lambda view: _blocks_axis(view, "blocks")}
+    if backbone.decoder[0]:
+        found["decoder_blocks"] = lambda view: _blocks_axis(view.decoder(), "decoder_blocks")
+    if "ffn" in backbone.refusals or view.value(backbone.ffn):
+        found["ffn"] = _ffn_axis
+    if view.value(backbone.expert_ffn):
+        found["expert_ffn"] = _expert_ffn_axis
+    if view.value(backbone.experts):
+        found["experts"] = _experts_axis
+    found["kv_groups"] = kv_axis
+    if "kv_groups" not in backbone.refusals and view.queries > 1:
+        found["queries"] = queries_axis
+    if view.tower.name == "text" or ("kv_groups" not in backbone.refusals and view.free_heads):
+        found["head_dim"] = head_dim_axis
+    return found | {"width": _width_axis}
+
+
+def _blocks_axis(view: View, noun: str) -> Axis:
+    name, period = f"{view.tower.name}.{noun}", view.period
     layers = f"{view.tower.prefix}.{view.backbone.layers}"
     group = Group(name=name, axis=name, units=view.blocks // period, stride=period, some_of=some_of(view))
     refusal = "" if group.units == 1 else _last_block_goes(view, layers, group)
@@ -84,10 +113,10 @@ def _blocks_axis(view: View) -> Axis:
         name=name,
         kind="blocks",
         size=view.blocks,
-        fields=_labels((view.field(view.backbone.blocks),)),
+        fields=labels((view.field(view.backbone.blocks),)),
         groups=() if refusal else (group,),
         multiple=period,
-        minimum=group.least * period,
+        minimum=max(group.least * period, int(view.value(view.backbone.no_fewer_than) or 0)),
         layers=layers,
         refusal=refusal,
         note=f"block {', '.join(map(str, must))} must stay: their output is read elsewhere" if must else note,
@@ -120,10 +149,45 @@ def _ffn_axis(view: View) -> Axis:
     return axis if axis.refusal else replace(axis, multiple=multiple, minimum=multiple, note=note)
 
 
+def _expert_ffn_axis(view: View) -> Axis:
+    field = view.field(view.backbone.expert_ffn)
+    axis = _inner_axis(view, f"{view.tower.name}.expert_ffn", field, int(get(view.config, field)))
+    aligned = math.lcm(axis.multiple, _GROUPED)
+    return axis if axis.refusal else replace(axis, multiple=aligned, minimum=aligned)
+
+
+def _experts_axis(view: View) -> Axis:
+    """Return the axis of whole experts: each block keeps its own, of which a token still takes as many as before."""
+    backbone, field = view.backbone, view.field(view.backbone.experts)
+    size, least = int(get(view.config, field)), int(view.value(backbone.experts_per_token))
+    places = moved(view.config, edited(view.config, {field: 2 * size}))
+    draft = Axis(name=f"{view.tower.name}.experts", kind="experts", size=size, fields=labels((field,)))
+    if (teams := int(view.value(backbone.expert_teams) or 1)) > 1:
+        return refused(draft, f"its experts are sorted into {teams} sets of one size ({backbone.expert_teams})")
+
+    def group_of(place: Place, length: int) -> Group:
+        return Group(
+            name=place_name(view, draft.name, place), axis=draft.name, units=size, layer=view.locate(place[0])[0]
+        )
+
+    note = f"a token takes {least} of them ({backbone.experts_per_token})"
+    least = max(least, 2) if view.value(backbone.expert_teams) else least  # a set is ranked by its best two
+    axis = grouped(view, draft, places, group_of)
+    return axis if axis.refusal else replace(axis, minimum=least, note=note)
+
+
+def _tokens_axis(view: View, name: str, field: Field) -> Axis:
+    """Return the axis of learned queries that ask the picture: fewer of them, fewer placeholders in the prompt."""
+    size = int(get(view.config, field))
+    draft = Axis(name=name, kind="tokens", size=size, fields=labels((field,)), note="cut together with the processor")
+    places = moved(view.config, edited(view.config, {field: 2 * size}))
+    return grouped(view, draft, places, lambda place, length: Group(name=name, axis=name, units=size))
+
+
 def _inner_axis(view: View, name: str, field: Field, size: int) -> Axis:
     """Return the axis of a size inside modules that one field holds; each block and each declared part chooses for itself."""
     places = moved(view.config, edited(view.config, {field: 2 * get(view.config, field)}))
-    draft = Axis(name=name, kind="inner", size=size, fields=_labels((field,)))
+    draft = Axis(name=name, kind="inner", size=size, fields=labels((field,)))
     units: dict[str, int] = {}
     try:
         for place, (old, _) in places.items():
@@ -131,8 +195,8 @@ def _inner_axis(view: View, name: str, field: Field, size: int) -> Axis:
             units[label] = min(old, units.get(label, old))
         if wrong := [label for label, count in units.items() if count % size and size % count]:
             raise RefusedError(f"{wrong[0]} has {units[wrong[0]]} units, which is out of proportion to {size}")
-    except RefusedError as refused:
-        return _refused(draft, str(refused))
+    except RefusedError as reason:
+        return refused(draft, str(reason))
 
     def group_of(place: Place, length: int) -> Group:
         label = place_name(view, name, place)
@@ -140,32 +204,9 @@ def _inner_axis(view: View, name: str, field: Field, size: int) -> Axis:
         stride, rate = max(1, size // count), max(1, count // size)
         return Group(name=label, axis=name, units=count, stride=stride, rate=rate, layer=view.locate(place[0])[0])
 
-    axis = _axis(view, draft, places, group_of)
+    axis = grouped(view, draft, places, group_of)
     multiple = math.lcm(1, *(group.stride for group in axis.groups))
     return replace(axis, multiple=multiple, minimum=multiple)
-
-
-def _kv_axis(view: View) -> Axis:
-    name = f"{view.tower.name}.kv_groups"
-    fields = tuple(view.field(field) for field in (view.backbone.heads, view.backbone.kv) if field)
-    if not view.free_heads:
-        reason = (
-            f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so fewer heads would "
-            f"re-cut the same matrices into wider heads; heads go with {view.tower.name}.width"
-        )
-        return Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), refusal=reason)
-    wide = view.set_width(2 * view.width)  # twice the width, so that twice the heads divide it
-    places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
-
-    def group_of(place: Place, length: int) -> Group:
-        return Group(name=place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0])
-
-    queries = view.heads // view.kv
-    legal = [n for n in range(1, view.kv + 1) if view.width % (queries * n) == 0]
-    allowed = tuple(legal) if view.backbone.width_by_heads else ()
-    note = f"width {view.width} must be a multiple of the number of heads ({queries} per group)" if allowed else ""
-    draft = Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), allowed=allowed, note=note)
-    return _axis(view, draft, places, group_of)
 
 
 def _width_axis(view: View) -> Axis:
@@ -195,12 +236,8 @@ def _width_axis(view: View) -> Axis:
 
     multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
     fields = tuple(field for field in changes if field[1] != "head_dim")
-    draft = Axis(name=name, kind="width", size=width, fields=_labels(fields), multiple=multiple)
-    return _with_note(view, _axis(view, draft, places, group_of))
-
-
-def _labels(fields: Iterable[Field]) -> tuple[str, ...]:
-    return tuple(".".join(field).removeprefix(".") for field in fields)
+    draft = Axis(name=name, kind="width", size=width, fields=labels(fields), multiple=multiple)
+    return _with_note(view, grouped(view, draft, places, group_of))
 
 
 def _with_note(view: View, axis: Axis) -> Axis:
@@ -252,31 +289,8 @@ def _vocab_axis(config: Any, family: Family) -> Axis:
         name="vocab",
         kind="vocab",
         size=size,
-        fields=_labels((field,)),
+        fields=labels((field,)),
         groups=groups,
         refusal=refusal,
         note="cut together with the tokenizer",
     )
-
-
-def _axis(view: View, draft: Axis, places: Places, group_of: Callable[[Place, int], Group]) -> Axis:
-    """Sort the moved places into groups of slots; refuse the axis, with the reason, where they do not fit."""
-    slots: dict[Group, list[Slot]] = {}
-    whole = skeleton(view.config)
-    if not places:
-        return _refused(draft, f"changing {', '.join(draft.fields)} moves no parameter")
-    try:
-        for place, (old, new) in places.items():
-            if new != 2 * old:
-                raise RefusedError(f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion")
-            group = group_of(place, old)
-            slots.setdefault(group, []).extend(slots_of(view, whole, place, group))
-    except RefusedError as refused:
-        return _refused(draft, str(refused))
-    groups = [replace(group, slots=tuple(found)) for group, found in slots.items()]
-    groups.sort(key=lambda group: (group.layer is not None, group.layer or 0))
-    return replace(draft, groups=tuple(groups), minimum=draft.multiple)
-
-
-def _refused(draft: Axis, reason: str) -> Axis:
-    return Axis(name=draft.name, kind=draft.kind, size=draft.size, fields=draft.fields, refusal=reason)

@@ -17,14 +17,14 @@ from torch import Tensor
 from slimlmm.errors import UserError, nearest
 
 Role = Literal["produce", "consume", "affine"]
-Kind = Literal["blocks", "inner", "width", "vocab"]
+Kind = Literal["blocks", "inner", "width", "experts", "tokens", "vocab"]
 Norm = Literal["", "write", "read", "rms", "rms1", "last", "last1", "layer"]
 #: group name -> sorted indices of the kept units
 Keep = Mapping[str, Tensor]
 
 
 def noun_of(axis: str) -> str:
-    """Return what an axis counts, its name without the tower: blocks, ffn, kv_groups, width."""
+    """Return what an axis counts, its name without the tower: blocks, ffn, kv_groups, head_dim, width ..."""
     return axis.rpartition(".")[2]
 
 
@@ -88,6 +88,11 @@ class Group:
             if not any(unit in chosen for unit in units):
                 chosen.append(max(units, key=lambda unit: float(scores[unit])))
         return chosen
+
+    @property
+    def masked_role(self) -> Role:
+        """Role of the places whose zeros leave the model as if a unit were gone: its readers, where it has any."""
+        return "consume" if any(slot.role == "consume" for slot in self.slots) else "produce"
 
     @property
     def least(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +12,8 @@ class Attention:
     """Modules (names inside a layer, or inside the tower where outside the layers) whose inner axis is heads.
 
     `produce` have heads in their output rows, `consume` in their input columns; `outer` is 3 where q, k and v
-    are stacked in one matrix. `group` is the name that ends the group's name when heads go with the width.
+    are stacked in one matrix. `group` is the name that ends the group's name when heads go with the width. `norms`: those of
+    queries and of keys, over head_dim. `gated`: behind each query stand as many rows that gate the values it gets.
     """
 
     module: str = "self_attn"
@@ -19,15 +21,22 @@ class Attention:
     consume: tuple[str, ...] = ("o_proj",)
     outer: int = 1
     group: str = "heads"
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
     """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
 
-    `more_layers`: lists of further blocks that share the sizes but not the number of blocks. `ffn_is_ratio`: the field
-    `ffn` holds FFN width / residual width. `expert_ffn`: FFN width of each expert. `refusals`: noun -> why the config
-    cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
+    `more_layers`: lists of further blocks that share the sizes but not the number of blocks. `decoder`: the one of them that
+    is a decoder of its own number of blocks, and the field that holds it. `ffn_is_ratio`: the field `ffn` holds FFN width /
+    residual width. `expert_ffn`: FFN width of each expert, `experts`: their number, `experts_per_token`: how many a token
+    takes, `expert_teams`: into how many sets they are sorted. `refusals`: noun -> why the config cannot say it. `layouts`,
+    `pieces`: see `Family`, with names inside a block.
+
+    `neighbours`: rotary pairs are dimensions (2p, 2p + 1), not (p, p + half). `mrope`: how three coordinates share the pairs,
+    in "sections" one behind the other or "interleaved". `fixed_scale`: scores are not divided by the root of head_dim.
 
     `ties`: fields that follow `width` where they equal it or a multiple. `root_of_width`: embeddings are multiplied by the
     root of the width. `post_norms`: norms whose output is the residual stream. `final_norm` stands before the head.
@@ -38,11 +47,13 @@ class Backbone:
     Blocks: `per_layer`: lists with one entry per block; `essential`: (list, value) of which one block must stay;
     `indexes`: lists of block numbers; `anchors`: those whose blocks must stay; `fixed`: numbers of blocks that must stay;
     `counts`: how many of the first blocks are of another kind; `reset`: fields that the config class derives from the
-    depth; `period`: field that says every how many blocks one is special.
+    depth; `period`: field that says every how many blocks one is special; `no_fewer_than`: field of a number of blocks that
+    these must not fall below.
     """
 
     layers: str
     more_layers: tuple[str, ...] = ()
+    decoder: tuple[str, str] = ("", "")
     attention: tuple[Attention, ...] = (Attention(),)
     width: str = "hidden_size"
     blocks: str = "num_hidden_layers"
@@ -52,6 +63,12 @@ class Backbone:
     ffn: str = "intermediate_size"
     ffn_is_ratio: bool = False
     expert_ffn: str = ""
+    experts: str = ""
+    experts_per_token: str = "num_experts_per_tok"
+    expert_teams: str = "n_group"
+    neighbours: bool = False
+    mrope: Literal["", "sections", "interleaved"] = ""
+    fixed_scale: bool = False
     refusals: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     pieces: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
@@ -70,6 +87,7 @@ class Backbone:
     counts: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
     period: str = ""
+    no_fewer_than: str = ""
     width_by_heads: bool = False
 
 
@@ -78,11 +96,12 @@ _LLAMA = Backbone(layers="layers", kv="num_key_value_heads", per_layer=("layer_t
 _EXPERTS = replace(
     _LLAMA,
     expert_ffn="moe_intermediate_size",
+    experts="num_local_experts",
     parts={"mlp.shared_experts": "shared"},
     layouts={"mlp.experts.gate_up_proj": "-pc", "mlp.experts.down_proj": "-pc", "mlp.gate.weight": "-c"},
 )
 _GEMMA = replace(_LLAMA, root_of_width=True)
-_GEMMA2 = replace(_GEMMA, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
+_GEMMA2 = replace(_GEMMA, fixed_scale=True, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
 _QFORMER = Backbone(
     layers="encoder.layer",
@@ -157,10 +176,15 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen3": _LLAMA,
     "qwen2_vl_text": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
-    "qwen3_vl_text": _LLAMA,
-    "granite": _LLAMA,
-    "qwen3_vl_moe_text": replace(_EXPERTS, indexes=("mlp_only_layers",)),
-    "qwen3_5_text": replace(_LLAMA, essential=(("layer_types", "full_attention"), ("layer_types", "linear_attention"))),
+    "qwen3_vl_text": replace(_LLAMA, mrope="interleaved"),
+    "granite": replace(_LLAMA, fixed_scale=True),
+    "qwen3_vl_moe_text": replace(_EXPERTS, mrope="interleaved", indexes=("mlp_only_layers",)),
+    "qwen3_5_text": replace(
+        _LLAMA,
+        attention=(Attention(gated=True),),
+        mrope="interleaved",
+        essential=(("layer_types", "full_attention"), ("layer_types", "linear_attention")),
+    ),
     "mllama_text_model": replace(
         _LLAMA,
         attention=(Attention(), Attention(module="cross_attn", group="cross_heads")),
@@ -169,6 +193,9 @@ BACKBONES: Mapping[str, Backbone] = {
     "t5": Backbone(
         layers="encoder.block",
         more_layers=("decoder.block",),
+        decoder=("decoder.block", "num_decoder_layers"),
+        no_fewer_than="num_decoder_layers",
+        fixed_scale=True,
         attention=tuple(
             Attention(module=module, produce=("q", "k", "v"), consume=("o",), group=group)
             for module, group in (
@@ -190,6 +217,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "bart": Backbone(
         layers="encoder.layers",
         more_layers=("decoder.layers",),
+        decoder=("decoder.layers", "decoder_layers"),
         attention=(_SIGLIP,),
         width="d_model",
         blocks="encoder_layers",
@@ -219,14 +247,19 @@ BACKBONES: Mapping[str, Backbone] = {
     "phi4_multimodal": replace(
         _LLAMA,
         attention=(Attention(produce=("qkv_proj",)),),
+        refusals={"head_dim": "the config class wants as many longrope factors as width / heads gives pairs"},
         pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
     ),
     "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
-    "glm4v_moe_text": replace(_EXPERTS, counts=("first_k_dense_replace",)),
+    "glm4v_moe_text": replace(
+        _EXPERTS, experts="n_routed_experts", mrope="sections", counts=("first_k_dense_replace",)
+    ),
     "llama4_text": replace(
         _LLAMA,
         ffn="intermediate_size_mlp",
         expert_ffn="intermediate_size",
+        experts="num_local_experts",
+        refusals={"head_dim": "queries and keys are divided by norms without weights, which could take up no scale"},
         parts={"feed_forward.shared_expert": "shared"},
         per_layer=("layer_types", "no_rope_layers"),
         indexes=("moe_layers",),
@@ -238,6 +271,8 @@ BACKBONES: Mapping[str, Backbone] = {
     "gemma4_text": replace(
         _GEMMA2,
         refusals={
+            "head_dim": "full and sliding blocks each have a head_dim of their own",
+            "queries": "full and sliding blocks each have a number of key/value heads of their own",
             "blocks": "sizes, shared keys and values, and embeddings per layer are tied to the numbers of the blocks",
             "kv_groups": "full and sliding blocks each have a number of key/value heads of their own",
             "width": "the projection of its embeddings per layer is scaled by a root of the width",
@@ -247,12 +282,15 @@ BACKBONES: Mapping[str, Backbone] = {
         layers="encoder.layers",
         attention=(Attention(produce=("q_proj.linear", "k_proj.linear", "v_proj.linear"), consume=("o_proj.linear",)),),
         kv="num_key_value_heads",
-        refusals={"width": "its pooled states are scaled by the root of the width"},
+        refusals={
+            "head_dim": "each half of its rotary pairs turns by a coordinate of its own",
+            "width": "its pooled states are scaled by the root of the width",
+        },
     ),
-    "cohere2": _LLAMA,
+    "cohere2": replace(_LLAMA, neighbours=True),
     "lfm2": replace(
         _LLAMA,
-        attention=(_SIGLIP,),
+        attention=(replace(_SIGLIP, norms=("q_layernorm", "k_layernorm")),),
         essential=(("layer_types", "full_attention"),),
         final_norm="embedding_norm.weight",
     ),

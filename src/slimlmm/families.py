@@ -82,7 +82,9 @@ class Family:
     a norm; `post_norms`: norms of the joint whose output is the stream. `leading`:
     axis of blocks -> list as long as the number of first
     blocks that must stay. `feature_layer`: (sub-config, field) that picks vision hidden states by number (0 = embeddings,
-    negative from the end). `token_parts`: more sub-configs that hold token ids. `refusals`: axis -> why it cannot be cut.
+    negative from the end). `query_tokens`: axis -> (sub-config, field) of the number of learned queries, each of which becomes
+    one placeholder, and what the processor calls that number. `token_parts`: more sub-configs that hold token ids. `refusals`:
+    axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -99,6 +101,7 @@ class Family:
     post_norms: tuple[str, ...] = ()
     leading: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     feature_layer: tuple[str, str] | None = None
+    query_tokens: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     token_parts: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
 
@@ -199,6 +202,7 @@ _BLIP = Family(
         Tower(name="qformer", config="qformer_config", prefix="qformer"),
     ),
     joint="language_projection",
+    query_tokens={"qformer.query_tokens": ("", "num_query_tokens", "num_query_tokens")},
     ties={"vision.width": (("qformer_config", "encoder_hidden_size"),)},
 )
 
@@ -236,6 +240,7 @@ FAMILIES: Mapping[str, Family] = {
         joint="model.connector",
         parts={"model.connector.modality_projection": "connector"},
         ties={"text.width": (("perceiver_config", "hidden_size"),)},
+        query_tokens={"projector.query_tokens": ("perceiver_config", "resampler_n_latents", "image_seq_len")},
         post_norms=(f"{_PERCEIVER}.norm",),
         interiors=(
             Interior(
@@ -283,7 +288,11 @@ FAMILIES: Mapping[str, Family] = {
     "kosmos-2": Family(
         towers=_towers("text_model.model", "vision_model.model"),
         joint="image_to_text_projection",
-        refusals={"vocab": "its positions are counted from the id of the padding token, which the cut would change"},
+        query_tokens={"projector.query_tokens": ("", "latent_query_num", "")},
+        refusals={
+            "projector.query_tokens": "its processor writes 64 placeholders for a picture, whatever the config says",
+            "vocab": "its positions are counted from the id of the padding token, which the cut would change",
+        },
     ),
     "git": Family(
         towers=_towers("git", "git.image_encoder.vision_model", text_config=""), joint="git.visual_projection"

@@ -232,9 +232,9 @@ def ablation(task: Task) -> Scores:
     The right measure where units are few and dear (key/value groups): taking one away is no small change, so that the
     first order misleads (docs/lab-notes.md).
     """
-    other = [group.axis for group in task.groups if task.anatomy.axis(group.axis).kind != "inner"]
+    other = [g.name for g in task.groups if task.anatomy.axis(g.axis).kind != "inner" or g.masked_role != "consume"]
     if other:
-        raise UserError(f"the criterion 'ablation' measures inner axes only, not {other[0]}. Use taylor.")
+        raise UserError(f"the criterion 'ablation' measures what some matrix reads, not {other[0]}. Use taylor.")
     units = sum(group.units for group in task.groups)
     if units > MOST_ABLATED:
         raise UserError(
@@ -427,7 +427,7 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
         for name, share in wanted:
             slot = share.slot
             place = (slot.dim, slot.offset, slot.outer, slot.inner) if slot else share.block
-            if (id(named[name]), place) not in seen:
+            if name in named and (id(named[name]), place) not in seen:  # a buffer holds no weight to score
                 seen.add((id(named[name]), place))
                 shares.setdefault(named[name], []).append(share)
     return shares

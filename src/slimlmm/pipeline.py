@@ -304,7 +304,7 @@ def _train(
 
 def _criterion(turn: Round, axis: str) -> str:
     """Return how this round chooses the units of an axis."""
-    return {"blocks": turn.blocks, "kv_groups": turn.groups}.get(noun_of(axis), turn.criterion)
+    return {"blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}.get(noun_of(axis), turn.criterion)
 
 
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:

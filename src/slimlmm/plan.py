@@ -16,7 +16,7 @@ from slimlmm.resizing import predict_parameters, resized
 
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
-SHARES = {"blocks": 0.22, "ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
+SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
 #: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
@@ -49,7 +49,7 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     config = resized(config, fixed) if fixed else config
     target = whole / shrink
     anatomy = describe(config)
-    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in LEVELS}
+    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.noun in SHARES}
     least = _count(config, _fit(config, _scaled(axes, 0.0)))
     if least > target:
         raise UserError(

@@ -74,6 +74,10 @@ def collect(
                     found.stream = listen(model, group, wiring, ears.attach)
                 continue
             for slot in linear_consumers(modules, group):
+                if (
+                    slot.parameter in found.consumers
+                ):  # groups of one block may share it: the heads of an attention output
+                    continue
                 linear = modules[owner(slot.parameter)]
                 moments = Moments(linear.get_parameter("weight").shape[1], model.device)
                 found.consumers[slot.parameter] = moments
@@ -123,7 +127,7 @@ def fold(
     Inner groups keep their units, and their consumers are refitted (`refit`). With `turn`, the residual group
     of a width axis is rotated and then keeps its first channels; without (or where it cannot be rotated) it
     keeps those of `keep`. Groups without statistics are left alone, so large models can be folded a few
-    groups at a time.
+    groups at a time. Consumers of attention use a ridge of at least ATTENTION_RIDGE.
     """
     named = dict(model.named_modules())
     final = dict(keep)
@@ -146,45 +150,40 @@ def fold(
                 )
                 final[group.name] = torch.arange(size)
             continue
-        for slot in linear_consumers(named, group):
-            if slot.parameter in statistics.consumers:
-                refit(
-                    named[owner(slot.parameter)],
-                    group,
-                    slot,
-                    kept,
-                    statistics.consumers[slot.parameter],
-                    ridges,
-                )
+    for parameter, (rows, attention) in _columns_that_go(named, anatomy.axis(axis), keep).items():
+        if parameter in statistics.consumers:
+            enough = [ridge for ridge in ridges if ridge >= ATTENTION_RIDGE] or [ATTENTION_RIDGE]
+            moments = statistics.consumers[parameter]
+            refit(named[owner(parameter)], rows, moments, enough if attention else ridges)
     return final
 
 
-def refit(
-    linear: nn.Module,
-    group: Group,
-    slot: Slot,
-    kept: Tensor,
-    moments: Moments,
-    ridges: Sequence[float] = RIDGES,
-) -> Prediction:
-    """Refit one consumer to the kept units in place, its dropped columns to zero: it computes as if cut.
+def _columns_that_go(modules: dict[str, nn.Module], axis: Axis, keep: Keep) -> dict[str, tuple[Tensor, bool]]:
+    """Return the input columns that each linear consumer loses to all groups together, and whether it is one of attention."""
+    found: dict[str, tuple[Tensor, bool]] = {}
+    for group in axis.groups:
+        if is_stream(group, axis) or len(keep[group.name]) == group.units:
+            continue
+        dropped = torch.ones(group.units, dtype=torch.bool)
+        dropped[keep[group.name].cpu()] = False
+        for slot in linear_consumers(modules, group):
+            rows = slot.rows(dropped.nonzero().flatten(), group.units)
+            before = found.get(slot.parameter, (rows[:0], False))[0]
+            found[slot.parameter] = torch.cat((before, rows)), slot.inner > 1 or axis.noun == "head_dim"
+    return found
+
+
+def refit(linear: nn.Module, goes: Tensor, moments: Moments, ridges: Sequence[float] = RIDGES) -> Prediction:
+    """Refit one consumer in place to the columns that stay, those of `goes` to zero: it computes as if cut.
 
     W'_S = W_S + W_D A and, with a bias, b' = b + W_D (m_D - A m_S) for A = C_DS (C_SS + r d I)^-1
-    (`moments.predict`). Consumers of attention (units of several elements) use a ridge of at least
-    ATTENTION_RIDGE.
+    (`moments.predict`). All columns that go, go at once: what one unit leaves must not lean on another that leaves too.
     """
     weight = linear.get_parameter("weight")
     bias = linear.bias if isinstance(linear.bias, Tensor) else None
-    own = slot.rows(kept, group.units)
     everything = torch.ones(weight.shape[1], dtype=torch.bool)
-    everything[slot.rows(torch.arange(group.units), group.units)] = False
-    everything[own] = True
-    stays, goes = (
-        everything.nonzero()[:, 0].to(weight.device),
-        (~everything).nonzero()[:, 0].to(weight.device),
-    )
-    if slot.inner > 1:
-        ridges = [ridge for ridge in ridges if ridge >= ATTENTION_RIDGE] or [ATTENTION_RIDGE]
+    everything[goes] = False
+    stays, goes = everything.nonzero()[:, 0].to(weight.device), (~everything).nonzero()[:, 0].to(weight.device)
     found = predict(moments, stays, goes, weight.detach(), bias=bias is not None, ridges=ridges)
     with torch.no_grad():
         dropped = weight[:, goes].double()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from slimlmm.anatomy import describe
-from slimlmm.axes import Axis
+from slimlmm.axes import Axis, noun_of
 from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
+from slimlmm.rope import settings_after
 from slimlmm.views import View, absolute, as_list, block_changes, view_of, vocab_fields
+
+#: first row, row behind the last one, share that stays
+_Stretch = tuple[int, int, Fraction]
+#: widths write head_dim as it is, so that an axis of head_dim comes after them
+_ORDER = {"width": 0, "head_dim": 2}
 
 
 def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
@@ -42,26 +50,27 @@ def dead_blocks(config: Any) -> dict[str, list[int]]:
     return {"vision.blocks": list(range(last, view.blocks))} if last < view.blocks else {}
 
 
-def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None) -> Any:
+def resized(config: Any, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]] | None = None) -> Any:
     """Return the stock configuration with these axis sizes (all at once), or refuse with the numbers.
 
-    `keep_blocks` names the units that stay of a block axis; without it the first ones stay.
+    `keep` names, by group, the units that stay where the configuration tells which: blocks, rotary pairs. Without it the first
+    blocks and evenly spaced pairs stay.
     """
     anatomy = describe(config)
-    keep_blocks = keep_blocks or {}
+    keep = keep or {}
     changes: dict[Field, Any] = {}
-    for name, size in sizes.items():
+    for name, size in sorted(sizes.items(), key=lambda item: _ORDER.get(noun_of(item[0]), 1)):
         axis = anatomy.axis(name)
         if not 0 < size <= axis.size:
             raise UserError(f"{name}={size}: must be between 1 and its present size {axis.size}.")
         if axis.kind == "vocab":
             changes |= dict.fromkeys(vocab_fields(config), size)
             continue
-        if name in family_of(config).projector:
-            changes[family_of(config).projector[name]] = size
+        if name in (free := free_fields(config)):
+            changes[free[name]] = size
             continue
         view = view_of(config, name.partition(".")[0])
-        changes |= _changes(view, axis, size, sizes, keep_blocks.get(name))
+        changes |= _changes(view, axis, size, sizes, keep)
     try:
         return edited(config, changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -70,18 +79,33 @@ def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Ite
         raise UserError(f"{wanted} cannot be said by the {config.model_type!r} config: {reason}") from error
 
 
+def free_fields(config: Any) -> dict[str, Field]:
+    """Return the axes that are one field of their own outside the towers."""
+    family = family_of(config)
+    return {**family.projector, **{name: (part, field) for name, (part, field, _) in family.query_tokens.items()}}
+
+
 def _changes(
-    view: View, axis: Axis, size: int, sizes: Mapping[str, int], kept: Iterable[int] | None
+    view: View, axis: Axis, size: int, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]]
 ) -> dict[Field, Any]:
     """Fields to write for one axis; `sizes` holds the other ones that change with it."""
-    tower = view.tower.name
+    tower, noun = view.tower.name, axis.noun
     if axis.kind == "blocks":
-        group = axis.groups[0]
+        group, kept = axis.groups[0], keep.get(axis.name)
         units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
-        return block_changes(view, [unit * group.stride + i for unit in units for i in range(group.stride)])
-    if axis.name == f"{tower}.kv_groups":
-        return view.set_heads(view.heads // view.kv * size) | view.pin()
-    if axis.name == f"{tower}.width":
+        of = view.decoder() if noun == "decoder_blocks" else view
+        return block_changes(of, [unit * group.stride + i for unit in units for i in range(group.stride)])
+    if noun in ("kv_groups", "queries"):
+        kv, queries = sizes.get(f"{tower}.kv_groups", view.kv), sizes.get(f"{tower}.queries", view.queries)
+        return view.set_heads(kv, queries) | view.pin()
+    if noun == "head_dim":
+        if size % axis.multiple:
+            raise UserError(f"{axis.name}={size}: possible are {', '.join(map(str, axis.choices()))}.")
+        runs = {name.removeprefix(f"{axis.name}."): list(units) for name, units in keep.items()}
+        return {view.field(view.backbone.head_dim): size} | settings_after(view, size, runs)
+    if noun in ("experts", "expert_ffn"):
+        return {view.field({"experts": view.backbone.experts, "expert_ffn": view.backbone.expert_ffn}[noun]): size}
+    if noun == "width":
         if not view.free_heads and size % axis.multiple:
             possible = ", ".join(map(str, axis.choices()))
             raise UserError(
@@ -89,8 +113,6 @@ def _changes(
                 f"so it must be a multiple of {axis.multiple}. Possible: {possible}."
             )
         return view.set_width(size)
-    if axis.name == f"{tower}.expert_ffn":
-        return {view.field(view.backbone.expert_ffn): size}
     width = sizes.get(f"{tower}.width", view.width)
     if not view.backbone.ffn_is_ratio:
         return {view.field(view.backbone.ffn): size}
@@ -109,24 +131,39 @@ def predict_parameters(
 ) -> int:
     """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes.
 
-    `keep_blocks` as in `resized`: blocks of different kinds differ in size.
+    Every axis that owns rows lo..hi of a parameter's dimension leaves kept / units of them, so that a stretch of rows which
+    several axes own (queries: key/value groups, queries per group, head_dim) shrinks by the product. `keep_blocks` names the
+    blocks that stay: those of different kinds differ in size.
     """
     anatomy, whole, keep_blocks = describe(config), skeleton(config), keep_blocks or {}
-    lengths: dict[Place, int] = {}
+    stretches: dict[Place, dict[str, list[_Stretch]]] = {}
     gone: list[str] = []
-    # widths first: where an FFN follows the width, its own axis has the last word
-    for name, size in sorted(sizes.items(), key=lambda item: anatomy.axis(item[0]).kind != "width"):
+    for name, size in sizes.items():
         axis = anatomy.axis(name)
         if axis.kind == "blocks":
             group = axis.groups[0]
             kept = {int(unit) for unit in keep_blocks.get(name, group.first(group.kept(size)).tolist())}
             gone += [f"{axis.layers}.{layer}." for layer in range(axis.size) if layer // group.stride not in kept]
         for group in axis.groups:
+            ratio = Fraction(group.kept(size), group.units)
             for slot in group.slots:
-                old = whole.shapes[slot.parameter][slot.dim]
-                lengths[slot.parameter, slot.dim] = old * group.kept(size) // group.units
+                rows = (slot.offset, slot.offset + slot.outer * group.units * slot.inner, ratio)
+                stretches.setdefault((slot.parameter, slot.dim), {}).setdefault(name, []).append(rows)
     return sum(
-        math.prod(lengths.get((name, dim), length) for dim, length in enumerate(whole.shapes[name]))
+        math.prod(_length(length, stretches.get((name, dim), {})) for dim, length in enumerate(whole.shapes[name]))
         for name, _ in whole.model.named_parameters()
         if not name.startswith(tuple(gone))
     )
+
+
+def _length(length: int, by_axis: Mapping[str, list[_Stretch]]) -> int:
+    """Return what is left of `length` rows."""
+    if any(name.endswith(".ffn") for name in by_axis):  # an FFN that follows the width: its own axis has the last word
+        by_axis = {name: rows for name, rows in by_axis.items() if not name.endswith(".width")}
+    found = [rows for stretches in by_axis.values() for rows in stretches]
+    edges = sorted({0, length, *(edge for low, high, _ in found for edge in (low, high))})
+    left = Fraction(0)
+    for low, high in itertools.pairwise(edges):
+        left += (high - low) * math.prod((ratio for a, b, ratio in found if a <= low and high <= b), start=Fraction(1))
+    assert left.denominator == 1, (length, by_axis)
+    return int(left)

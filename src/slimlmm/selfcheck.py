@@ -64,7 +64,8 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
         if axis.kind != "blocks" or axis.refusal:
             continue
         group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
-        count = min(group.units, max(depth // axis.multiple, 2, group.least))
+        more = axis.minimum > group.least * group.stride  # it must not fall below the depth of another axis
+        count = min(group.units, max(depth // axis.multiple, 2, group.least) + more)
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
     return resized(config, sizes, blocks)
 
@@ -80,6 +81,11 @@ def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
                 else:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
+            for buffer in (
+                tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())
+            ):
+                if buffer.is_floating_point() and buffer.dim() == 1:
+                    buffer.add_(torch.randn_like(buffer).abs(), alpha=0.2)
     model.train(False)
     return model
 
@@ -116,11 +122,15 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
     inputs = dict(batch)
     if axis.kind == "vocab":
         inputs |= {key: torch.searchsorted(keep["vocab"], batch[key]) for key in _TOKENS if key in batch}
+    if axis.kind == "tokens":
+        batch = inputs = picture_prompt(student.config)
     with masked(model, anatomy, axis.name, keep):
         wanted = model(**batch).logits
     if axis.kind == "vocab":
         wanted = wanted[..., keep["vocab"]]
-    elif torch.allclose(wanted, model(**batch).logits, rtol=0, atol=1e-4 * float(wanted.abs().max())):
+    elif axis.kind != "tokens" and torch.allclose(
+        wanted, model(**batch).logits, rtol=0, atol=1e-4 * float(wanted.abs().max())
+    ):
         raise UserError("masking half of the units changes nothing, so nothing was proven")
     got = student(**inputs).logits
     counted = sum(parameter.numel() for parameter in student.parameters())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from slimlmm.axes import Group, Norm, Role, Slot
+from slimlmm.axes import Axis, Group, Norm, Role, Slot
 from slimlmm.backbones import Attention
 from slimlmm.norms import kind_of
-from slimlmm.probing import Place, Skeleton
+from slimlmm.probing import Field, Place, Skeleton, skeleton
 from slimlmm.views import View
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,3 +88,34 @@ def _norm(view: View, whole: Skeleton, name: str) -> Norm:
     if kind == "layer":
         return "layer"
     return kind if kind in ("rms", "rms1") and name.endswith("weight") else ""
+
+
+def labels(fields: Iterable[Field]) -> tuple[str, ...]:
+    """Return the names of fields as users write them: text_config.hidden_size."""
+    return tuple(".".join(field).removeprefix(".") for field in fields)
+
+
+def grouped(
+    view: View, draft: Axis, places: Mapping[Place, tuple[int, int]], group_of: Callable[[Place, int], Group]
+) -> Axis:
+    """Sort the moved places into groups of slots; refuse the axis, with the reason, where they do not fit."""
+    slots: dict[Group, list[Slot]] = {}
+    whole = skeleton(view.config)
+    if not places:
+        return refused(draft, f"changing {', '.join(draft.fields)} moves no parameter")
+    try:
+        for place, (old, new) in places.items():
+            if new != 2 * old:
+                raise RefusedError(f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion")
+            group = group_of(place, old)
+            slots.setdefault(group, []).extend(slots_of(view, whole, place, group))
+    except RefusedError as reason:
+        return refused(draft, str(reason))
+    groups = [replace(group, slots=tuple(found)) for group, found in slots.items()]
+    groups.sort(key=lambda group: (group.layer is not None, group.layer or 0))
+    return replace(draft, groups=tuple(groups), minimum=draft.multiple)
+
+
+def refused(draft: Axis, reason: str) -> Axis:
+    """Return an axis that cannot be cut, and why."""
+    return Axis(name=draft.name, kind=draft.kind, size=draft.size, fields=draft.fields, refusal=reason)

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.importance import skipped
+from slimlmm.probing import Place
 from slimlmm.resizing import resized
 from slimlmm.token_ids import renumbered
 
@@ -39,9 +41,10 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
     renamed = _renamed(found, keep, state)
     new = {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
-    for (name, dim), rows in _kept_rows(found, keep).items():
-        new[name] = new[name].index_select(dim, rows.to(new[name].device))
-    _compensate(found, size, new)
+    rows = kept_rows(found, keep, {name: tuple(tensor.shape) for name, tensor in new.items()})
+    for (name, dim), kept in rows.items():
+        new[name] = new[name].index_select(dim, kept.to(new[name].device))
+    _compensate(found, size, keep, rows, new)
     buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
     student = _assemble(model, config, new, renamed, buffers)
     if found.kind == "vocab":
@@ -51,13 +54,16 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     return student
 
 
-def _kept_rows(axis: Axis, keep: Keep) -> dict[tuple[str, int], Tensor]:
-    """Return the rows that stay of every parameter and dimension, in storage order."""
-    rows: dict[tuple[str, int], list[Tensor]] = {}
+def kept_rows(axis: Axis, keep: Keep, shapes: Mapping[str, tuple[int, ...]]) -> dict[Place, Tensor]:
+    """Return the rows that stay of every parameter and dimension that the axis cuts, in storage order; rows of no unit stay."""
+    stays: dict[Place, Tensor] = {}
     for group in axis.groups:
+        dropped = _complement(keep[group.name], group.units)
         for slot in group.slots:
-            rows.setdefault((slot.parameter, slot.dim), []).append(slot.rows(keep[group.name].cpu(), group.units))
-    return {place: torch.cat(parts).sort().values if len(parts) > 1 else parts[0] for place, parts in rows.items()}
+            place = (slot.parameter, slot.dim)
+            mask = stays.setdefault(place, torch.ones(shapes[slot.parameter][slot.dim], dtype=torch.bool))
+            mask[slot.rows(dropped, group.units)] = False
+    return {place: mask.nonzero().flatten() for place, mask in stays.items()}
 
 
 def check(axis: Axis, keep: Keep) -> int:
@@ -87,8 +93,7 @@ def check(axis: Axis, keep: Keep) -> int:
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
     if axis.kind == "vocab":
         config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
-    blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
-    return resized(config, {axis.name: size}, blocks)
+    return resized(config, {axis.name: size}, {name: units.tolist() for name, units in keep.items()})
 
 
 def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
@@ -119,22 +124,31 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
     return renamed
 
 
-def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
+def _compensate(axis: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor], state: dict[str, Tensor]) -> None:
     """Make a cut of the width equal the full model with dropped channels zero, where RMSNorms read the stream.
 
-    With c = sqrt(H'/H) what writes the stream is scaled by c: then sum (c x)^2 / H' = sum x^2 / H, and every norm divides
-    by what it divided by before, its epsilon included. A norm that is read by the blocks ("rms") has c too much, so its
-    weight is divided by c. One whose output is the stream ("post") keeps its weight. An embedding that the model multiplies
-    by sqrt(H') has its c already. A head tied to a scaled embedding has another c, taken out of the norm before it ("last").
-    In a tower of LayerNorms, which divide by another sum anyway, nothing that writes is scaled.
+    `rows` are the rows that stayed of each place, in `state` as they stand now. With c = sqrt(H'/H) what writes the stream is
+    scaled by c: then sum (c x)^2 / H' = sum x^2 / H, and every norm divides by what it divided by before, its epsilon included.
+    A norm that is read by the blocks ("rms") has c too much, so its weight is divided by c. One whose output is the stream
+    ("post") keeps its weight. An embedding that the model multiplies by sqrt(H') has its c already. A head tied to a scaled
+    embedding has another c, taken out of the norm before it ("last"). In a tower of LayerNorms, which divide by another sum
+    anyway, nothing that writes is scaled. The same factors keep scores of attention when head_dim goes from H to H'
+    (`heads.head_dim_axis`).
     """
     c = math.sqrt(size / axis.size)
     factors = {"write": c, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c, "last": 1 / c**2, "last1": 1 / c**2}
-    for name, norm in {(slot.parameter, slot.norm) for group in axis.groups for slot in group.slots}:
-        if norm not in factors:
-            continue
-        one = int(norm.endswith("1"))  # Gemma's norms hold w - 1
-        state[name] = (state[name] + one) * factors[norm] - one
+    scales: dict[tuple[Place, int], Tensor] = {}
+    for group in axis.groups:
+        for slot in group.slots:
+            if slot.norm in factors:
+                place = (slot.parameter, slot.dim)
+                one = int(slot.norm.endswith("1"))  # Gemma's norms hold w - 1
+                scale = scales.setdefault((place, one), torch.ones(len(rows[place]), dtype=torch.float64))
+                scale[torch.isin(rows[place], slot.rows(keep[group.name].cpu(), group.units))] = factors[slot.norm]
+    for ((name, dim), one), scale in scales.items():
+        tensor = state[name]
+        shaped = scale.view([-1 if d == dim % tensor.dim() else 1 for d in range(tensor.dim())])
+        state[name] = (tensor + one) * shaped.to(tensor) - one
 
 
 def _assemble(
@@ -191,21 +205,26 @@ def _fill_buffers(student: PreTrainedModel, buffers: Mapping[str, Tensor]) -> No
 def masked(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[PreTrainedModel]:
     """Let `model` compute, inside the with-block, what it would compute without the units outside `keep`.
 
-    Nothing is cut and nothing rebuilt. Blocks are skipped. Dropped inner units are not read. Dropped channels
-    of a residual stream are never written; RMSNorm sees their zeros and still averages over all channels,
-    LayerNorm sees the kept ones alone. Dropped tokens change nothing, they never occur. Run backward inside
-    the block too: weights are changed in place and put back at its end.
+    Nothing is cut and nothing rebuilt. Blocks are skipped. Dropped inner units are not read (dropped dimensions of queries and
+    keys, which no matrix reads, not written). Dropped channels of a residual stream are never written; RMSNorm sees their zeros
+    and still averages over all channels, LayerNorm sees the kept ones alone. Dropped experts get a router's score of minus
+    infinity, dropped query tokens are not fed in. Dropped tokens of the vocabulary change nothing, they never occur. Run
+    backward inside the block too: weights are changed in place and put back at its end.
     """
     found = anatomy.axis(axis)
     check(found, keep)
     with ExitStack() as stack:
         if found.kind == "blocks":
             _skip_blocks(model, found, keep, stack)
-        for group in found.groups if found.kind != "vocab" else ():
+        if found.kind == "experts":
+            stack.enter_context(_Unrouted(model, found, keep, stack))
+        if found.kind == "tokens":
+            _leave_out(model, found, keep, stack)
+        for group in found.groups if found.kind in ("inner", "width") else ():
             dropped = _complement(keep[group.name], group.units)
-            width = found.kind == "width" and group.name == found.name
+            stream = found.kind == "width" and group.name == found.name
             for slot in group.slots:
-                if slot.role == ("produce" if width else "consume"):
+                if slot.role == ("produce" if stream else group.masked_role):
                     _zero(model, slot, group, dropped, stack)
                 if slot.norm == "layer" and slot.parameter.endswith("weight"):
                     _narrow(model, slot, slot.rows(keep[group.name].cpu(), group.units), stack)
@@ -230,6 +249,43 @@ def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, sta
 @torch.no_grad()
 def _restore(parameter: nn.Parameter, before: Tensor) -> None:
     parameter.copy_(before)
+
+
+class _Unrouted(TorchFunctionMode):
+    """Within the block no router chooses an expert outside `keep`: its score is minus infinity, and so is its bias."""
+
+    def __init__(self, model: PreTrainedModel, axis: Axis, keep: Keep, stack: ExitStack) -> None:
+        super().__init__()
+        self.dropped: dict[int, Tensor] = {}
+        state = model.state_dict()
+        for group in axis.groups:
+            dropped = _complement(keep[group.name], group.units)
+            for slot in group.slots:
+                tensor = state[slot.parameter]
+                if tensor.dim() == 2:  # the router: one row for each expert
+                    self.dropped[tensor.data_ptr()] = dropped.to(tensor.device)
+                elif tensor.dim() == 1:  # what is added to its scores before the best are taken
+                    stack.callback(tensor.copy_, tensor.clone())
+                    tensor[dropped.to(tensor.device)] = -math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and args[1].data_ptr() in self.dropped:
+            return found.index_fill(-1, self.dropped[args[1].data_ptr()], -math.inf)
+        return found
+
+
+def _leave_out(model: PreTrainedModel, axis: Axis, keep: Keep, stack: ExitStack) -> None:
+    """Let the model hold its learned query tokens without the dropped ones until the stack unwinds."""
+    for group in axis.groups:
+        stays = torch.zeros(group.units, dtype=torch.bool)
+        stays[keep[group.name].cpu()] = True
+        for slot in group.slots:
+            module, _, leaf = slot.parameter.rpartition(".")
+            owner, parameter = model.get_submodule(module), model.get_parameter(slot.parameter)
+            stack.callback(setattr, owner, leaf, parameter)
+            fed = parameter.detach().movedim(slot.dim, 0)[stays.to(parameter.device)].movedim(0, slot.dim)
+            setattr(owner, leaf, nn.Parameter(fed))
 
 
 def _narrow(model: PreTrainedModel, slot: Slot, kept: Tensor, stack: ExitStack) -> None:

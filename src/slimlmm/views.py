@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -12,9 +12,26 @@ from huggingface_hub.errors import StrictDataclassError
 from slimlmm.backbones import Backbone
 from slimlmm.errors import UserError
 from slimlmm.families import Family, Tower, backbone_of, family_of, matched, part_of
-from slimlmm.probing import Field, edited, get, moved
+from slimlmm.probing import Field, Place, edited, get, moved
 
 T = TypeVar("T")
+#: rotary settings that say how frequencies are scaled
+ROPE_SCALING = frozenset(
+    [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,16 @@ class View:
         return int(self.value(self.backbone.kv) or self.heads)
 
     @property
+    def queries(self) -> int:
+        """G, query heads per key/value head."""
+        return self.heads // self.kv
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(self.value(self.backbone.head_dim) or self.width // self.heads)
+
+    @property
     def blocks(self) -> int:
         """Number of blocks."""
         return int(self.value(self.backbone.blocks))
@@ -76,18 +103,26 @@ class View:
 
     def pin(self) -> dict[Field, Any]:
         """Write head_dim out, so that changing W or Q leaves D alone."""
-        name = self.backbone.head_dim
-        return {self.field(name): int(self.value(name) or self.width // self.heads)}
+        return {self.field(self.backbone.head_dim): self.head_dim}
 
     @cached_property
     def free_heads(self) -> bool:
         """Tell whether this tower's modelling honours head_dim, i.e. whether heads are free of the width."""
-        pinned = self.pin()
-        doubled = {field: 2 * value for field, value in pinned.items()}
         try:
-            return bool(moved(edited(self.config, pinned), edited(self.config, doubled)))
+            return bool(self.moved_by_head_dim())
         except StrictDataclassError:
             return False  # the config class itself derives or checks head_dim
+
+    def moved_by_head_dim(self) -> dict[Place, tuple[int, int]]:
+        """Return the parameter axes that move when D doubles, without factors for each rotary pair, which are too few then."""
+        base = self.pin()
+        if settings := self.value("rope_parameters"):
+            parts = settings.items() if all(isinstance(one, dict) for one in settings.values()) else [("", settings)]
+            plain = {kind: {k: v for k, v in one.items() if k not in ROPE_SCALING} for kind, one in parts}
+            plain = {kind: one | {"rope_type": "default"} for kind, one in plain.items()}
+            base[self.field("rope_parameters")] = plain.get("", plain)
+        twice = base | {self.field(self.backbone.head_dim): 2 * self.head_dim}
+        return moved(edited(self.config, base), edited(self.config, twice))
 
     def set_width(self, size: int) -> dict[Field, Any]:
         """Fields to write for a new width: itself, all that equal it by design, heads if they go with it."""
@@ -103,14 +138,23 @@ class View:
             changes[self.field(self.backbone.ffn)] = self.ffn / size
         if self.free_heads:
             return changes | self.pin()
-        return changes | self.set_heads(self.heads * size // self.width)
+        return changes | self.set_heads(self.kv * size // self.width, self.queries)
 
-    def set_heads(self, heads: int) -> dict[Field, Any]:
-        """Fields to write for `heads` query heads at the same number of queries per key/value head."""
-        changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
+    def set_heads(self, kv: int, queries: int) -> dict[Field, Any]:
+        """Fields to write for `kv` key/value heads with `queries` query heads each."""
+        changes: dict[Field, Any] = {self.field(self.backbone.heads): kv * queries}
         if self.backbone.kv:
-            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
+            changes[self.field(self.backbone.kv)] = kv
         return changes
+
+    def decoder(self) -> View:
+        """Return the view of the same tower whose blocks are those of its decoder."""
+        layers, blocks = self.backbone.decoder
+        own = self.backbone.layers
+        backbone = replace(
+            self.backbone, layers=layers, blocks=blocks, more_layers=(own,), per_layer=(), no_fewer_than=""
+        )
+        return View(self.config, self.family, self.tower, backbone)
 
     def locate(self, parameter: str) -> tuple[int | None, str]:
         """Return (layer, name inside the layer), or (None, name inside the tower) outside the layers."""

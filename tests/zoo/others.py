@@ -112,14 +112,14 @@ def qwen3_5() -> tf.PreTrainedConfig:
         vision_config=_visual(depth=3, num_position_embeddings=16),
         text_config=_text(
             num_hidden_layers=4,
-            head_dim=12,
+            head_dim=32,
             layer_types=["linear_attention", "full_attention"] * 2,
             linear_key_head_dim=10,
             linear_value_head_dim=14,
             linear_num_key_heads=2,
             linear_num_value_heads=4,
             linear_conv_kernel_dim=4,
-            rope_parameters=_rope([1, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5),
+            rope_parameters=_rope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
             tie_word_embeddings=False,
         ),
         tie_word_embeddings=False,
@@ -144,8 +144,8 @@ def glm4v_moe() -> tf.PreTrainedConfig:
     return tf.Glm4vMoeConfig(
         vision_config=_visual(image_size=56),
         text_config=_text(
-            head_dim=12,
-            rope_parameters=_rope([1, 1, 1], partial_rotary_factor=0.5),
+            head_dim=24,
+            rope_parameters=_rope([2, 2, 2], partial_rotary_factor=0.5),
             first_k_dense_replace=1,
             n_routed_experts=4,
             n_shared_experts=1,
