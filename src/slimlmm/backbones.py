@@ -81,6 +81,13 @@ _EXPERTS = replace(
     parts={"mlp.shared_experts": "shared"},
     layouts={"mlp.experts.gate_up_proj": "-pc", "mlp.experts.down_proj": "-pc", "mlp.gate.weight": "-c"},
 )
+_PHI = replace(
+    _LLAMA,
+    attention=(Attention(produce=("qkv_proj",)),),
+    pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
+)
+#: OLMo 2 and its like have norms behind attention and FFN, none before
+_READ_RAW = "its blocks read the residual stream without a norm"
 _GEMMA = replace(_LLAMA, root_of_width=True)
 _GEMMA2 = replace(_GEMMA, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
@@ -159,6 +166,16 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen2_5_vl_text": _LLAMA,
     "qwen3_vl_text": _LLAMA,
     "granite": _LLAMA,
+    "cohere": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "smollm3": replace(_LLAMA, per_layer=("layer_types", "no_rope_layers")),
+    "glm4": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    "phi3": _PHI,
+    "exaone4": replace(_LLAMA, refusals={"width": _READ_RAW}),
+    "olmo2": replace(
+        _LLAMA, refusals={"kv_groups": "its norms of queries and keys go over all heads", "width": _READ_RAW}
+    ),
     "qwen3_vl_moe_text": replace(_EXPERTS, indexes=("mlp_only_layers",)),
     "qwen3_5_text": replace(_LLAMA, essential=(("layer_types", "full_attention"), ("layer_types", "linear_attention"))),
     "mllama_text_model": replace(
@@ -216,11 +233,7 @@ BACKBONES: Mapping[str, Backbone] = {
             Attention(module="attention", produce=("self.query", "self.key", "self.value"), consume=("output.dense",)),
         ),
     ),
-    "phi4_multimodal": replace(
-        _LLAMA,
-        attention=(Attention(produce=("qkv_proj",)),),
-        pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
-    ),
+    "phi4_multimodal": _PHI,
     "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "glm4v_moe_text": replace(_EXPERTS, counts=("first_k_dense_replace",)),
     "llama4_text": replace(
