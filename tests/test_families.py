@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from slimlmm.anatomy import describe
 from slimlmm.backbones import BACKBONES
 from slimlmm.families import FAMILIES, backbone_of, family_of, part_of
 from slimlmm.probing import get, skeleton
+from slimlmm.resizing import resized
 from zoo import CONFIGS
 
 FIELDS = {"width": "width", "blocks": "blocks", "ffn": "ffn", "kv_groups": "heads"}
@@ -55,3 +57,12 @@ def test_all_backbones_of_the_table_are_tested():
     configs = [CONFIGS[name]() for name in CONFIGS]
     used = {part_of(config, tower).model_type for config in configs for tower in family_of(config).towers}
     assert set(BACKBONES) == used
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "paligemma2", "gemma3", "gemma4", "llava-dinov2-llama"])
+def test_every_size_that_an_axis_offers_can_be_said_by_the_config(name):
+    """Llama and Gemma 2 and 3 insist that the heads divide the width, though head_dim is a field of theirs."""
+    config = CONFIGS[name]()
+    for axis in describe(config).axes.values():
+        for size in axis.choices()[-4:] if not axis.refusal and axis.kind != "blocks" else ():
+            resized(config, {axis.name: size})

@@ -246,8 +246,8 @@ BACKBONES: Mapping[str, Backbone] = {
         layouts={"feed_forward.experts.gate_up_proj": "-cp", "feed_forward.experts.down_proj": "-cp"},
     ),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
+    "gemma2": replace(_GEMMA2, width_by_heads=True),
+    "gemma3_text": replace(_GEMMA2, width_by_heads=True),
     "gemma4_text": replace(
         _GEMMA2,
         refusals={
