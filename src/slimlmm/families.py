@@ -202,6 +202,7 @@ _BLIP = Family(
     ties={"vision.width": (("qformer_config", "encoder_hidden_size"),)},
 )
 
+_AYA = replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")})
 FAMILIES: Mapping[str, Family] = {
     "llava": _LLAVA,
     "llava_next": _TILED,
@@ -230,7 +231,8 @@ FAMILIES: Mapping[str, Family] = {
         joint="model.embed_vision",
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
     ),
-    "aya_vision": replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")}),
+    "aya_vision": _AYA,
+    "cohere2_vision": replace(_AYA, feature_layer=None),
     "idefics2": Family(
         towers=_towers("model.text_model", "model.vision_model"),
         joint="model.connector",

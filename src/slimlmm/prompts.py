@@ -316,6 +316,7 @@ PICTURES: Mapping[str, Pictures] = {
     "gemma4": _flat_positions,
     "internvl": _merged(lambda config, patches: round(1 / config.downsample_ratio)),
     "aya_vision": _merged(lambda config, patches: config.downsample_factor),
+    "cohere2_vision": _merged(lambda config, patches: config.downsample_factor),
     "ovis2": _merged(lambda config, patches: config.vision_config.hidden_stride),
     "janus": _square,
     "lfm2_vl": _flat_shapes,

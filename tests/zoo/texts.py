@@ -57,14 +57,19 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 
 
+def text(model_type: str, tied: bool = False, **changes: Any) -> dict[str, Any]:
+    """Return the dictionary of a tiny text backbone."""
+    return _SIZES | {"model_type": model_type, "tie_word_embeddings": tied} | TEXTS.get(model_type, {}) | changes
+
+
 def around(
-    text: str, vision: dict[str, Any] | None = None, strategy: str = "full", **changes: Any
+    model_type: str, vision: dict[str, Any] | None = None, strategy: str = "full", **changes: Any
 ) -> tf.PreTrainedConfig:
     """Return a tiny LLaVA with this text backbone; `vision` is the dictionary of its tower (SigLIP where none is given)."""
     tied = bool(changes.pop("tie_word_embeddings", False))
     return tf.LlavaConfig(
         vision_config=vision or vit("siglip_vision_model", vision_use_head=False),
-        text_config=_SIZES | {"model_type": text, "tie_word_embeddings": tied} | TEXTS[text] | changes,
+        text_config=text(model_type, tied, **changes),
         image_token_index=IMAGE,
         image_seq_length=4,
         vision_feature_layer=-1,
@@ -77,5 +82,5 @@ def around(
 #: the backbones that no other tiny configuration has
 ALONE = ("qwen3", "phi3", "smollm3", "cohere", "glm4", "ernie4_5", "hunyuan_v1_dense", "olmo2", "exaone4")
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
-    f"llava-{text}": partial(around, text) for text in ALONE if text in TEXTS
+    f"llava-{model_type}": partial(around, model_type) for model_type in ALONE
 }

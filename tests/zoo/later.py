@@ -1,0 +1,28 @@
+"""Tiny configurations of families that came later, each with the lines of `families.py` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import transformers as tf
+
+from tiny import vit
+from zoo.texts import IDS, IMAGE, PATTERN, text
+
+
+def _cohere2_vision() -> tf.PreTrainedConfig:
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "layer_types": PATTERN * 2, "sliding_window": 8}
+    return tf.Cohere2VisionConfig(
+        vision_config=vit("siglip_vision_model", patch_size=7, vision_use_head=False),
+        text_config=text("cohere2", tied=True, **sizes),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=36,
+        tie_word_embeddings=True,
+        **IDS,
+    )
+
+
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "cohere2_vision": _cohere2_vision,
+}
