@@ -214,6 +214,15 @@ FAMILIES: Mapping[str, Family] = {
         interiors=(*_LLAVA.interiors, _merger(_PROJECTOR, "patch_merger.merging_layer", "linear_1")),
         layouts={f"{_PROJECTOR}.patch_merger.merging_layer.weight": "pC"},
     ),
+    "lighton_ocr": Family(
+        towers=_towers(vision="model.vision_encoder"),
+        joint="model.vision_projection",
+        interiors=(
+            *_two_layers("model.vision_projection"),
+            _merger("model.vision_projection", "patch_merger.merging_layer", "linear_1"),
+        ),
+        layouts={"model.vision_projection.patch_merger.merging_layer.weight": "pC"},
+    ),
     "internvl": _LLAVA,
     "smolvlm": _IDEFICS,
     "idefics3": _IDEFICS,

@@ -311,6 +311,7 @@ PICTURES: Mapping[str, Pictures] = {
     "fast_vlm": _map,
     "blip-2": _queries,
     "mistral3": _any_size,
+    "lighton_ocr": _any_size,
     "paligemma": _square,
     "gemma3": _merged(lambda config, patches: patches // int(config.mm_tokens_per_image**0.5)),
     "gemma4": _flat_positions,

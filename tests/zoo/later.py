@@ -23,6 +23,18 @@ def _cohere2_vision() -> tf.PreTrainedConfig:
     )
 
 
+def _lighton_ocr() -> tf.PreTrainedConfig:
+    return tf.LightOnOcrConfig(
+        vision_config=vit("pixtral", image_size=42, patch_size=7),
+        text_config=text("qwen3", tied=True, head_dim=12),
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=True,
+        **IDS,
+    )
+
+
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere2_vision": _cohere2_vision,
+    "lighton_ocr": _lighton_ocr,
 }
