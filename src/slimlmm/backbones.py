@@ -234,6 +234,8 @@ BACKBONES: Mapping[str, Backbone] = {
         ),
     ),
     "phi4_multimodal": _PHI,
+    "paddleocr_vl_text": _LLAMA,
+    "paddleocr_vl_vision": _VISION_ENCODER,
     "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "glm4v_moe_text": replace(_EXPERTS, counts=("first_k_dense_replace",)),
     "llama4_text": replace(

@@ -223,6 +223,11 @@ FAMILIES: Mapping[str, Family] = {
         ),
         layouts={"model.vision_projection.patch_merger.merging_layer.weight": "pC"},
     ),
+    "paddleocr_vl": Family(
+        towers=_towers(vision="model.visual.vision_model"),
+        joint="model.projector",
+        interiors=(_merger("model.projector", "linear_1", "linear_2"),),
+    ),
     "internvl": _LLAVA,
     "smolvlm": _IDEFICS,
     "idefics3": _IDEFICS,

@@ -123,6 +123,14 @@ def _patch_rows(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     return {"pixel_values": _pixels(rng, side * side, length), "image_grid_thw": torch.tensor([[1, side, side]])}, 4
 
 
+def _patch_squares(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
+    """[patches, 3, patch, patch] and their grid; two by two placeholders."""
+    vision = config.vision_config
+    side, patch = 2 * vision.spatial_merge_size, _side(vision.patch_size)
+    pictures = _pixels(rng, side * side, vision.num_channels, patch, patch)
+    return {"pixel_values": pictures, "image_grid_thw": torch.tensor([[1, side, side]])}, 4
+
+
 def _flat_shapes(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     """[1, patches, 3 * patch * patch], the shape of the grid and a mask: two rows, three columns of placeholders."""
     vision, merge = config.vision_config, config.downsample_factor
@@ -295,6 +303,7 @@ PICTURES: Mapping[str, Pictures] = {
     "qwen3_vl_moe": _patch_rows,
     "qwen3_5": _patch_rows,
     "glm4v": _patch_rows,
+    "paddleocr_vl": _patch_squares,
     "glm4v_moe": _patch_rows,
     "mllama": _padded_tiles,
     "llama4": _shuffled,
@@ -327,7 +336,17 @@ PICTURES: Mapping[str, Pictures] = {
 EXTRAS: Mapping[str, Callable[[Any, Tensor], Batch]] = {
     **{
         name: _is_picture("mm_token_type_ids")
-        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe", "gemma4")
+        for name in (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+            "qwen3_5",
+            "glm4v",
+            "glm4v_moe",
+            "gemma4",
+            "paddleocr_vl",
+        )
     },
     "gemma3": _is_picture("token_type_ids"),
     "paligemma": _prefix,

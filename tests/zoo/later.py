@@ -34,7 +34,21 @@ def _lighton_ocr() -> tf.PreTrainedConfig:
     )
 
 
+def _paddleocr_vl() -> tf.PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    return tf.PaddleOCRVLConfig(
+        vision_config=vit(image_size=56, spatial_merge_size=2),
+        text_config=text("paddleocr_vl_text", tied=True, head_dim=12, rope_parameters=rope),
+        image_token_id=IMAGE,
+        video_token_id=301,
+        vision_start_token_id=302,
+        vision_end_token_id=303,
+        tie_word_embeddings=True,
+    )
+
+
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere2_vision": _cohere2_vision,
     "lighton_ocr": _lighton_ocr,
+    "paddleocr_vl": _paddleocr_vl,
 }
