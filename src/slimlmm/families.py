@@ -206,6 +206,7 @@ _AYA = replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment
 FAMILIES: Mapping[str, Family] = {
     "llava": _LLAVA,
     "llava_next": _TILED,
+    "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "vipllava": _LLAVA,
     "mistral3": replace(

@@ -293,6 +293,7 @@ def _decoder_ids(config: Any, input_ids: Tensor) -> Batch:
 PICTURES: Mapping[str, Pictures] = {
     "llava": _llava,
     "llava_next": _tiles,
+    "llava_next_video": _tiles,
     "llava_onevision": _tiles,
     "vipllava": _patches_only,
     "smolvlm": _listed,

@@ -47,8 +47,23 @@ def _paddleocr_vl() -> tf.PreTrainedConfig:
     )
 
 
+def _llava_next_video() -> tf.PreTrainedConfig:
+    return tf.LlavaNextVideoConfig(
+        vision_config=vit("clip_vision_model", projection_dim=16),
+        text_config=text("llama", head_dim=12),
+        image_token_index=IMAGE,
+        video_token_index=301,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **IDS,
+    )
+
+
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere2_vision": _cohere2_vision,
     "lighton_ocr": _lighton_ocr,
     "paddleocr_vl": _paddleocr_vl,
+    "llava_next_video": _llava_next_video,
 }
