@@ -145,6 +145,13 @@ _QWEN3_VISION = Backbone(
     indexes=("deepstack_visual_indexes",),
     anchors=("deepstack_visual_indexes",),
 )
+_QWEN25_VISION = Backbone(
+    layers="blocks",
+    attention=(_VISION_FUSED,),
+    blocks="depth",
+    heads="num_heads",
+    indexes=("fullatt_block_indexes",),
+)
 _GLM_VISION = Backbone(
     post_norms=("post_conv_layernorm",),
     layers="blocks",
@@ -164,6 +171,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen3": _LLAMA,
     "qwen2_vl_text": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
+    "qwen2_5_omni_text": _LLAMA,
     "qwen3_vl_text": _LLAMA,
     "granite": _LLAMA,
     "cohere": _LLAMA,
@@ -353,12 +361,9 @@ BACKBONES: Mapping[str, Backbone] = {
     ),
     "qwen3_vl_vision": _QWEN3_VISION,
     "qwen3_vl_moe_vision": _QWEN3_VISION,
-    "qwen2_5_vl_vision": Backbone(
-        layers="blocks",
-        attention=(_VISION_FUSED,),
-        blocks="depth",
-        heads="num_heads",
-        indexes=("fullatt_block_indexes",),
+    "qwen2_5_vl_vision": _QWEN25_VISION,
+    "qwen2_5_omni_vision_encoder": replace(
+        _QWEN25_VISION, attention=(Attention(module="attn", produce=("q", "k", "v"), consume=("proj",)),)
     ),
     "blip_2_qformer": _QFORMER,
     "instructblip_qformer": _QFORMER,

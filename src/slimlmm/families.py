@@ -234,6 +234,9 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": _IDEFICS,
     "qwen2_vl": replace(_QWEN, ties={"text.width": (("vision_config", "hidden_size"),)}),
     "qwen2_5_vl": _QWEN,
+    "qwen2_5_omni_thinker": replace(
+        _QWEN, ties={"text.width": (("vision_config", "out_hidden_size"), ("audio_config", "output_dim"))}
+    ),
     "qwen3_vl": _QWEN3,
     "paligemma": Family(
         towers=_towers(),

@@ -304,6 +304,7 @@ PICTURES: Mapping[str, Pictures] = {
     "qwen3_vl_moe": _patch_rows,
     "qwen3_5": _patch_rows,
     "glm4v": _patch_rows,
+    "qwen2_5_omni_thinker": _patch_rows,
     "paddleocr_vl": _patch_squares,
     "glm4v_moe": _patch_rows,
     "mllama": _padded_tiles,

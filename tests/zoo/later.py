@@ -7,6 +7,7 @@ from collections.abc import Callable
 import transformers as tf
 
 from tiny import vit
+from zoo.others import visual
 from zoo.texts import IDS, IMAGE, PATTERN, text
 
 
@@ -61,9 +62,40 @@ def _llava_next_video() -> tf.PreTrainedConfig:
     )
 
 
+def _qwen2_5_omni_thinker() -> tf.PreTrainedConfig:
+    audio = {
+        "num_mel_bins": 8,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 20,
+        "d_model": 16,
+        "max_source_positions": 20,
+        "n_window": 4,
+        "output_dim": 48,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    sizes = text("qwen2_5_omni_text", rope_parameters=rope)
+    del sizes["head_dim"]
+    return tf.Qwen2_5OmniThinkerConfig(
+        audio_config=audio,
+        vision_config=visual(window_size=56, fullatt_block_indexes=[1]),
+        text_config=sizes,
+        image_token_index=IMAGE,
+        video_token_index=301,
+        audio_token_index=302,
+        vision_start_token_id=306,
+        vision_end_token_id=307,
+        audio_start_token_id=303,
+        audio_end_token_id=304,
+        user_token_id=305,
+        tie_word_embeddings=False,
+    )
+
+
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere2_vision": _cohere2_vision,
     "lighton_ocr": _lighton_ocr,
     "paddleocr_vl": _paddleocr_vl,
     "llava_next_video": _llava_next_video,
+    "qwen2_5_omni_thinker": _qwen2_5_omni_thinker,
 }
