@@ -280,6 +280,7 @@ FAMILIES: Mapping[str, Family] = {
     "fast_vlm": replace(_LLAVA, feature_layer=None),
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": replace(_QWEN3, leading={}, interiors=_QWEN3.interiors[:1]),
+    "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "minicpmv4_6": Family(

@@ -305,6 +305,7 @@ PICTURES: Mapping[str, Pictures] = {
     "qwen3_5": _patch_rows,
     "glm4v": _patch_rows,
     "qwen2_5_omni_thinker": _patch_rows,
+    "glm46v": _patch_rows,
     "paddleocr_vl": _patch_squares,
     "glm4v_moe": _patch_rows,
     "mllama": _padded_tiles,
@@ -348,6 +349,7 @@ EXTRAS: Mapping[str, Callable[[Any, Tensor], Batch]] = {
             "glm4v_moe",
             "gemma4",
             "paddleocr_vl",
+            "glm46v",
         )
     },
     "gemma3": _is_picture("token_type_ids"),

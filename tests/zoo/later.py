@@ -7,6 +7,7 @@ from collections.abc import Callable
 import transformers as tf
 
 from tiny import vit
+from zoo import others
 from zoo.others import visual
 from zoo.texts import IDS, IMAGE, PATTERN, text
 
@@ -92,10 +93,16 @@ def _qwen2_5_omni_thinker() -> tf.PreTrainedConfig:
     )
 
 
+def _glm46v() -> tf.PreTrainedConfig:
+    data = others.glm4v().to_dict()
+    return tf.Glm46VConfig(**{key: data[key] for key in ("vision_config", "text_config", *others.GLM_IDS)})
+
+
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere2_vision": _cohere2_vision,
     "lighton_ocr": _lighton_ocr,
     "paddleocr_vl": _paddleocr_vl,
     "llava_next_video": _llava_next_video,
     "qwen2_5_omni_thinker": _qwen2_5_omni_thinker,
+    "glm46v": _glm46v,
 }
