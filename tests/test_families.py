@@ -6,6 +6,7 @@ import pytest
 
 from slimlmm.anatomy import describe
 from slimlmm.backbones import BACKBONES
+from slimlmm.errors import UserError
 from slimlmm.families import FAMILIES, backbone_of, family_of, part_of
 from slimlmm.probing import get, skeleton
 from slimlmm.resizing import resized
@@ -66,3 +67,14 @@ def test_every_size_that_an_axis_offers_can_be_said_by_the_config(name):
     for axis in describe(config).axes.values():
         for size in axis.choices()[-4:] if not axis.refusal and axis.kind != "blocks" else ():
             resized(config, {axis.name: size})
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "size"), [("glm4v_moe", "text.width", 36), ("qwen3_vl_moe", "text.expert_ffn", 12)]
+)
+def test_sizes_that_grouped_experts_cannot_multiply_are_neither_offered_nor_made(name, axis, size):
+    """Their rows have to be whole 16 bytes; a width of 36 cuts well and fails in the first forward in half precision."""
+    config = CONFIGS[name]()
+    assert all(choice % 8 == 0 for choice in describe(config).axis(axis).choices())
+    with pytest.raises(UserError, match=r"multiple of 8\. Possible: 8, 16"):
+        resized(config, {axis: size})

@@ -82,14 +82,14 @@ def _changes(
     if axis.name == f"{tower}.kv_groups":
         return view.set_heads(view.heads // view.kv * size) | view.pin()
     if axis.name == f"{tower}.width":
-        if not view.free_heads and size % axis.multiple:
-            possible = ", ".join(map(str, axis.choices()))
-            raise UserError(
-                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, "
-                f"so it must be a multiple of {axis.multiple}. Possible: {possible}."
-            )
+        # where the heads have to divide the width, the config class says so itself
+        if size % axis.multiple and size != axis.size and not view.backbone.width_by_heads:
+            heads = f"heads of {view.width // view.heads} channels go with it"
+            raise _not_a_multiple(axis, size, "experts are multiplied in groups" if view.free_heads else heads)
         return view.set_width(size)
     if axis.name == f"{tower}.expert_ffn":
+        if size % axis.multiple and size != axis.size:
+            raise _not_a_multiple(axis, size, "experts are multiplied in groups")
         return {view.field(view.backbone.expert_ffn): size}
     width = sizes.get(f"{tower}.width", view.width)
     if not view.backbone.ffn_is_ratio:
@@ -102,6 +102,14 @@ def _changes(
             f"Possible: {', '.join(str(width * n) for n in range(1, view.ffn // width + 1))}."
         )
     return {view.field(view.backbone.ffn): size // width}
+
+
+def _not_a_multiple(axis: Axis, size: int, reason: str) -> UserError:
+    """Return the refusal of a size that `axis` does not offer."""
+    possible = ", ".join(map(str, axis.choices()))
+    return UserError(
+        f"{axis.name}={size}: {reason}, so it must be a multiple of {axis.multiple}. Possible: {possible}."
+    )
 
 
 def predict_parameters(
