@@ -235,6 +235,8 @@ def _width_axis(view: View) -> Axis:
         return Group(name=name, axis=name, units=width)
 
     multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
+    if any(view.layout(parameter).startswith("-") for parameter, _ in places):  # one matrix per expert
+        multiple = math.lcm(multiple, _GROUPED)
     fields = tuple(field for field in changes if field[1] != "head_dim")
     draft = Axis(name=name, kind="width", size=width, fields=labels(fields), multiple=multiple)
     return _with_note(view, grouped(view, draft, places, group_of))

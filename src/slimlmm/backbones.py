@@ -100,6 +100,14 @@ _EXPERTS = replace(
     parts={"mlp.shared_experts": "shared"},
     layouts={"mlp.experts.gate_up_proj": "-pc", "mlp.experts.down_proj": "-pc", "mlp.gate.weight": "-c"},
 )
+_PHI = replace(
+    _LLAMA,
+    attention=(Attention(produce=("qkv_proj",)),),
+    refusals={"head_dim": "the config class wants as many longrope factors as width / heads gives pairs"},
+    pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
+)
+#: OLMo 2 and its like have norms behind attention and FFN, none before
+_READ_RAW = "its blocks read the residual stream without a norm"
 _GEMMA = replace(_LLAMA, root_of_width=True)
 _GEMMA2 = replace(_GEMMA, fixed_scale=True, post_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 _VISION_FUSED = Attention(module="attn", produce=("qkv",), consume=("proj",), outer=3)
@@ -157,6 +165,13 @@ _QWEN3_VISION = Backbone(
     indexes=("deepstack_visual_indexes",),
     anchors=("deepstack_visual_indexes",),
 )
+_QWEN25_VISION = Backbone(
+    layers="blocks",
+    attention=(_VISION_FUSED,),
+    blocks="depth",
+    heads="num_heads",
+    indexes=("fullatt_block_indexes",),
+)
 _GLM_VISION = Backbone(
     post_norms=("post_conv_layernorm",),
     layers="blocks",
@@ -176,8 +191,19 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen3": _LLAMA,
     "qwen2_vl_text": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
+    "qwen2_5_omni_text": replace(_LLAMA, mrope="sections"),
     "qwen3_vl_text": replace(_LLAMA, mrope="interleaved"),
     "granite": replace(_LLAMA, fixed_scale=True),
+    "cohere": replace(_LLAMA, neighbours=True),
+    "ernie4_5": replace(_LLAMA, neighbours=True),
+    "hunyuan_v1_dense": replace(_LLAMA, attention=(Attention(norms=("query_layernorm", "key_layernorm")),)),
+    "smollm3": replace(_LLAMA, per_layer=("layer_types", "no_rope_layers")),
+    "glm4": replace(_LLAMA, neighbours=True, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    "phi3": _PHI,
+    "exaone4": replace(_LLAMA, refusals={"width": _READ_RAW}),
+    "olmo2": replace(
+        _LLAMA, refusals={"kv_groups": "its norms of queries and keys go over all heads", "width": _READ_RAW}
+    ),
     "qwen3_vl_moe_text": replace(_EXPERTS, mrope="interleaved", indexes=("mlp_only_layers",)),
     "qwen3_5_text": replace(
         _LLAMA,
@@ -244,12 +270,9 @@ BACKBONES: Mapping[str, Backbone] = {
             Attention(module="attention", produce=("self.query", "self.key", "self.value"), consume=("output.dense",)),
         ),
     ),
-    "phi4_multimodal": replace(
-        _LLAMA,
-        attention=(Attention(produce=("qkv_proj",)),),
-        refusals={"head_dim": "the config class wants as many longrope factors as width / heads gives pairs"},
-        pieces={"self_attn.qkv_proj.weight": (0, ("q", "1", "1"))},
-    ),
+    "phi4_multimodal": _PHI,
+    "paddleocr_vl_text": replace(_LLAMA, mrope="sections"),
+    "paddleocr_vl_vision": _VISION_ENCODER,
     "glm4v_text": replace(_LLAMA, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "glm4v_moe_text": replace(
         _EXPERTS, experts="n_routed_experts", mrope="sections", counts=("first_k_dense_replace",)
@@ -266,8 +289,8 @@ BACKBONES: Mapping[str, Backbone] = {
         layouts={"feed_forward.experts.gate_up_proj": "-cp", "feed_forward.experts.down_proj": "-cp"},
     ),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
+    "gemma2": replace(_GEMMA2, width_by_heads=True),
+    "gemma3_text": replace(_GEMMA2, width_by_heads=True),
     "gemma4_text": replace(
         _GEMMA2,
         refusals={
@@ -376,12 +399,9 @@ BACKBONES: Mapping[str, Backbone] = {
     ),
     "qwen3_vl_vision": _QWEN3_VISION,
     "qwen3_vl_moe_vision": _QWEN3_VISION,
-    "qwen2_5_vl_vision": Backbone(
-        layers="blocks",
-        attention=(_VISION_FUSED,),
-        blocks="depth",
-        heads="num_heads",
-        indexes=("fullatt_block_indexes",),
+    "qwen2_5_vl_vision": _QWEN25_VISION,
+    "qwen2_5_omni_vision_encoder": replace(
+        _QWEN25_VISION, attention=(Attention(module="attn", produce=("q", "k", "v"), consume=("proj",)),)
     ),
     "blip_2_qformer": _QFORMER,
     "instructblip_qformer": _QFORMER,

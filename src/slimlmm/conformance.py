@@ -36,7 +36,9 @@ def cells(family: str, config: Any) -> list[Cell]:
             found.append(Cell(family=family, axis=axis.name, verdict="refused", reason=axis.refusal))
     for check in self_check(config):
         axis = anatomy.axes[check.axis]
-        if not check.ok:
+        if check.ok and check.error is None:
+            found.append(Cell(family=family, axis=axis.name, verdict="refused", reason=check.reason))
+        elif not check.ok:
             found.append(Cell(family=family, axis=axis.name, verdict="refused", reason=f"self-check: {check.reason}"))
         else:
             verdict: Verdict = "exact" if axis.exact else "close"

@@ -206,9 +206,11 @@ _BLIP = Family(
     ties={"vision.width": (("qformer_config", "encoder_hidden_size"),)},
 )
 
+_AYA = replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")})
 FAMILIES: Mapping[str, Family] = {
     "llava": _LLAVA,
     "llava_next": _TILED,
+    "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "vipllava": _LLAVA,
     "mistral3": replace(
@@ -217,11 +219,28 @@ FAMILIES: Mapping[str, Family] = {
         interiors=(*_LLAVA.interiors, _merger(_PROJECTOR, "patch_merger.merging_layer", "linear_1")),
         layouts={f"{_PROJECTOR}.patch_merger.merging_layer.weight": "pC"},
     ),
+    "lighton_ocr": Family(
+        towers=_towers(vision="model.vision_encoder"),
+        joint="model.vision_projection",
+        interiors=(
+            *_two_layers("model.vision_projection"),
+            _merger("model.vision_projection", "patch_merger.merging_layer", "linear_1"),
+        ),
+        layouts={"model.vision_projection.patch_merger.merging_layer.weight": "pC"},
+    ),
+    "paddleocr_vl": Family(
+        towers=_towers(vision="model.visual.vision_model"),
+        joint="model.projector",
+        interiors=(_merger("model.projector", "linear_1", "linear_2"),),
+    ),
     "internvl": _LLAVA,
     "smolvlm": _IDEFICS,
     "idefics3": _IDEFICS,
     "qwen2_vl": replace(_QWEN, ties={"text.width": (("vision_config", "hidden_size"),)}),
     "qwen2_5_vl": _QWEN,
+    "qwen2_5_omni_thinker": replace(
+        _QWEN, ties={"text.width": (("vision_config", "out_hidden_size"), ("audio_config", "output_dim"))}
+    ),
     "qwen3_vl": _QWEN3,
     "paligemma": Family(
         towers=_towers(),
@@ -234,7 +253,8 @@ FAMILIES: Mapping[str, Family] = {
         joint="model.embed_vision",
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
     ),
-    "aya_vision": replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")}),
+    "aya_vision": _AYA,
+    "cohere2_vision": replace(_AYA, feature_layer=None),
     "idefics2": Family(
         towers=_towers("model.text_model", "model.vision_model"),
         joint="model.connector",
@@ -265,6 +285,7 @@ FAMILIES: Mapping[str, Family] = {
     "fast_vlm": replace(_LLAVA, feature_layer=None),
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": replace(_QWEN3, leading={}, interiors=_QWEN3.interiors[:1]),
+    "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "minicpmv4_6": Family(

@@ -123,6 +123,14 @@ def _patch_rows(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     return {"pixel_values": _pixels(rng, side * side, length), "image_grid_thw": torch.tensor([[1, side, side]])}, 4
 
 
+def _patch_squares(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
+    """[patches, 3, patch, patch] and their grid; two by two placeholders."""
+    vision = config.vision_config
+    side, patch = 2 * vision.spatial_merge_size, _side(vision.patch_size)
+    pictures = _pixels(rng, side * side, vision.num_channels, patch, patch)
+    return {"pixel_values": pictures, "image_grid_thw": torch.tensor([[1, side, side]])}, 4
+
+
 def _flat_shapes(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     """[1, patches, 3 * patch * patch], the shape of the grid and a mask: two rows, three columns of placeholders."""
     vision, merge = config.vision_config, config.downsample_factor
@@ -285,6 +293,7 @@ def _decoder_ids(config: Any, input_ids: Tensor) -> Batch:
 PICTURES: Mapping[str, Pictures] = {
     "llava": _llava,
     "llava_next": _tiles,
+    "llava_next_video": _tiles,
     "llava_onevision": _tiles,
     "vipllava": _patches_only,
     "smolvlm": _listed,
@@ -295,6 +304,9 @@ PICTURES: Mapping[str, Pictures] = {
     "qwen3_vl_moe": _patch_rows,
     "qwen3_5": _patch_rows,
     "glm4v": _patch_rows,
+    "qwen2_5_omni_thinker": _patch_rows,
+    "glm46v": _patch_rows,
+    "paddleocr_vl": _patch_squares,
     "glm4v_moe": _patch_rows,
     "mllama": _padded_tiles,
     "llama4": _shuffled,
@@ -311,11 +323,13 @@ PICTURES: Mapping[str, Pictures] = {
     "fast_vlm": _map,
     "blip-2": _queries,
     "mistral3": _any_size,
+    "lighton_ocr": _any_size,
     "paligemma": _square,
     "gemma3": _merged(lambda config, patches: patches // int(config.mm_tokens_per_image**0.5)),
     "gemma4": _flat_positions,
     "internvl": _merged(lambda config, patches: round(1 / config.downsample_ratio)),
     "aya_vision": _merged(lambda config, patches: config.downsample_factor),
+    "cohere2_vision": _merged(lambda config, patches: config.downsample_factor),
     "ovis2": _merged(lambda config, patches: config.vision_config.hidden_stride),
     "janus": _square,
     "lfm2_vl": _flat_shapes,
@@ -325,7 +339,18 @@ PICTURES: Mapping[str, Pictures] = {
 EXTRAS: Mapping[str, Callable[[Any, Tensor], Batch]] = {
     **{
         name: _is_picture("mm_token_type_ids")
-        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe", "gemma4")
+        for name in (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+            "qwen3_5",
+            "glm4v",
+            "glm4v_moe",
+            "gemma4",
+            "paddleocr_vl",
+            "glm46v",
+        )
     },
     "gemma3": _is_picture("token_type_ids"),
     "paligemma": _prefix,

@@ -100,19 +100,21 @@ def _changes(
         return view.set_heads(kv, queries) | view.pin()
     if noun == "head_dim":
         if size % axis.multiple:
-            raise UserError(f"{axis.name}={size}: possible are {', '.join(map(str, axis.choices()))}.")
+            raise _not_a_multiple(axis, size, "rotary pairs keep their shares")
         runs = {name.removeprefix(f"{axis.name}."): list(units) for name, units in keep.items()}
         return {view.field(view.backbone.head_dim): size} | settings_after(view, size, runs)
-    if noun in ("experts", "expert_ffn"):
-        return {view.field({"experts": view.backbone.experts, "expert_ffn": view.backbone.expert_ffn}[noun]): size}
     if noun == "width":
-        if not view.free_heads and size % axis.multiple:
-            possible = ", ".join(map(str, axis.choices()))
-            raise UserError(
-                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, "
-                f"so it must be a multiple of {axis.multiple}. Possible: {possible}."
-            )
+        # where the heads have to divide the width, the config class says so itself
+        if size % axis.multiple and size != axis.size and not view.backbone.width_by_heads:
+            heads = f"heads of {view.width // view.heads} channels go with it"
+            raise _not_a_multiple(axis, size, "experts are multiplied in groups" if view.free_heads else heads)
         return view.set_width(size)
+    if noun == "experts":
+        return {view.field(view.backbone.experts): size}
+    if noun == "expert_ffn":
+        if size % axis.multiple and size != axis.size:
+            raise _not_a_multiple(axis, size, "experts are multiplied in groups")
+        return {view.field(view.backbone.expert_ffn): size}
     width = sizes.get(f"{tower}.width", view.width)
     if not view.backbone.ffn_is_ratio:
         return {view.field(view.backbone.ffn): size}
@@ -124,6 +126,14 @@ def _changes(
             f"Possible: {', '.join(str(width * n) for n in range(1, view.ffn // width + 1))}."
         )
     return {view.field(view.backbone.ffn): size // width}
+
+
+def _not_a_multiple(axis: Axis, size: int, reason: str) -> UserError:
+    """Return the refusal of a size that `axis` does not offer."""
+    possible = ", ".join(map(str, axis.choices()))
+    return UserError(
+        f"{axis.name}={size}: {reason}, so it must be a multiple of {axis.multiple}. Possible: {possible}."
+    )
 
 
 def predict_parameters(

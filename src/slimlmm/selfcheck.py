@@ -23,7 +23,7 @@ from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.prompts import Batch, picture_prompt
 from slimlmm.resizing import block_kinds, predict_parameters, resized
-from slimlmm.surgery import cut, masked
+from slimlmm.surgery import check, cut, masked
 from slimlmm.token_ids import referenced
 
 #: largest |cut - masked| of the logits, as a share of the largest logit
@@ -113,11 +113,39 @@ def _check(model: PreTrainedModel, anatomy: Anatomy, name: str, batch: Batch) ->
     return Check(axis=name, ok=True, error=error)
 
 
-@torch.no_grad()
 def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batch: Batch) -> float:
     """Return the relative difference of cut and masked logits; raise if anything else does not hold."""
-    keep = _kept_tokens(model, axis, batch) if axis.kind == "vocab" else some_units(axis, size)
-    size = len(keep["vocab"]) if axis.kind == "vocab" else size
+    proof = compare(model, anatomy, axis, units_to_keep(model, axis, size, batch), batch)
+    if not proof.moved:
+        raise UserError("masking half of the units changes nothing, so nothing was proven")
+    if proof.counted != proof.predicted:
+        raise UserError(f"predicted {proof.predicted} parameters, counted {proof.counted}")
+    _prove_folder(proof.student, proof.inputs, proof.logits)
+    return proof.error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """A model cut along one axis, beside the one that was masked.
+
+    `inputs` are what the cut model was given, `error` is the largest |cut - masked| of the logits over the largest |masked|,
+    `predicted` and `counted` are parameters, `moved` tells whether the mask changed the logits at all.
+    """
+
+    student: PreTrainedModel
+    inputs: Batch
+    logits: Tensor
+    error: float
+    predicted: int
+    counted: int
+    moved: bool
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, anatomy: Anatomy, axis: Axis, keep: Keep, batch: Batch, before: Tensor | None = None
+) -> Proof:
+    """Cut `model` and mask it by the same choice; `before` are its own logits, where they are known already."""
     student = cut(model, anatomy, axis.name, keep)
     inputs = dict(batch)
     if axis.kind == "vocab":
@@ -126,22 +154,39 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
         batch = inputs = picture_prompt(student.config)
     with masked(model, anatomy, axis.name, keep):
         wanted = model(**batch).logits
+    largest = float(wanted.abs().max())
     if axis.kind == "vocab":
-        wanted = wanted[..., keep["vocab"]]
-    elif axis.kind != "tokens" and torch.allclose(
-        wanted, model(**batch).logits, rtol=0, atol=1e-4 * float(wanted.abs().max())
-    ):
-        raise UserError("masking half of the units changes nothing, so nothing was proven")
+        wanted, moved = wanted[..., keep["vocab"]], True
+    elif axis.kind == "tokens":  # the prompt is another one
+        moved = True
+    else:
+        before = model(**batch).logits if before is None else before
+        moved = not torch.allclose(wanted, before, rtol=0, atol=1e-4 * largest)
     got = student(**inputs).logits
-    counted = sum(parameter.numel() for parameter in student.parameters())
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
-    predicted = predict_parameters(model.config, {axis.name: size}, blocks)
-    if counted != predicted:
-        raise UserError(f"predicted {predicted} parameters, counted {counted}")
-    _prove_folder(student, inputs, got)
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    return Proof(
+        student=student,
+        inputs=inputs,
+        logits=got,
+        error=_apart(got, wanted),
+        predicted=predict_parameters(model.config, {axis.name: check(axis, keep)}, blocks),
+        counted=sum(parameter.numel() for parameter in student.parameters()),
+        moved=moved,
+    )
 
 
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    """Return max |got - wanted| over max |wanted|; 0 where both are 0 everywhere (LayerNorms of one channel)."""
+    difference = float((got - wanted).abs().max())
+    return difference / float(wanted.abs().max()) if difference else difference
+
+
+def units_to_keep(model: PreTrainedModel, axis: Axis, size: int, batch: Batch, seed: int = 0) -> Keep:
+    """Return a random choice of units; of the vocabulary every second token and all that anything mentions, whatever the size."""
+    return _kept_tokens(model, axis, batch) if axis.kind == "vocab" else some_units(axis, size, seed)
+
+
+@torch.no_grad()
 def _prove_folder(student: PreTrainedModel, inputs: Batch, logits: Tensor) -> None:
     """Save, reload with the stock class, compare, generate."""
     with tempfile.TemporaryDirectory() as parent:

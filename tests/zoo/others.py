@@ -43,7 +43,7 @@ def _text(model_type: str | None = None, **changes) -> dict:
     return sizes | ({"model_type": model_type} if model_type else {}) | changes
 
 
-def _visual(**changes) -> dict:
+def visual(**changes) -> dict:
     """Vision tower of the Qwen and GLM families: flat rows of patches, merged two by two."""
     sizes = {
         "depth": 3,
@@ -64,7 +64,7 @@ def _rope(sections: list[int], **changes) -> dict:
 
 
 def qwen2_vl() -> tf.PreTrainedConfig:
-    vision = _visual(embed_dim=32, hidden_size=48, mlp_ratio=2)
+    vision = visual(embed_dim=32, hidden_size=48, mlp_ratio=2)
     del vision["intermediate_size"], vision["out_hidden_size"]
     return tf.Qwen2VLConfig(
         vision_config=vision,
@@ -76,7 +76,7 @@ def qwen2_vl() -> tf.PreTrainedConfig:
 
 def qwen3_vl() -> tf.PreTrainedConfig:
     return tf.Qwen3VLConfig(
-        vision_config=_visual(depth=4, num_position_embeddings=16, deepstack_visual_indexes=[1, 2]),
+        vision_config=visual(depth=4, num_position_embeddings=16, deepstack_visual_indexes=[1, 2]),
         text_config=_text(
             num_hidden_layers=4,
             head_dim=12,
@@ -90,7 +90,7 @@ def qwen3_vl() -> tf.PreTrainedConfig:
 
 def qwen3_vl_moe() -> tf.PreTrainedConfig:
     return tf.Qwen3VLMoeConfig(
-        vision_config=_visual(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2]),
+        vision_config=visual(depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 2]),
         text_config=_text(
             num_hidden_layers=4,
             head_dim=12,
@@ -109,7 +109,7 @@ def qwen3_vl_moe() -> tf.PreTrainedConfig:
 
 def qwen3_5() -> tf.PreTrainedConfig:
     return tf.Qwen3_5Config(
-        vision_config=_visual(depth=3, num_position_embeddings=16),
+        vision_config=visual(depth=3, num_position_embeddings=16),
         text_config=_text(
             num_hidden_layers=4,
             head_dim=32,
@@ -129,7 +129,7 @@ def qwen3_5() -> tf.PreTrainedConfig:
 
 def glm4v() -> tf.PreTrainedConfig:
     return tf.Glm4vConfig(
-        vision_config=_visual(image_size=56),
+        vision_config=visual(image_size=56),
         text_config=_text(
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -142,7 +142,7 @@ def glm4v() -> tf.PreTrainedConfig:
 
 def glm4v_moe() -> tf.PreTrainedConfig:
     return tf.Glm4vMoeConfig(
-        vision_config=_visual(image_size=56),
+        vision_config=visual(image_size=56),
         text_config=_text(
             head_dim=24,
             rope_parameters=_rope([2, 2, 2], partial_rotary_factor=0.5),
