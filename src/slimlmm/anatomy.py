@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
+from slimlmm.blocks import rows_of_blocks
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
 from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
 from slimlmm.slots import RefusedError, attention_of, place_name, slots_of
-from slimlmm.views import View, block_changes, some_of, view_of, vocab_fields
+from slimlmm.views import View, some_of, view_of, vocab_fields
 
 Places = Mapping[Place, tuple[int, int]]
 _KINDS: Mapping[str, Kind] = {"blocks": "blocks", "ffn": "inner", "kv_groups": "inner", "width": "width"}
@@ -75,7 +76,11 @@ def _blocks_axis(view: View) -> Axis:
     name, period = f"{view.tower.name}.blocks", view.period
     layers = f"{view.tower.prefix}.{view.backbone.layers}"
     group = Group(name=name, axis=name, units=view.blocks // period, stride=period, some_of=some_of(view))
-    refusal = "" if group.units == 1 else _last_block_goes(view, layers, group)
+    refusal = ""
+    try:
+        group = _with_rows(view, layers, group)
+    except RefusedError as refused:
+        refusal = str(refused)
     if view.blocks % period:
         refusal = f"{view.blocks} blocks are no whole number of {view.backbone.period} = {period}"
     note = f"blocks go {period} at a time ({view.backbone.period})" if period > 1 else ""
@@ -90,27 +95,19 @@ def _blocks_axis(view: View) -> Axis:
         minimum=group.least * period,
         layers=layers,
         refusal=refusal,
-        note=f"block {', '.join(map(str, must))} must stay: their output is read elsewhere" if must else note,
+        note=f"block {', '.join(map(str, must))} must stay: read elsewhere, or needed at its place" if must else note,
     )
 
 
-def _last_block_goes(view: View, layers: str, group: Group) -> str:
-    """Return why one block fewer does not remove exactly the last layer of `layers`, "" when it does."""
+def _with_rows(view: View, layers: str, group: Group) -> Group:
+    """Return a group of blocks with what has rows for each of them elsewhere, having tried to leave one out."""
+    if group.units == 1:
+        return group
     free = [unit for unit in range(group.units) if group.allows(set(range(group.units)) - {unit})]
     if not free:
-        return "all blocks must stay: the output of each is read elsewhere"
+        raise RefusedError("all blocks must stay: the output of each is read elsewhere")
     kept = [layer for layer in range(view.blocks) if layer // view.period != free[-1]]
-    fewer = skeleton(edited(view.config, block_changes(view, kept)))
-    gone = set(skeleton(view.config).shapes) - set(fewer.shapes)
-    last = f"{layers}.{view.blocks - 1}"
-    right = bool(gone) and all(_behind(parameter, layers, view.blocks - view.period) for parameter in gone)
-    return "" if right else f"one block fewer does not remove exactly {last}"
-
-
-def _behind(parameter: str, layers: str, first: int) -> bool:
-    """Tell whether `parameter` belongs to a layer from number `first` on."""
-    number = parameter.removeprefix(f"{layers}.").partition(".")[0]
-    return parameter.startswith(f"{layers}.") and int(number) >= first
+    return replace(group, slots=rows_of_blocks(view, layers, kept, group.units))
 
 
 def _ffn_axis(view: View) -> Axis:
@@ -158,14 +155,21 @@ def _kv_axis(view: View) -> Axis:
     places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
 
     def group_of(place: Place, length: int) -> Group:
-        return Group(name=place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0])
+        layer, label = view.locate(place[0])[0], place_name(view, name, place)
+        if layer is not None and (giver := view.keys_from(layer)) != layer:
+            layer, label = giver, f"{name}[{giver}]"
+        units = view.kv_of(layer)
+        whole = math.gcd(units, view.kv)
+        return Group(name=label, axis=name, units=units, stride=view.kv // whole, rate=units // whole, layer=layer)
 
     queries = view.heads // view.kv
     legal = [n for n in range(1, view.kv + 1) if view.width % (queries * n) == 0]
     allowed = tuple(legal) if view.backbone.width_by_heads else ()
     note = f"width {view.width} must be a multiple of the number of heads ({queries} per group)" if allowed else ""
     draft = Axis(name=name, kind="inner", size=view.kv, fields=_labels(fields), allowed=allowed, note=note)
-    return _axis(view, draft, places, group_of)
+    axis = _axis(view, draft, places, group_of)
+    multiple = math.lcm(1, *(group.stride for group in axis.groups))
+    return axis if axis.refusal else replace(axis, multiple=multiple, minimum=multiple)
 
 
 def _width_axis(view: View) -> Axis:
@@ -186,7 +190,7 @@ def _width_axis(view: View) -> Axis:
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
             return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
-        if place in ffn:
+        if place in ffn and view.inside(place[0])[0]:
             where = f"{place_name(view, name, place)}.ffn"
             return Group(name=where, axis=name, units=length, rate=length // width, layer=layer)
         if part := view.family.interior(name, *place):
@@ -196,7 +200,17 @@ def _width_axis(view: View) -> Axis:
     multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
     fields = tuple(field for field in changes if field[1] != "head_dim")
     draft = Axis(name=name, kind="width", size=width, fields=_labels(fields), multiple=multiple)
-    return _with_note(view, _axis(view, draft, places, group_of))
+    return _with_note(view, _aligned(view, _axis(view, draft, places, group_of)))
+
+
+def _aligned(view: View, axis: Axis) -> Axis:
+    """Keep the width of a tower with experts a multiple that grouped products can take."""
+    shapes = skeleton(view.config).shapes
+    names = {slot.parameter for group in axis.groups for slot in group.slots}
+    if not any(len(shapes[name]) == 3 and view.layout(name) for name in names):
+        return axis
+    multiple = math.lcm(axis.multiple, _GROUPED)
+    return replace(axis, multiple=multiple, minimum=multiple)
 
 
 def _labels(fields: Iterable[Field]) -> tuple[str, ...]:
@@ -218,12 +232,19 @@ def _with_note(view: View, axis: Axis) -> Axis:
         else group
         for group in axis.groups
     ]
-    return replace(axis, groups=tuple(groups))
+    scalars = tuple(
+        (name, view.backbone.made_up[inside])
+        for name, shape in whole.shapes.items()
+        if not shape and (inside := view.inside(name)[1]) in view.backbone.made_up
+    )
+    return replace(axis, groups=tuple(groups), scalars=scalars)
 
 
 def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:
     """Say what a cut of the width does to one place of a stream that RMSNorms read."""
     family, module = view.family, slot.parameter.rpartition(".")[0]
+    if norm := view.backbone.made_up.get(view.inside(slot.parameter)[1]):
+        return replace(slot, norm=norm)
     if slot.role == "produce":
         scaled = view.backbone.root_of_width and isinstance(whole.owner(slot.parameter), nn.Embedding)
         return slot if scaled or module in family.raw else replace(slot, norm="write")

@@ -18,7 +18,7 @@ from slimlmm.errors import UserError, nearest
 
 Role = Literal["produce", "consume", "affine"]
 Kind = Literal["blocks", "inner", "width", "vocab"]
-Norm = Literal["", "write", "read", "rms", "rms1", "last", "last1", "layer"]
+Norm = Literal["", "write", "write2", "read", "rms", "rms1", "last", "last1", "layer"]
 #: group name -> sorted indices of the kept units
 Keep = Mapping[str, Tensor]
 
@@ -38,8 +38,8 @@ class Slot:
     the axis (output rows, biases, embeddings), *consume* reads it (input columns of a linear or convolution), *affine*
     scales it in place (norms, layer scale). `norm` says what a cut of the width has to make up for: "layer" is weight or bias
     of a LayerNorm, "rms" or "rms1" (1 + w) the weight of an RMSNorm that blocks read, "last" and "last1" of the one before
-    a head tied to the embedding, "write" all that writes a stream read by RMSNorms, "read" what reads it without a
-    norm, "" all else (`surgery._compensate`).
+    a head tied to the embedding, "write" all that writes a stream read by RMSNorms ("write2": behind a factor of the root
+    of the width), "read" what reads it without a norm, "" all else (`surgery._compensate`).
     """
 
     parameter: str
@@ -63,8 +63,9 @@ class Group:
 
     `stride` is how much axis size one unit carries: 1 for a residual channel, head_dim for a vision head that goes with
     the width. `rate` is how many units that much size carries: 4 for the FFN neurons of a tower whose FFN is 4 x width.
-    For block axes `slots` is empty and unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1
-    but in a Q-Former, where blocks go by whole periods of its cross-attention). Of each set of units in `some_of` one at
+    For block axes unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1 but in a Q-Former, where
+    blocks go by whole periods of its cross-attention), and `slots` holds only what stands outside of them but has rows for
+    each (Gemma 4's embeddings per layer). Of each set of units in `some_of` one at
     least has to stay (the only block with attention, a block whose output is read elsewhere).
     """
 
@@ -120,6 +121,7 @@ class Axis:
     `layers` is the state-dict prefix of the layer list for block axes ("model.language_model.layers"), else "".
     Legal sizes are the multiples of `multiple` from `minimum` on, or just those in `allowed` where it is not empty.
     `refusal` says why this axis cannot be cut in this model; a refused axis has no groups.
+    `scalars` are tensors without channels that a cut of the width rescales, as (name, `Slot.norm`).
     `exact` tells whether cut == masked up to rounding once norms are compensated, `note` the reason where it is not.
     """
 
@@ -132,6 +134,7 @@ class Axis:
     minimum: int = 1
     allowed: tuple[int, ...] = ()
     layers: str = ""
+    scalars: tuple[tuple[str, Norm], ...] = ()
     exact: bool = True
     note: str = ""
     refusal: str = ""

@@ -228,6 +228,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma4": Family(
         towers=_towers(),
         joint="model.embed_vision",
+        raw_readers=("model.embed_vision.embedding_projection",),
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
     ),
     "aya_vision": replace(_LLAVA, interiors=(), projector={"projector.ffn": ("", "alignment_intermediate_size")}),

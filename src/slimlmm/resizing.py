@@ -13,7 +13,7 @@ from slimlmm.axes import Axis
 from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
-from slimlmm.views import View, absolute, as_list, block_changes, view_of, vocab_fields
+from slimlmm.views import View, absolute, as_list, block_changes, shared_blocks, view_of, vocab_fields
 
 
 def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
@@ -29,6 +29,8 @@ def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
     for name in view.backbone.counts:
         for layer in range(view.blocks):
             kinds.setdefault((name, str(layer < (view.value(name) or 0))), []).append(layer)
+    for layer in range(view.blocks):
+        kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
     return tuple(map(tuple, kinds.values()))
 
 
@@ -82,11 +84,13 @@ def _changes(
     if axis.name == f"{tower}.kv_groups":
         return view.set_heads(view.heads // view.kv * size) | view.pin()
     if axis.name == f"{tower}.width":
-        if not view.free_heads and size % axis.multiple:
+        if size % axis.multiple and not view.backbone.width_by_heads:
             possible = ", ".join(map(str, axis.choices()))
+            reason = "its experts are multiplied in rows of 16 bytes"
+            if not view.free_heads:
+                reason = f"heads of {view.width // view.heads} channels go with it"
             raise UserError(
-                f"{axis.name}={size}: heads of {view.width // view.heads} channels go with it, "
-                f"so it must be a multiple of {axis.multiple}. Possible: {possible}."
+                f"{axis.name}={size}: {reason}, so it must be a multiple of {axis.multiple}. Possible: {possible}."
             )
         return view.set_width(size)
     if axis.name == f"{tower}.expert_ffn":

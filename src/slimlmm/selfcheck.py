@@ -7,7 +7,7 @@ key missing or left over, answers the same afterwards, and generates. No weights
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from slimlmm import checkpoint
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
-from slimlmm.families import family_of, stock_class
+from slimlmm.families import backbone_of, family_of, stock_class
 from slimlmm.prompts import Batch, picture_prompt
 from slimlmm.resizing import block_kinds, predict_parameters, resized
 from slimlmm.surgery import cut, masked
 from slimlmm.token_ids import referenced
+from slimlmm.views import View
 
 #: largest |cut - masked| of the logits, as a share of the largest logit
 TOLERANCE = 1e-5
@@ -64,24 +65,44 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
         if axis.kind != "blocks" or axis.refusal:
             continue
         group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
-        count = min(group.units, max(depth // axis.multiple, 2, group.least))
+        # one more than must stay, so that the copy has a block to spare
+        count = min(group.units, max(depth // axis.multiple, 2, group.least, axis.groups[0].least + 1))
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
     return resized(config, sizes, blocks)
 
 
 def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
-    """Return a random model of `config` in which all matters: unit gain in matrices, jitter in vectors."""
+    """Return a random model of `config` in which all matters: unit gain in matrices, jitter in vectors.
+
+    Queries are as long as trained ones, lest attention picks single tokens and blows up rounding.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = stock_class(config).from_config(config, dtype=torch.float32)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
                 else:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
+            for name, buffer in model.state_dict().items():
+                if buffer.is_floating_point() and buffer.dim() and name not in parameters:
+                    buffer.add_(torch.randn_like(buffer), alpha=0.2)
+            _shorten_queries(model, parameters)
     model.train(False)
     return model
+
+
+def _shorten_queries(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> None:
+    family = family_of(model.config)
+    for tower in family.towers:
+        backbone = backbone_of(model.config, tower)
+        if backbone is not None and backbone.query_norm:
+            view = View(model.config, family, tower, backbone)
+            for name, parameter in parameters.items():
+                if view.inside(name)[1] == f"{backbone.query_norm}.weight":
+                    parameter.mul_(len(parameter) ** -0.5)
 
 
 def some_units(axis: Axis, size: int, seed: int = 0) -> Keep:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
+from slimlmm.blocks import renamed
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.importance import skipped
@@ -37,13 +38,13 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     size = check(found, keep)
     config = _new_config(model.config, found, size, keep)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
-    renamed = _renamed(found, keep, state)
-    new = {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
+    names = _renamed(found, keep, state)
+    new = {names[name]: tensor for name, tensor in state.items() if name in names}
     for (name, dim), rows in _kept_rows(found, keep).items():
         new[name] = new[name].index_select(dim, rows.to(new[name].device))
     _compensate(found, size, new)
-    buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
-    student = _assemble(model, config, new, renamed, buffers)
+    buffers = {names.get(name, name): buffer for name, buffer in model.named_buffers()}
+    student = _assemble(model, config, new, names, buffers)
     if found.kind == "vocab":
         ids = {old: index for index, old in enumerate(keep["vocab"].tolist())}
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
@@ -108,15 +109,7 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
         return {name: name for name in state}
     group = axis.groups[0]
     layers = [int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)]
-    place = {str(old): str(new) for new, old in enumerate(layers)}
-    prefix, renamed = f"{axis.layers}.", {}
-    for name in state:
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            renamed[name] = name
-        elif layer in place:
-            renamed[name] = f"{prefix}{place[layer]}.{rest}"
-    return renamed
+    return renamed(axis.layers, layers, state)
 
 
 def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
@@ -129,8 +122,17 @@ def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
     In a tower of LayerNorms, which divide by another sum anyway, nothing that writes is scaled.
     """
     c = math.sqrt(size / axis.size)
-    factors = {"write": c, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c, "last": 1 / c**2, "last1": 1 / c**2}
-    for name, norm in {(slot.parameter, slot.norm) for group in axis.groups for slot in group.slots}:
+    factors = {
+        "write": c,
+        "write2": c**2,
+        "read": 1 / c,
+        "rms": 1 / c,
+        "rms1": 1 / c,
+        "last": 1 / c**2,
+        "last1": 1 / c**2,
+    }
+    slots = {(slot.parameter, slot.norm) for group in axis.groups for slot in group.slots}
+    for name, norm in slots | set(axis.scalars):
         if norm not in factors:
             continue
         one = int(norm.endswith("1"))  # Gemma's norms hold w - 1
@@ -141,7 +143,7 @@ def _assemble(
     model: PreTrainedModel,
     config: Any,
     state: Mapping[str, Tensor],
-    renamed: Mapping[str, str],
+    names: Mapping[str, str],
     buffers: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     """Build the stock class of `config` around these tensors; it shares no storage with `model`."""
@@ -155,7 +157,7 @@ def _assemble(
     left = [name for name, tensor in student.named_parameters() if tensor.is_meta]
     assert not unexpected, unexpected
     assert not left, (left, missing)
-    trained = {renamed[name]: p.requires_grad for name, p in model.named_parameters() if name in renamed}
+    trained = {names[name]: p.requires_grad for name, p in model.named_parameters() if name in names}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trained[name])
     student.generation_config = copy.deepcopy(model.generation_config)
@@ -220,7 +222,8 @@ def _complement(keep: Tensor, units: int) -> Tensor:
 
 def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, stack: ExitStack) -> None:
     """Zero what the dropped units own of one parameter until the stack unwinds."""
-    parameter = model.get_parameter(slot.parameter)
+    parent, _, leaf = slot.parameter.rpartition(".")
+    parameter: Tensor = getattr(model.get_submodule(parent), leaf)  # or a buffer
     before = parameter.detach().clone()
     stack.callback(_restore, parameter, before)
     with torch.no_grad():
@@ -228,7 +231,7 @@ def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, sta
 
 
 @torch.no_grad()
-def _restore(parameter: nn.Parameter, before: Tensor) -> None:
+def _restore(parameter: Tensor, before: Tensor) -> None:
     parameter.copy_(before)
 
 

@@ -54,6 +54,23 @@ class View:
         """KV; equal to Q in plain multi-head attention."""
         return int(self.value(self.backbone.kv) or self.heads)
 
+    def kv_of(self, layer: int | None) -> int:
+        """KV of one block: that of the tower, if the block has no setting of its own."""
+        return int(self._setting(layer, self.backbone.kv) or self.kv)
+
+    def _setting(self, layer: int | None, name: str) -> Any:
+        """Value of a field that is set for one block alone, None where it is not."""
+        settings = (values for field in self.backbone.by_block for values in (self.value(field) or {}).items())
+        return next((found[name] for number, found in settings if int(number) == layer and name in found), None)
+
+    def keys_from(self, layer: int) -> int:
+        """Return the number of the block whose keys and values a block uses: its own, but in a tower that shares them."""
+        first = self.blocks - int(self.value(self.backbone.sharing) or 0)
+        if layer < first:
+            return layer
+        kinds = self.value(self.backbone.per_layer[0])
+        return max(number for number in range(first) if kinds[number] == kinds[layer])
+
     @property
     def blocks(self) -> int:
         """Number of blocks."""
@@ -107,9 +124,15 @@ class View:
 
     def set_heads(self, heads: int) -> dict[Field, Any]:
         """Fields to write for `heads` query heads at the same number of queries per key/value head."""
+        kv = self.backbone.kv
         changes: dict[Field, Any] = {self.field(self.backbone.heads): heads}
-        if self.backbone.kv:
-            changes[self.field(self.backbone.kv)] = heads * self.kv // self.heads
+        if kv:
+            changes[self.field(kv)] = heads * self.kv // self.heads
+        for name in self.backbone.by_block:
+            changes[self.field(name)] = {
+                number: found | ({kv: heads * found[kv] // self.heads} if kv in found else {})
+                for number, found in (self.value(name) or {}).items()
+            }
         return changes
 
     def locate(self, parameter: str) -> tuple[int | None, str]:
@@ -165,12 +188,18 @@ def some_of(view: View) -> tuple[tuple[int, ...], ...]:
     for name, value in view.backbone.essential:
         kinds = view.value(name) or ()
         sets += [tuple(layer for layer, kind in enumerate(kinds) if kind == value)]
-    sets += [(layer,) for layer in view.backbone.fixed]
+    sets += [(layer % view.blocks,) for layer in view.backbone.fixed]
+    sets += [(layer,) for layer in sorted({view.keys_from(other) for other in shared_blocks(view)})]
     for name in view.backbone.anchors:
         sets += [(layer,) for layer in view.value(name) or ()]
     if field := view.family.leading.get(f"{view.tower.name}.blocks"):
         sets += [(layer,) for layer in range(min(view.blocks, len(get(view.config, field) or ())))]
     return tuple(units for units in sets if units)
+
+
+def shared_blocks(view: View) -> range:
+    """Return the blocks that take keys and values from earlier ones."""
+    return range(view.blocks - int(view.value(view.backbone.sharing) or 0), view.blocks)
 
 
 def vocab_fields(config: Any) -> list[Field]:
@@ -194,6 +223,11 @@ def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
     for name in view.backbone.counts:
         if view.value(name) is not None:
             changes[view.field(name)] = sum(layer < view.value(name) for layer in layers)
+    for name in view.backbone.by_block:
+        settings = {int(number): found for number, found in (view.value(name) or {}).items()}
+        changes[view.field(name)] = {str(place[number]): settings[number] for number in settings if number in place}
+    if view.backbone.sharing:
+        changes[view.field(view.backbone.sharing)] = sum(layer in shared_blocks(view) for layer in layers)
     changes |= {view.field(name): None for name in view.backbone.reset}
     field = view.family.feature_layer
     if view.tower.name == "vision" and field:
