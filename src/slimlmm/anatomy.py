@@ -266,15 +266,23 @@ def _vocab_axis(config: Any, family: Family) -> Axis:
     field = (tower.config, "vocab_size")
     size = int(get(config, field))
     places = moved(config, edited(config, {other: 2 * size for other in vocab_fields(config)}))
-    slots = tuple(Slot(parameter=name, dim=dim, role="produce") for name, dim in places)
-    refusal = "" if places and all(new == 2 * old for old, new in places.values()) else "vocab_size moves no parameter"
-    groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots),)
+    # a table may have rows for placeholders behind the vocabulary
+    slots = tuple(
+        Slot(parameter=name, dim=dim, role="produce", rest=old - size) for (name, dim), (old, _) in places.items()
+    )
+    refusal = (
+        "" if places and all(new == old + size for old, new in places.values()) else "vocab_size moves no parameter"
+    )
+    first = int(get(config, family.first_position)) + 1 if family.first_position else 0
+    some_of = tuple((token,) for token in range(first))
+    groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots, some_of=some_of),)
     return Axis(
         name="vocab",
         kind="vocab",
         size=size,
         fields=_labels((field,)),
         groups=groups,
+        minimum=max(1, first),
         refusal=refusal,
         note="cut together with the tokenizer",
     )

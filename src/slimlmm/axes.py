@@ -33,7 +33,8 @@ class Slot:
     """One place where a group's units live: rows of one parameter along one dimension.
 
     Unit u owns the rows ``offset + (o * units + u) * inner + i`` for o < outer, i < inner. `outer` holds constants that
-    vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head).
+    vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head). `rest`
+    further rows at the end belong to no unit and stay (placeholders behind the vocabulary).
     `parameter` is the name in ``model.state_dict()``; tied aliases (``Anatomy.tied``) own no slots. Role: *produce* writes
     the axis (output rows, biases, embeddings), *consume* reads it (input columns of a linear or convolution), *affine*
     scales it in place (norms, layer scale). `norm` says what a cut of the width has to make up for: "layer" is weight or bias
@@ -48,7 +49,12 @@ class Slot:
     outer: int = 1
     inner: int = 1
     offset: int = 0
+    rest: int = 0
     norm: Norm = ""
+
+    def length(self, old: int, kept: int, units: int) -> int:
+        """Return how long `dim` is when `kept` of `units` stay and it was `old` long."""
+        return (old - self.rest) * kept // units + self.rest
 
     def rows(self, keep: Tensor, units: int) -> Tensor:
         """Return the rows of `parameter` that the units in `keep` own, in storage order; int64, [outer*len(keep)*inner]."""

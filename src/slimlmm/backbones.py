@@ -348,7 +348,6 @@ BACKBONES: Mapping[str, Backbone] = {
         _VISION_ENCODER,
         attention=(_SIGLIP, replace(_SIGLIP, module="vit_merger.self_attn", group="merger.heads")),
         parts={"vit_merger": "merger"},
-        refusals={"blocks": "patches are merged behind block insert_layer_id, which the config holds in two places"},
     ),
     "instructblip_vision_model": _BLIP_VISION,
     "got_ocr2_vision": Backbone(

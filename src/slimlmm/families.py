@@ -82,7 +82,8 @@ class Family:
     a norm; `post_norms`: norms of the joint whose output is the stream. `leading`:
     axis of blocks -> list as long as the number of first
     blocks that must stay. `feature_layer`: (sub-config, field) that picks vision hidden states by number (0 = embeddings,
-    negative from the end). `token_parts`: more sub-configs that hold token ids. `refusals`: axis -> why it cannot be cut.
+    negative from the end). `behind`: fields with the number of the vision block behind which patches are merged. `token_parts`: more sub-configs that hold token ids. `first_position`: token
+    id that positions are counted from, so that no token up to it may go. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -99,7 +100,9 @@ class Family:
     post_norms: tuple[str, ...] = ()
     leading: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     feature_layer: tuple[str, str] | None = None
+    behind: tuple[tuple[str, str], ...] = ()
     token_parts: tuple[str, ...] = ()
+    first_position: tuple[str, str] | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
 
     def interior(self, axis: str, parameter: str, dim: int) -> str:
@@ -267,6 +270,7 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers(),
         joint="model.merger",
         interiors=(_merger("model.merger.mlp.*", "linear_1", "linear_2"),),
+        behind=(("", "insert_layer_id"), ("vision_config", "insert_layer_id")),
     ),
     "mllama": Family(
         towers=_towers(vision="model.vision_model"),
@@ -274,9 +278,6 @@ FAMILIES: Mapping[str, Family] = {
         ties={"vision.width": (("vision_config", "vision_output_dim"),)},
         pieces={f"{_PROJECTOR}.weight": (1, ("1", "R"))},
         raw=(_PROJECTOR,),
-        refusals={
-            "vocab": "its embedding has eight rows more than the vocabulary, and the picture's token is one of them"
-        },
     ),
     "florence2": Family(
         towers=_towers(), joint=_PROJECTOR, ties={"text.width": (("vision_config", "projection_dim"),)}
@@ -284,7 +285,7 @@ FAMILIES: Mapping[str, Family] = {
     "kosmos-2": Family(
         towers=_towers("text_model.model", "vision_model.model"),
         joint="image_to_text_projection",
-        refusals={"vocab": "its positions are counted from the id of the padding token, which the cut would change"},
+        first_position=("text_config", "pad_token_id"),
     ),
     "git": Family(
         towers=_towers("git", "git.image_encoder.vision_model", text_config=""), joint="git.visual_projection"

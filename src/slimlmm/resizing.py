@@ -128,7 +128,7 @@ def predict_parameters(
         for group in axis.groups:
             for slot in group.slots:
                 old = whole.shapes[slot.parameter][slot.dim]
-                lengths[slot.parameter, slot.dim] = old * group.kept(size) // group.units
+                lengths[slot.parameter, slot.dim] = slot.length(old, group.kept(size), group.units)
     return sum(
         math.prod(lengths.get((name, dim), length) for dim, length in enumerate(whole.shapes[name]))
         for name, _ in whole.model.named_parameters()

@@ -23,7 +23,7 @@ from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.importance import skipped
 from slimlmm.resizing import resized
-from slimlmm.token_ids import renumbered
+from slimlmm.token_ids import new_ids, renumbered
 
 
 def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreTrainedModel:
@@ -46,7 +46,7 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     buffers = {names.get(name, name): buffer for name, buffer in model.named_buffers()}
     student = _assemble(model, config, new, names, buffers)
     if found.kind == "vocab":
-        ids = {old: index for index, old in enumerate(keep["vocab"].tolist())}
+        ids = new_ids(keep["vocab"].tolist(), found.groups[0])
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
@@ -58,6 +58,9 @@ def _kept_rows(axis: Axis, keep: Keep) -> dict[tuple[str, int], Tensor]:
     for group in axis.groups:
         for slot in group.slots:
             rows.setdefault((slot.parameter, slot.dim), []).append(slot.rows(keep[group.name].cpu(), group.units))
+            if slot.rest:
+                end = slot.offset + slot.outer * group.units * slot.inner
+                rows[slot.parameter, slot.dim].append(torch.arange(end, end + slot.rest))
     return {place: torch.cat(parts).sort().values if len(parts) > 1 else parts[0] for place, parts in rows.items()}
 
 
@@ -87,14 +90,13 @@ def check(axis: Axis, keep: Keep) -> int:
 
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
     if axis.kind == "vocab":
-        config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
+        config = _renumbered_config(config, new_ids(keep["vocab"].tolist(), axis.groups[0]), axis.size)
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
     return resized(config, {axis.name: size}, blocks)
 
 
-def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
+def _renumbered_config(config: Any, new: Mapping[int, int], size: int) -> Any:
     """Return `config` with the token ids of its top level and its text part renumbered."""
-    new = {old: index for index, old in enumerate(ids)}
     data = config.to_dict()
     data.pop("transformers_version", None)
     for key, part in family_of(config).token_data(data).items():

@@ -194,7 +194,14 @@ def some_of(view: View) -> tuple[tuple[int, ...], ...]:
         sets += [(layer,) for layer in view.value(name) or ()]
     if field := view.family.leading.get(f"{view.tower.name}.blocks"):
         sets += [(layer,) for layer in range(min(view.blocks, len(get(view.config, field) or ())))]
+    sets += [tuple(range(number + 1)) for number in merges(view).values()]
     return tuple(units for units in sets if units)
+
+
+def merges(view: View) -> dict[Field, int]:
+    """Return the fields that number the block behind which patches are merged, with those numbers."""
+    fields = view.family.behind if view.tower.name == "vision" else ()
+    return {field: number for field in fields if (number := int(get(view.config, field))) >= 0}
 
 
 def shared_blocks(view: View) -> range:
@@ -228,6 +235,7 @@ def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
         changes[view.field(name)] = {str(place[number]): settings[number] for number in settings if number in place}
     if view.backbone.sharing:
         changes[view.field(view.backbone.sharing)] = sum(layer in shared_blocks(view) for layer in layers)
+    changes |= {field: sum(layer <= number for layer in layers) - 1 for field, number in merges(view).items()}
     changes |= {view.field(name): None for name in view.backbone.reset}
     field = view.family.feature_layer
     if view.tower.name == "vision" and field:
