@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
+from slimlmm.blocks import rows_of_blocks
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
 from slimlmm.heads import head_dim_axis, kv_axis, queries_axis
 from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
 from slimlmm.slots import RefusedError, attention_of, grouped, labels, place_name, refused
-from slimlmm.views import View, block_changes, some_of, view_of, vocab_fields
+from slimlmm.views import View, some_of, view_of, vocab_fields
 
 Places = Mapping[Place, tuple[int, int]]
 _KINDS: Mapping[str, Kind] = {
@@ -104,7 +105,11 @@ def _blocks_axis(view: View, noun: str) -> Axis:
     name, period = f"{view.tower.name}.{noun}", view.period
     layers = f"{view.tower.prefix}.{view.backbone.layers}"
     group = Group(name=name, axis=name, units=view.blocks // period, stride=period, some_of=some_of(view))
-    refusal = "" if group.units == 1 else _last_block_goes(view, layers, group)
+    refusal = ""
+    try:
+        group = _with_rows(view, layers, group)
+    except RefusedError as refused:
+        refusal = str(refused)
     if view.blocks % period:
         refusal = f"{view.blocks} blocks are no whole number of {view.backbone.period} = {period}"
     note = f"blocks go {period} at a time ({view.backbone.period})" if period > 1 else ""
@@ -119,27 +124,19 @@ def _blocks_axis(view: View, noun: str) -> Axis:
         minimum=max(group.least * period, int(view.value(view.backbone.no_fewer_than) or 0)),
         layers=layers,
         refusal=refusal,
-        note=f"block {', '.join(map(str, must))} must stay: their output is read elsewhere" if must else note,
+        note=f"block {', '.join(map(str, must))} must stay: read elsewhere, or needed at its place" if must else note,
     )
 
 
-def _last_block_goes(view: View, layers: str, group: Group) -> str:
-    """Return why one block fewer does not remove exactly the last layer of `layers`, "" when it does."""
+def _with_rows(view: View, layers: str, group: Group) -> Group:
+    """Return a group of blocks with what has rows for each of them elsewhere, having tried to leave one out."""
+    if group.units == 1:
+        return group
     free = [unit for unit in range(group.units) if group.allows(set(range(group.units)) - {unit})]
     if not free:
-        return "all blocks must stay: the output of each is read elsewhere"
+        raise RefusedError("all blocks must stay: the output of each is read elsewhere")
     kept = [layer for layer in range(view.blocks) if layer // view.period != free[-1]]
-    fewer = skeleton(edited(view.config, block_changes(view, kept)))
-    gone = set(skeleton(view.config).shapes) - set(fewer.shapes)
-    last = f"{layers}.{view.blocks - 1}"
-    right = bool(gone) and all(_behind(parameter, layers, view.blocks - view.period) for parameter in gone)
-    return "" if right else f"one block fewer does not remove exactly {last}"
-
-
-def _behind(parameter: str, layers: str, first: int) -> bool:
-    """Tell whether `parameter` belongs to a layer from number `first` on."""
-    number = parameter.removeprefix(f"{layers}.").partition(".")[0]
-    return parameter.startswith(f"{layers}.") and int(number) >= first
+    return replace(group, slots=rows_of_blocks(view, layers, kept, group.units))
 
 
 def _ffn_axis(view: View) -> Axis:
@@ -227,7 +224,7 @@ def _width_axis(view: View) -> Axis:
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
             return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
-        if place in ffn:
+        if place in ffn and view.inside(place[0])[0]:
             where = f"{place_name(view, name, place)}.ffn"
             return Group(name=where, axis=name, units=length, rate=length // width, layer=layer)
         if part := view.family.interior(name, *place):
@@ -257,12 +254,19 @@ def _with_note(view: View, axis: Axis) -> Axis:
         else group
         for group in axis.groups
     ]
-    return replace(axis, groups=tuple(groups))
+    scalars = tuple(
+        (name, view.backbone.made_up[inside])
+        for name, shape in whole.shapes.items()
+        if not shape and (inside := view.inside(name)[1]) in view.backbone.made_up
+    )
+    return replace(axis, groups=tuple(groups), scalars=scalars)
 
 
 def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:
     """Say what a cut of the width does to one place of a stream that RMSNorms read."""
     family, module = view.family, slot.parameter.rpartition(".")[0]
+    if norm := view.backbone.made_up.get(view.inside(slot.parameter)[1]):
+        return replace(slot, norm=norm)
     if slot.role == "produce":
         scaled = view.backbone.root_of_width and isinstance(whole.owner(slot.parameter), nn.Embedding)
         return slot if scaled or module in family.raw else replace(slot, norm="write")
@@ -284,15 +288,23 @@ def _vocab_axis(config: Any, family: Family) -> Axis:
     field = (tower.config, "vocab_size")
     size = int(get(config, field))
     places = moved(config, edited(config, {other: 2 * size for other in vocab_fields(config)}))
-    slots = tuple(Slot(parameter=name, dim=dim, role="produce") for name, dim in places)
-    refusal = "" if places and all(new == 2 * old for old, new in places.values()) else "vocab_size moves no parameter"
-    groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots),)
+    # a table may have rows for placeholders behind the vocabulary
+    slots = tuple(
+        Slot(parameter=name, dim=dim, role="produce", rest=old - size) for (name, dim), (old, _) in places.items()
+    )
+    refusal = (
+        "" if places and all(new == old + size for old, new in places.values()) else "vocab_size moves no parameter"
+    )
+    first = int(get(config, family.first_position)) + 1 if family.first_position else 0
+    some_of = tuple((token,) for token in range(first))
+    groups = () if refusal else (Group(name="vocab", axis="vocab", units=size, slots=slots, some_of=some_of),)
     return Axis(
         name="vocab",
         kind="vocab",
         size=size,
         fields=labels((field,)),
         groups=groups,
+        minimum=max(1, first),
         refusal=refusal,
         note="cut together with the tokenizer",
     )

@@ -18,7 +18,7 @@ from slimlmm.errors import UserError, nearest
 
 Role = Literal["produce", "consume", "affine"]
 Kind = Literal["blocks", "inner", "width", "experts", "tokens", "vocab"]
-Norm = Literal["", "write", "read", "rms", "rms1", "last", "last1", "layer"]
+Norm = Literal["", "write", "write2", "read", "rms", "rms1", "last", "last1", "layer"]
 #: group name -> sorted indices of the kept units
 Keep = Mapping[str, Tensor]
 
@@ -33,13 +33,14 @@ class Slot:
     """One place where a group's units live: rows of one parameter along one dimension.
 
     Unit u owns the rows ``offset + (o * units + u) * inner + i`` for o < outer, i < inner. `outer` holds constants that
-    vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head).
+    vary slower than the unit (3 in a fused qkv), `inner` those that vary faster (head_dim, queries per KV head). `rest`
+    further rows at the end belong to no unit and stay (placeholders behind the vocabulary).
     `parameter` is the name in ``model.state_dict()``; tied aliases (``Anatomy.tied``) own no slots. Role: *produce* writes
     the axis (output rows, biases, embeddings), *consume* reads it (input columns of a linear or convolution), *affine*
     scales it in place (norms, layer scale). `norm` says what a cut of the width has to make up for: "layer" is weight or bias
     of a LayerNorm, "rms" or "rms1" (1 + w) the weight of an RMSNorm that blocks read, "last" and "last1" of the one before
-    a head tied to the embedding, "write" all that writes a stream read by RMSNorms, "read" what reads it without a
-    norm, "" all else (`surgery._compensate`).
+    a head tied to the embedding, "write" all that writes a stream read by RMSNorms ("write2": behind a factor of the root
+    of the width), "read" what reads it without a norm, "" all else (`surgery._compensate`).
     """
 
     parameter: str
@@ -48,6 +49,7 @@ class Slot:
     outer: int = 1
     inner: int = 1
     offset: int = 0
+    rest: int = 0
     norm: Norm = ""
 
     def rows(self, keep: Tensor, units: int) -> Tensor:
@@ -63,8 +65,9 @@ class Group:
 
     `stride` is how much axis size one unit carries: 1 for a residual channel, head_dim for a vision head that goes with
     the width. `rate` is how many units that much size carries: 4 for the FFN neurons of a tower whose FFN is 4 x width.
-    For block axes `slots` is empty and unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1
-    but in a Q-Former, where blocks go by whole periods of its cross-attention). Of each set of units in `some_of` one at
+    For block axes unit i is layers ``i*stride .. (i+1)*stride-1`` of ``axis.layers`` (stride is 1 but in a Q-Former, where
+    blocks go by whole periods of its cross-attention), and `slots` holds only what stands outside of them but has rows for
+    each (Gemma 4's embeddings per layer). Of each set of units in `some_of` one at
     least has to stay (the only block with attention, a block whose output is read elsewhere).
     """
 
@@ -125,6 +128,7 @@ class Axis:
     `layers` is the state-dict prefix of the layer list for block axes ("model.language_model.layers"), else "".
     Legal sizes are the multiples of `multiple` from `minimum` on, or just those in `allowed` where it is not empty.
     `refusal` says why this axis cannot be cut in this model; a refused axis has no groups.
+    `scalars` are tensors without channels that a cut of the width rescales, as (name, `Slot.norm`).
     `exact` tells whether cut == masked up to rounding once norms are compensated, `note` the reason where it is not.
     """
 
@@ -137,6 +141,7 @@ class Axis:
     minimum: int = 1
     allowed: tuple[int, ...] = ()
     layers: str = ""
+    scalars: tuple[tuple[str, Norm], ...] = ()
     exact: bool = True
     note: str = ""
     refusal: str = ""

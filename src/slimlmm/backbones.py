@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from slimlmm.axes import Norm
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
@@ -40,15 +42,19 @@ class Backbone:
 
     `ties`: fields that follow `width` where they equal it or a multiple. `root_of_width`: embeddings are multiplied by the
     root of the width. `post_norms`: norms whose output is the residual stream. `final_norm` stands before the head.
+    `made_up`: name inside a block -> what a cut of the width has to make up for there (`Slot.norm`), where no norm tells;
+    a whole tensor without channels may be among them (the bounds of a clipped output). `query_norm`: norm of the queries
+    where its trained weights, not the attention, divide by the root of head_dim.
     `tokens`: vectors that are not scales but rows of the residual stream. `class_tokens`: states that the tower puts
     before those of the patches. `parts`: places outside the blocks that hold FFNs, and those inside that choose for
     themselves. `width_by_heads`: the config class insists that the width is a multiple of the number of heads.
 
     Blocks: `per_layer`: lists with one entry per block; `essential`: (list, value) of which one block must stay;
-    `indexes`: lists of block numbers; `anchors`: those whose blocks must stay; `fixed`: numbers of blocks that must stay;
-    `counts`: how many of the first blocks are of another kind; `reset`: fields that the config class derives from the
-    depth; `period`: field that says every how many blocks one is special; `no_fewer_than`: field of a number of blocks that
-    these must not fall below.
+    `indexes`: lists of block numbers; `anchors`: those whose blocks must stay; `fixed`: numbers of blocks that must stay
+    (negative from the end); `counts`: how many of the first blocks are of another kind; `by_block`: settings by block
+    number; `sharing`: how many of the last blocks take keys and values from the last block before them of their kind
+    (first of `per_layer`); `reset`: fields that the config class derives from the depth; `period`: field that says every
+    how many blocks one is special; `no_fewer_than`: field of a number of blocks that these must not fall below.
     """
 
     layers: str
@@ -76,6 +82,8 @@ class Backbone:
     root_of_width: bool = False
     post_norms: tuple[str, ...] = ()
     final_norm: str = "norm.weight"
+    made_up: Mapping[str, Norm] = field(default_factory=dict)
+    query_norm: str = ""
     tokens: tuple[str, ...] = ()
     class_tokens: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +93,8 @@ class Backbone:
     fixed: tuple[int, ...] = ()
     indexes: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    by_block: tuple[str, ...] = ()
+    sharing: str = ""
     reset: tuple[str, ...] = ()
     period: str = ""
     no_fewer_than: str = ""
@@ -295,19 +305,37 @@ BACKBONES: Mapping[str, Backbone] = {
         _GEMMA2,
         refusals={
             "head_dim": "full and sliding blocks each have a head_dim of their own",
-            "queries": "full and sliding blocks each have a number of key/value heads of their own",
-            "blocks": "sizes, shared keys and values, and embeddings per layer are tied to the numbers of the blocks",
-            "kv_groups": "full and sliding blocks each have a number of key/value heads of their own",
-            "width": "the projection of its embeddings per layer is scaled by a root of the width",
+            "queries": "full and sliding blocks each have a number of queries per key/value head of their own",
         },
+        post_norms=(
+            *_GEMMA2.post_norms,
+            *(f"post_feedforward_layernorm_{number}" for number in (1, 2)),
+            "post_per_layer_input_norm",
+        ),
+        expert_ffn="moe_intermediate_size",
+        layouts={"experts.gate_up_proj": "-pc", "experts.down_proj": "-pc"},
+        made_up={"per_layer_input_gate.weight": "read"},
+        query_norm="self_attn.q_norm",
+        fixed=(-1,),
+        by_block=("per_layer_config",),
+        sharing="num_kv_shared_layers",
     ),
     "gemma4_vision": Backbone(
         layers="encoder.layers",
         attention=(Attention(produce=("q_proj.linear", "k_proj.linear", "v_proj.linear"), consume=("o_proj.linear",)),),
         kv="num_key_value_heads",
-        refusals={
-            "head_dim": "each half of its rotary pairs turns by a coordinate of its own",
-            "width": "its pooled states are scaled by the root of the width",
+        refusals={"head_dim": "each half of its rotary pairs turns by a coordinate of its own"},
+        post_norms=_GEMMA2.post_norms,
+        query_norm="self_attn.q_norm",
+        layouts={"std_bias": "p"},
+        # the pooler multiplies by the root of the width, and linears that write the stream may be clipped
+        made_up={
+            "std_bias": "write2",
+            "std_scale": "read",
+            "self_attn.o_proj.output_min": "write",
+            "self_attn.o_proj.output_max": "write",
+            "mlp.down_proj.output_min": "write",
+            "mlp.down_proj.output_max": "write",
         },
     ),
     "cohere2": replace(_LLAMA, neighbours=True),
@@ -380,7 +408,6 @@ BACKBONES: Mapping[str, Backbone] = {
         _VISION_ENCODER,
         attention=(_SIGLIP, replace(_SIGLIP, module="vit_merger.self_attn", group="merger.heads")),
         parts={"vit_merger": "merger"},
-        refusals={"blocks": "patches are merged behind block insert_layer_id, which the config holds in two places"},
     ),
     "instructblip_vision_model": _BLIP_VISION,
     "got_ocr2_vision": Backbone(
@@ -392,10 +419,9 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen3_5_vision": replace(_QWEN3_VISION, indexes=(), anchors=()),
     "llama4_vision_model": Backbone(
         layers="layers",
-        refusals={
-            "ffn": "it has to be width / pixel_shuffle_ratio^2",
-            "width": "the FFN has to be width / pixel_shuffle_ratio^2",
-        },
+        ties=("intermediate_size",),
+        tokens=("class_embedding",),
+        refusals={"ffn": "it has to be width / pixel_shuffle_ratio^2 and goes with vision.width"},
     ),
     "qwen3_vl_vision": _QWEN3_VISION,
     "qwen3_vl_moe_vision": _QWEN3_VISION,

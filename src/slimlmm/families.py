@@ -82,9 +82,10 @@ class Family:
     a norm; `post_norms`: norms of the joint whose output is the stream. `leading`:
     axis of blocks -> list as long as the number of first
     blocks that must stay. `feature_layer`: (sub-config, field) that picks vision hidden states by number (0 = embeddings,
-    negative from the end). `query_tokens`: axis -> (sub-config, field) of the number of learned queries, each of which becomes
-    one placeholder, and what the processor calls that number. `token_parts`: more sub-configs that hold token ids. `refusals`:
-    axis -> why it cannot be cut.
+    negative from the end). `behind`: fields with the number of the vision block behind which patches are merged. `query_tokens`:
+    axis -> (sub-config, field) of the number of learned queries, each of which becomes one placeholder, and what the processor
+    calls that number. `token_parts`: more sub-configs that hold token ids. `first_position`: token id that positions are
+    counted from, so that no token up to it may go. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -102,7 +103,9 @@ class Family:
     leading: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     feature_layer: tuple[str, str] | None = None
     query_tokens: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    behind: tuple[tuple[str, str], ...] = ()
     token_parts: tuple[str, ...] = ()
+    first_position: tuple[str, str] | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
 
     def interior(self, axis: str, parameter: str, dim: int) -> str:
@@ -251,6 +254,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma4": Family(
         towers=_towers(),
         joint="model.embed_vision",
+        raw_readers=("model.embed_vision.embedding_projection",),
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
     ),
     "aya_vision": _AYA,
@@ -292,6 +296,7 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers(),
         joint="model.merger",
         interiors=(_merger("model.merger.mlp.*", "linear_1", "linear_2"),),
+        behind=(("", "insert_layer_id"), ("vision_config", "insert_layer_id")),
     ),
     "mllama": Family(
         towers=_towers(vision="model.vision_model"),
@@ -299,9 +304,6 @@ FAMILIES: Mapping[str, Family] = {
         ties={"vision.width": (("vision_config", "vision_output_dim"),)},
         pieces={f"{_PROJECTOR}.weight": (1, ("1", "R"))},
         raw=(_PROJECTOR,),
-        refusals={
-            "vocab": "its embedding has eight rows more than the vocabulary, and the picture's token is one of them"
-        },
     ),
     "florence2": Family(
         towers=_towers(), joint=_PROJECTOR, ties={"text.width": (("vision_config", "projection_dim"),)}
@@ -310,9 +312,9 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers("text_model.model", "vision_model.model"),
         joint="image_to_text_projection",
         query_tokens={"projector.query_tokens": ("", "latent_query_num", "")},
+        first_position=("text_config", "pad_token_id"),
         refusals={
-            "projector.query_tokens": "its processor writes 64 placeholders for a picture, whatever the config says",
-            "vocab": "its positions are counted from the id of the padding token, which the cut would change",
+            "projector.query_tokens": "its processor writes 64 placeholders for a picture, whatever the config says"
         },
     ),
     "git": Family(

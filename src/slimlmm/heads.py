@@ -5,6 +5,7 @@ Legend: Q query heads, KV key/value heads, G = Q / KV queries per group, D head_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -49,10 +50,18 @@ def kv_axis(view: View) -> Axis:
     )
 
     def group_of(place: Place, length: int) -> Group:
-        where = place_name(view, draft.name, place)
-        return Group(name=where, axis=draft.name, units=view.kv, layer=view.locate(place[0])[0])
+        layer, label = view.locate(place[0])[0], place_name(view, draft.name, place)
+        if layer is not None and (giver := view.keys_from(layer)) != layer:
+            layer, label = giver, f"{draft.name}[{giver}]"
+        units = view.kv_of(layer)
+        whole = math.gcd(units, view.kv)
+        return Group(
+            name=label, axis=draft.name, units=units, stride=view.kv // whole, rate=units // whole, layer=layer
+        )
 
-    return grouped(view, _dividing(view, draft, view.queries), places, group_of)
+    axis = grouped(view, _dividing(view, draft, view.queries), places, group_of)
+    multiple = math.lcm(1, *(group.stride for group in axis.groups))
+    return axis if axis.refusal else replace(axis, multiple=multiple, minimum=multiple)
 
 
 def _dividing(view: View, draft: Axis, others: int) -> Axis:

@@ -211,11 +211,12 @@ def activation(task: Task) -> Scores:
 
     with ExitStack() as stack, torch.no_grad():
         for group in task.groups:
-            for index, layers in enumerate(_blocks(task.model, task.anatomy.axis(group.axis))):
+            blocks = _blocks(task.model, task.anatomy.axis(group.axis))
+            for index, layers in enumerate(blocks):
                 for layer in layers:
                     handle = layer.register_forward_hook(block(group, index), with_kwargs=True)
                     stack.callback(handle.remove)
-            for slot in _linear_consumers(modules, group):
+            for slot in () if blocks else _linear_consumers(modules, group):
                 module = modules[slot.parameter.removesuffix(".weight")]
                 stack.callback(module.register_forward_pre_hook(consumer(group, slot)).remove)
         for batch in at_least_one(task.batches, "activation"):
@@ -418,7 +419,9 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
     shares: dict[nn.Parameter, list[Share]] = {}
     for group in task.groups:
         prefix = task.anatomy.axis(group.axis).layers
-        wanted: list[tuple[str, Share]] = [(slot.parameter, Share(group=group, slot=slot)) for slot in group.slots]
+        wanted: list[tuple[str, Share]] = [
+            (slot.parameter, Share(group=group, slot=slot)) for slot in group.slots if slot.parameter in named
+        ]
         for name in named if prefix else ():
             if name.startswith(f"{prefix}."):
                 index = int(name.removeprefix(f"{prefix}.").partition(".")[0])

@@ -134,7 +134,8 @@ def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recip
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
     model = loaded.model
     texts = _texts(loaded.processor, rows["train"] + rows["validation"])
-    fixed = {"vocab": len(vocab.needed(model, loaded.processor, texts))}
+    kept = vocab.needed(model, loaded.processor, texts)
+    fixed = {"vocab": sum(token < describe(model.config).axis("vocab").size for token in kept)}
     fixed |= {
         axis: describe(model.config).axis(axis).size - len(dead) for axis, dead in dead_blocks(model.config).items()
     }

@@ -19,12 +19,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
+from slimlmm.blocks import renamed
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.importance import skipped
 from slimlmm.probing import Place
 from slimlmm.resizing import resized
-from slimlmm.token_ids import renumbered
+from slimlmm.token_ids import new_ids, renumbered
 
 
 def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreTrainedModel:
@@ -39,16 +40,16 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     size = check(found, keep)
     config = _new_config(model.config, found, size, keep)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
-    renamed = _renamed(found, keep, state)
-    new = {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
+    names = _renamed(found, keep, state)
+    new = {names[name]: tensor for name, tensor in state.items() if name in names}
     rows = kept_rows(found, keep, {name: tuple(tensor.shape) for name, tensor in new.items()})
     for (name, dim), kept in rows.items():
         new[name] = new[name].index_select(dim, kept.to(new[name].device))
     _compensate(found, size, keep, rows, new)
-    buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
-    student = _assemble(model, config, new, renamed, buffers)
+    buffers = {names.get(name, name): buffer for name, buffer in model.named_buffers()}
+    student = _assemble(model, config, new, names, buffers)
     if found.kind == "vocab":
-        ids = {old: index for index, old in enumerate(keep["vocab"].tolist())}
+        ids = new_ids(keep["vocab"].tolist(), found.groups[0])
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
@@ -92,13 +93,12 @@ def check(axis: Axis, keep: Keep) -> int:
 
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
     if axis.kind == "vocab":
-        config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
+        config = _renumbered_config(config, new_ids(keep["vocab"].tolist(), axis.groups[0]), axis.size)
     return resized(config, {axis.name: size}, {name: units.tolist() for name, units in keep.items()})
 
 
-def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
+def _renumbered_config(config: Any, new: Mapping[int, int], size: int) -> Any:
     """Return `config` with the token ids of its top level and its text part renumbered."""
-    new = {old: index for index, old in enumerate(ids)}
     data = config.to_dict()
     data.pop("transformers_version", None)
     for key, part in family_of(config).token_data(data).items():
@@ -113,15 +113,7 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
         return {name: name for name in state}
     group = axis.groups[0]
     layers = [int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)]
-    place = {str(old): str(new) for new, old in enumerate(layers)}
-    prefix, renamed = f"{axis.layers}.", {}
-    for name in state:
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            renamed[name] = name
-        elif layer in place:
-            renamed[name] = f"{prefix}{place[layer]}.{rest}"
-    return renamed
+    return renamed(axis.layers, layers, state)
 
 
 def _compensate(axis: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor], state: dict[str, Tensor]) -> None:
@@ -136,7 +128,10 @@ def _compensate(axis: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor],
     (`heads.head_dim_axis`).
     """
     c = math.sqrt(size / axis.size)
-    factors = {"write": c, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c, "last": 1 / c**2, "last1": 1 / c**2}
+    factors = {"write": c, "write2": c**2, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c}
+    factors |= {"last": 1 / c**2, "last1": 1 / c**2}
+    for name, norm in axis.scalars:
+        state[name] = state[name] * factors[norm]
     scales: dict[tuple[Place, int], Tensor] = {}
     for group in axis.groups:
         for slot in group.slots:
@@ -155,7 +150,7 @@ def _assemble(
     model: PreTrainedModel,
     config: Any,
     state: Mapping[str, Tensor],
-    renamed: Mapping[str, str],
+    names: Mapping[str, str],
     buffers: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     """Build the stock class of `config` around these tensors; it shares no storage with `model`."""
@@ -169,7 +164,7 @@ def _assemble(
     left = [name for name, tensor in student.named_parameters() if tensor.is_meta]
     assert not unexpected, unexpected
     assert not left, (left, missing)
-    trained = {renamed[name]: p.requires_grad for name, p in model.named_parameters() if name in renamed}
+    trained = {names[name]: p.requires_grad for name, p in model.named_parameters() if name in names}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trained[name])
     student.generation_config = copy.deepcopy(model.generation_config)
@@ -239,7 +234,8 @@ def _complement(keep: Tensor, units: int) -> Tensor:
 
 def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, stack: ExitStack) -> None:
     """Zero what the dropped units own of one parameter until the stack unwinds."""
-    parameter = model.get_parameter(slot.parameter)
+    parent, _, leaf = slot.parameter.rpartition(".")
+    parameter: Tensor = getattr(model.get_submodule(parent), leaf)  # or a buffer
     before = parameter.detach().clone()
     stack.callback(_restore, parameter, before)
     with torch.no_grad():
@@ -247,7 +243,7 @@ def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, sta
 
 
 @torch.no_grad()
-def _restore(parameter: nn.Parameter, before: Tensor) -> None:
+def _restore(parameter: Tensor, before: Tensor) -> None:
     parameter.copy_(before)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from slimlmm.axes import Group
 from slimlmm.errors import UserError
 
 #: a key that ends like this holds one token id or a list of them, in any configuration or processor
@@ -32,6 +33,13 @@ def _flat(value: Any) -> Iterator[int]:
             yield from _flat(item)
     elif isinstance(value, int) and value >= 0:
         yield value
+
+
+def new_ids(kept: Iterable[int], group: Group) -> dict[int, int]:
+    """Map the ids of the tokens that stay to their new ones, those of placeholders behind the vocabulary included."""
+    new = {old: index for index, old in enumerate(kept)}
+    behind = max((slot.rest for slot in group.slots), default=0)
+    return new | {group.units + index: len(new) + index for index in range(behind)}
 
 
 def renumbered(data: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, Any]:

@@ -71,6 +71,23 @@ class View:
         """KV; equal to Q in plain multi-head attention."""
         return int(self.value(self.backbone.kv) or self.heads)
 
+    def kv_of(self, layer: int | None) -> int:
+        """KV of one block: that of the tower, if the block has no setting of its own."""
+        return int(self._setting(layer, self.backbone.kv) or self.kv)
+
+    def _setting(self, layer: int | None, name: str) -> Any:
+        """Value of a field that is set for one block alone, None where it is not."""
+        settings = (values for field in self.backbone.by_block for values in (self.value(field) or {}).items())
+        return next((found[name] for number, found in settings if int(number) == layer and name in found), None)
+
+    def keys_from(self, layer: int) -> int:
+        """Return the number of the block whose keys and values a block uses: its own, but in a tower that shares them."""
+        first = self.blocks - int(self.value(self.backbone.sharing) or 0)
+        if layer < first:
+            return layer
+        kinds = self.value(self.backbone.per_layer[0])
+        return max(number for number in range(first) if kinds[number] == kinds[layer])
+
     @property
     def queries(self) -> int:
         """G, query heads per key/value head."""
@@ -142,9 +159,15 @@ class View:
 
     def set_heads(self, kv: int, queries: int) -> dict[Field, Any]:
         """Fields to write for `kv` key/value heads with `queries` query heads each."""
+        name = self.backbone.kv
         changes: dict[Field, Any] = {self.field(self.backbone.heads): kv * queries}
-        if self.backbone.kv:
-            changes[self.field(self.backbone.kv)] = kv
+        if name:
+            changes[self.field(name)] = kv
+        for field in self.backbone.by_block:
+            changes[self.field(field)] = {
+                number: found | ({name: kv * found[name] // self.kv} if name in found else {})
+                for number, found in (self.value(field) or {}).items()
+            }
         return changes
 
     def decoder(self) -> View:
@@ -209,12 +232,25 @@ def some_of(view: View) -> tuple[tuple[int, ...], ...]:
     for name, value in view.backbone.essential:
         kinds = view.value(name) or ()
         sets += [tuple(layer for layer, kind in enumerate(kinds) if kind == value)]
-    sets += [(layer,) for layer in view.backbone.fixed]
+    sets += [(layer % view.blocks,) for layer in view.backbone.fixed]
+    sets += [(layer,) for layer in sorted({view.keys_from(other) for other in shared_blocks(view)})]
     for name in view.backbone.anchors:
         sets += [(layer,) for layer in view.value(name) or ()]
     if field := view.family.leading.get(f"{view.tower.name}.blocks"):
         sets += [(layer,) for layer in range(min(view.blocks, len(get(view.config, field) or ())))]
+    sets += [tuple(range(number + 1)) for number in merges(view).values()]
     return tuple(units for units in sets if units)
+
+
+def merges(view: View) -> dict[Field, int]:
+    """Return the fields that number the block behind which patches are merged, with those numbers."""
+    fields = view.family.behind if view.tower.name == "vision" else ()
+    return {field: number for field in fields if (number := int(get(view.config, field))) >= 0}
+
+
+def shared_blocks(view: View) -> range:
+    """Return the blocks that take keys and values from earlier ones."""
+    return range(view.blocks - int(view.value(view.backbone.sharing) or 0), view.blocks)
 
 
 def vocab_fields(config: Any) -> list[Field]:
@@ -238,6 +274,12 @@ def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
     for name in view.backbone.counts:
         if view.value(name) is not None:
             changes[view.field(name)] = sum(layer < view.value(name) for layer in layers)
+    for name in view.backbone.by_block:
+        settings = {int(number): found for number, found in (view.value(name) or {}).items()}
+        changes[view.field(name)] = {str(place[number]): settings[number] for number in settings if number in place}
+    if view.backbone.sharing:
+        changes[view.field(view.backbone.sharing)] = sum(layer in shared_blocks(view) for layer in layers)
+    changes |= {field: sum(layer <= number for layer in layers) - 1 for field, number in merges(view).items()}
     changes |= {view.field(name): None for name in view.backbone.reset}
     field = view.family.feature_layer
     if view.tower.name == "vision" and field:

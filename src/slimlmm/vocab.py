@@ -51,22 +51,32 @@ def trim(
     texts = list(keep_texts)
     tokenizer = tokenizer_of(processor)
     ids = needed(model, processor, texts, at_least=at_least)
-    student = cut(model, describe(model.config), "vocab", {"vocab": torch.tensor(ids)})
+    anatomy = describe(model.config)
+    inside = [token for token in ids if token < anatomy.axis("vocab").size]
+    student = cut(model, anatomy, "vocab", {"vocab": torch.tensor(inside)})
     trimmed = subset_tokenizer(tokenizer, ids)
     _check_same(tokenizer, trimmed, texts)
     return student, _with_tokenizer(processor, trimmed, ids)
 
 
 def needed(model: PreTrainedModel, processor: Any, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
-    """Return the sorted ids of the tokens that `trim` keeps for these texts."""
-    size = describe(model.config).axis("vocab").size
+    """Return the sorted ids of the tokens that `trim` keeps for these texts, placeholders behind the vocabulary included."""
+    group = describe(model.config).axis("vocab").groups[0]
+    size, behind = group.units, max(slot.rest for slot in group.slots)
     kept = set(closed_tokens(tokenizer_of(processor), texts, at_least=at_least))
     data = model.config.to_dict()
     parts = family_of(model.config).token_data(data).values()
     kept |= {i for i in referenced(*parts, model.generation_config.to_dict()) if i < size}
+    kept |= {token for tokens in group.some_of for token in tokens}
     ids = sorted(kept)
-    if ids[-1] >= size:
-        raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size} rows.")
+    if ids[-1] >= size + behind:
+        raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size + behind} rows.")
+    placeholders = [token for token in ids if token >= size]
+    if placeholders != list(range(size, size + len(placeholders))):
+        raise UserError(
+            f"vocab: the tokenizer's tokens {placeholders} stand behind the vocabulary of {size}, with gaps that their "
+            "new numbers would not have; leave vocab out of the recipe."
+        )
     return ids
 
 

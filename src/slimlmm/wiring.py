@@ -181,6 +181,8 @@ def _is(node: Any, kinds: Iterable[str]) -> bool:
 def _link(model: PreTrainedModel, group: Group, record: _Recorder, graph: _Graph) -> Wiring:
     """Fill in the wiring from the recorded nodes."""
     named = dict(model.named_parameters(remove_duplicate=False))
+    if fixed := [slot.parameter for slot in group.slots if slot.parameter not in named]:
+        raise NotRotatable(f"{fixed[0]} is a constant of the stream's channels")
     wiring = Wiring(dead={s.parameter for s in group.slots if id(named[s.parameter]) not in graph.live})
     slots = [slot for slot in group.slots if slot.parameter not in wiring.dead]
     for slot in slots:

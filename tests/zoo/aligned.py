@@ -200,11 +200,13 @@ def _gemma4(text: dict, vision: dict) -> tf.PreTrainedConfig:
 
 
 def _gemma4_small() -> tf.PreTrainedConfig:
-    """As the small releases: embeddings per layer, the last two layers take keys and values of the first two."""
+    """As the small releases: embeddings per layer, the last three layers take keys and values of the two before."""
     text = {
+        "num_hidden_layers": 6,
+        "layer_types": (PATTERN[:1] * 2 + PATTERN[1:]) * 2,
         "hidden_size_per_layer_input": 14,
         "vocab_size_per_layer_input": VOCAB,
-        "num_kv_shared_layers": 2,
+        "num_kv_shared_layers": 3,
         "use_double_wide_mlp": True,
     }
     return _gemma4(text, {"use_clipped_linears": True})
@@ -214,12 +216,30 @@ def _gemma4_dense() -> tf.PreTrainedConfig:
     """As the large dense release: no embeddings per layer, keys are values in full layers, pictures see themselves."""
     text = {
         "hidden_size_per_layer_input": 0,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 2,
         "use_bidirectional_attention": "vision",
         "final_logit_softcapping": 30.0,
     }
     return _gemma4(text, {"standardize": True})
+
+
+def _gemma4_moe() -> tf.PreTrainedConfig:
+    """As the release of experts: a dense FFN and routed experts side by side in each layer."""
+    text = {
+        "hidden_size_per_layer_input": 0,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    }
+    return _gemma4(text, {})
 
 
 def _aya_vision() -> tf.PreTrainedConfig:
@@ -337,6 +357,7 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4_small,
     "gemma4-dense": _gemma4_dense,
+    "gemma4-moe": _gemma4_moe,
     "aya_vision": _aya_vision,
     "ovis2": _ovis2,
     "janus": _janus,
