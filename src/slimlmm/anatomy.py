@@ -158,6 +158,8 @@ def _kv_axis(view: View) -> Axis:
         layer, label = view.locate(place[0])[0], place_name(view, name, place)
         if layer is not None and (giver := view.keys_from(layer)) != layer:
             layer, label = giver, f"{name}[{giver}]"
+        if common := view.common_heads(place[0]):
+            layer, label = None, f"{name}.{common}"
         units = view.kv_of(layer)
         whole = math.gcd(units, view.kv)
         return Group(name=label, axis=name, units=units, stride=view.kv // whole, rate=units // whole, layer=layer)
@@ -189,7 +191,8 @@ def _width_axis(view: View) -> Axis:
         attention = None if free else attention_of(view, place)
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
-            return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
+            heads = view.heads_by_list[view.list_of(place[0])]
+            return Group(name=where, axis=name, units=heads, stride=width // heads, layer=layer)
         if place in ffn and view.inside(place[0])[0]:
             where = f"{place_name(view, name, place)}.ffn"
             return Group(name=where, axis=name, units=length, rate=length // width, layer=layer)
@@ -197,7 +200,8 @@ def _width_axis(view: View) -> Axis:
             return Group(name=f"{name}.{part}", axis=name, units=inside[part], rate=inside[part] // width)
         return Group(name=name, axis=name, units=width)
 
-    multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
+    stride = math.lcm(*(width // heads for heads in view.heads_by_list))
+    multiple = stride if not free else view.heads if view.backbone.width_by_heads else 1
     fields = tuple(field for field in changes if field[1] != "head_dim")
     draft = Axis(name=name, kind="width", size=width, fields=_labels(fields), multiple=multiple)
     return _with_note(view, _aligned(view, _axis(view, draft, places, group_of)))

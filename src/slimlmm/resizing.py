@@ -29,8 +29,9 @@ def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
     for name in view.backbone.counts:
         for layer in range(view.blocks):
             kinds.setdefault((name, str(layer < (view.value(name) or 0))), []).append(layer)
-    for layer in range(view.blocks):
-        kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
+    if view.backbone.sharing:
+        for layer in range(view.blocks):
+            kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
     return tuple(map(tuple, kinds.values()))
 
 
