@@ -12,7 +12,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 #: self-checks that fail for a reason that is not ours to mend, and are refused with it
 KNOWN = {
     ("blip-2-t5", "text.blocks"): "an encoder of fewer blocks than the decoder has no cache in the stock class",
-    ("perception_lm", "vision.width"): "the stand-in tower of the tests is not the timm one of the family",
 }
 
 

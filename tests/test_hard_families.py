@@ -180,3 +180,64 @@ def test_llama4_holds_its_ffn_to_the_width():
         describe(model.config).axis("vision.ffn")
     for size in axis.choices()[:-1]:
         assert gap(model, axis.name, some_units(axis, size), picture_prompt(model.config)) <= TOLERANCE
+
+
+def test_t5_heads_are_one_choice_for_all_that_share_a_position_bias():
+    model = random_model(CONFIGS["blip-2-t5"]())
+    anatomy, batch = describe(model.config), picture_prompt(model.config)
+    axis = anatomy.axis("text.kv_groups")
+    assert [group.name for group in axis.groups if group.layer is None] == [
+        "text.kv_groups.encoder",
+        "text.kv_groups.decoder",
+        "text.kv_groups[decoder.0]",
+        "text.kv_groups[decoder.1]",
+    ]
+    owners = {
+        slot.parameter: group.name
+        for group in axis.groups
+        for slot in group.slots
+        if slot.parameter.endswith("relative_attention_bias.weight")
+    }
+    assert sorted(owners.values()) == ["text.kv_groups.decoder", "text.kv_groups.encoder"]
+    assert {slot.parameter.split(".")[6] for slot in anatomy.group("text.kv_groups[decoder.0]").slots} == {
+        "EncDecAttention"
+    }
+    for size in axis.choices()[:-1]:
+        for seed in range(2):
+            assert gap(model, axis.name, some_units(axis, size, seed), batch) <= TOLERANCE, (size, seed)
+
+
+def test_encoder_and_decoder_of_florence2_each_lose_heads_of_their_own_size():
+    model = random_model(CONFIGS["florence2"]())
+    axis = describe(model.config).axis("text.width")
+    heads = {(group.units, group.stride) for group in axis.groups if group.name.endswith("heads")}
+    assert heads == {(6, 8), (4, 12)}
+    assert axis.choices() == (24, 48)
+    keep = some_units(axis, 24)
+    text = cut(model, describe(model.config), axis.name, keep).config.text_config
+    assert (text.d_model, text.encoder_attention_heads, text.decoder_attention_heads) == (24, 3, 2)
+    assert gap(model, axis.name, keep, picture_prompt(model.config)) <= TOLERANCE
+    same = edited(model.config, {("text_config", "decoder_attention_heads"): 6})
+    other = random_model(same)
+    for size in describe(same).axis("text.width").choices()[:-1]:
+        keep = some_units(describe(same).axis("text.width"), size)
+        assert gap(other, axis.name, keep, picture_prompt(same)) <= TOLERANCE, size
+
+
+def test_the_side_of_janus_that_draws_pictures_is_cut_as_it_is_masked():
+    model = random_model(CONFIGS["janus"]())
+    anatomy = describe(model.config)
+    keep = some_units(anatomy.axis("text.width"), 24)
+    student = cut(model, anatomy, "text.width", keep)
+    codes = torch.tensor([[1, 5, 20]])
+
+    def drawn(any_model) -> torch.Tensor:
+        states = any_model.prepare_embeddings_for_image_generation(codes)
+        return any_model.model.generation_head(any_model.model.language_model(inputs_embeds=states).last_hidden_state)
+
+    with torch.no_grad():
+        with masked(model, anatomy, "text.width", keep):
+            wanted = drawn(model)
+        got = drawn(student)
+        assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+        assert (drawn(model) - wanted).abs().max() > 0.1 * wanted.abs().max()

@@ -223,7 +223,8 @@ def _width_axis(view: View) -> Axis:
         attention = None if free else attention_of(view, place)
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
-            return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
+            heads = view.heads_by_list[view.list_of(place[0])]
+            return Group(name=where, axis=name, units=heads, stride=width // heads, layer=layer)
         if place in ffn and view.inside(place[0])[0]:
             where = f"{place_name(view, name, place)}.ffn"
             return Group(name=where, axis=name, units=length, rate=length // width, layer=layer)
@@ -231,7 +232,8 @@ def _width_axis(view: View) -> Axis:
             return Group(name=f"{name}.{part}", axis=name, units=inside[part], rate=inside[part] // width)
         return Group(name=name, axis=name, units=width)
 
-    multiple = width // view.kv if not free else view.heads if view.backbone.width_by_heads else 1
+    stride = math.lcm(*(width // heads for heads in view.heads_by_list))
+    multiple = stride if not free else view.heads if view.backbone.width_by_heads else 1
     if any(view.layout(parameter).startswith("-") for parameter, _ in places):  # one matrix per expert
         multiple = math.lcm(multiple, _GROUPED)
     fields = tuple(field for field in changes if field[1] != "head_dim")

@@ -31,11 +31,12 @@ class Attention:
 class Backbone:
     """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
 
-    `more_layers`: lists of further blocks that share the sizes but not the number of blocks. `decoder`: the one of them that
-    is a decoder of its own number of blocks, and the field that holds it. `ffn_is_ratio`: the field `ffn` holds FFN width /
-    residual width. `expert_ffn`: FFN width of each expert, `experts`: their number, `experts_per_token`: how many a token
-    takes, `expert_teams`: into how many sets they are sorted. `refusals`: noun -> why the config cannot say it. `layouts`,
-    `pieces`: see `Family`, with names inside a block.
+    `more_layers`: lists of further blocks that share the sizes but not the number of blocks; `more_heads`: their numbers of
+    heads, where those are their own; `decoder`: the one that is a decoder of its own number of blocks, and the field that
+    holds it. `common_heads`: attention modules whose heads are one choice for a whole list of blocks, because a position bias
+    per head stands in the first one. `ffn_is_ratio`: the field `ffn` holds FFN width / residual width. `expert_ffn`: FFN width
+    of each expert, `experts`: their number, `experts_per_token`: how many a token takes, `expert_teams`: into how many sets they
+    are sorted. `refusals`: noun -> why the config cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
 
     `neighbours`: rotary pairs are dimensions (2p, 2p + 1), not (p, p + half). `mrope`: how three coordinates share the pairs,
     in "sections" one behind the other or "interleaved". `fixed_scale`: scores are not divided by the root of head_dim.
@@ -64,6 +65,8 @@ class Backbone:
     width: str = "hidden_size"
     blocks: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
+    more_heads: tuple[str, ...] = ()
+    common_heads: tuple[str, ...] = ()
     kv: str = ""
     head_dim: str = "head_dim"
     ffn: str = "intermediate_size"
@@ -246,22 +249,18 @@ BACKBONES: Mapping[str, Backbone] = {
         ffn="d_ff",
         fixed=(0,),
         final_norm="decoder.final_layer_norm.weight",
-        refusals={
-            "kv_groups": "the position bias of the first block, one value per head, is added in every other block"
-        },
+        common_heads=("layer.0.SelfAttention",),
     ),
     "bart": Backbone(
         layers="encoder.layers",
         more_layers=("decoder.layers",),
         decoder=("decoder.layers", "decoder_layers"),
-        attention=(_SIGLIP,),
         width="d_model",
         blocks="encoder_layers",
+        attention=(_SIGLIP, replace(_SIGLIP, module="encoder_attn", group="cross_heads")),
         heads="encoder_attention_heads",
+        more_heads=("decoder_attention_heads",),
         ffn="encoder_ffn_dim",
-        refusals={
-            "width": "encoder and decoder each have a number of heads of their own, and head_dim is d_model / heads in both"
-        },
     ),
     "kosmos_2_text_model": Backbone(
         layers="layers",
@@ -420,7 +419,6 @@ BACKBONES: Mapping[str, Backbone] = {
     "llama4_vision_model": Backbone(
         layers="layers",
         ties=("intermediate_size",),
-        tokens=("class_embedding",),
         refusals={"ffn": "it has to be width / pixel_shuffle_ratio^2 and goes with vision.width"},
     ),
     "qwen3_vl_vision": _QWEN3_VISION,

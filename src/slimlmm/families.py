@@ -77,15 +77,14 @@ class Family:
     the rest, with the unit varying slowest. A ``*`` in a path stands for a number.
 
     `ties`: axis -> (sub-config, field) pairs that follow it where they equal it or a multiple. `projector`: axis ->
-    (sub-config, field) of a free size inside the joint. `raw`: modules that write channels of
-    the text tower which no norm reads; `raw_readers`: modules that read the vision tower without
-    a norm; `post_norms`: norms of the joint whose output is the stream. `leading`:
-    axis of blocks -> list as long as the number of first
-    blocks that must stay. `feature_layer`: (sub-config, field) that picks vision hidden states by number (0 = embeddings,
-    negative from the end). `behind`: fields with the number of the vision block behind which patches are merged. `query_tokens`:
-    axis -> (sub-config, field) of the number of learned queries, each of which becomes one placeholder, and what the processor
-    calls that number. `token_parts`: more sub-configs that hold token ids. `first_position`: token id that positions are
-    counted from, so that no token up to it may go. `refusals`: axis -> why it cannot be cut.
+    (sub-config, field) of a free size inside the joint. `raw`: modules that write channels of the text tower which no norm
+    reads; `raw_readers`: modules that read the vision tower without a norm; `post_norms`: norms of the joint whose output
+    is the stream. `leading`: axis of blocks -> list as long as the number of first blocks that must stay. `feature_layer`:
+    (sub-config, field) that picks vision hidden states by number (0 = embeddings, negative from the end). `behind`: fields
+    with the number of the vision block behind which patches are merged. `query_tokens`: axis -> (sub-config, field) of the
+    number of learned queries, each of which becomes one placeholder, and what the processor calls that number. `token_parts`:
+    more sub-configs that hold token ids. `first_position`: token id that positions are counted from, so that no token up to it
+    may go. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -136,10 +135,10 @@ def _towers(
     )
 
 
-def _two_layers(joint: str, first: str = "linear_1", second: str = "linear_2") -> tuple[Interior, ...]:
-    return (
-        Interior(axis="text.width", part="projector", produce=(f"{joint}.{first}",), consume=(f"{joint}.{second}",)),
-    )
+def _two_layers(
+    joint: str, first: str = "linear_1", second: str = "linear_2", part: str = "projector"
+) -> tuple[Interior, ...]:
+    return (Interior(axis="text.width", part=part, produce=(f"{joint}.{first}",), consume=(f"{joint}.{second}",)),)
 
 
 def _merger(path: str, first: str, second: str, part: str = "merger") -> Interior:
@@ -285,7 +284,13 @@ FAMILIES: Mapping[str, Family] = {
         joint=_PROJECTOR,
         interiors=_two_layers(_PROJECTOR, "conv_upsampler2", "multimodal_projector"),
     ),
-    "perception_lm": replace(_LLAVA, feature_layer=None),
+    "perception_lm": replace(
+        _LLAVA,
+        feature_layer=None,
+        refusals={
+            "vision.width": "its projector reads the width from the arguments of a timm model (model_args.embed_dim)"
+        },
+    ),
     "fast_vlm": replace(_LLAVA, feature_layer=None),
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": replace(_QWEN3, leading={}, interiors=_QWEN3.interiors[:1]),
@@ -334,7 +339,11 @@ FAMILIES: Mapping[str, Family] = {
             )
         ),
     ),
-    "llama4": Family(towers=_towers("language_model.model", "vision_model.model"), joint="multi_modal_projector"),
+    "llama4": Family(
+        towers=_towers("language_model.model", "vision_model.model"),
+        joint="multi_modal_projector",
+        tokens=("vision_model.class_embedding",),
+    ),
     "ovis2": Family(
         towers=_towers(),
         joint="model.visual_embeddings_table",
@@ -343,7 +352,11 @@ FAMILIES: Mapping[str, Family] = {
     "janus": Family(
         towers=_towers(vision="model.vision_model"),
         joint="model.aligner",
-        interiors=_two_layers("model.aligner", "fc1", "hidden_layers.0"),
+        interiors=(
+            *_two_layers("model.aligner", "fc1", "hidden_layers.0"),
+            *_two_layers("model.generation_aligner", "fc1", "hidden_layers.0", part="generation"),
+            *_two_layers("model.generation_head", "proj_out", "vision_head", part="generation_head"),
+        ),
         ties={
             "text.width": (
                 ("vision_config", "projection_dim"),

@@ -53,6 +53,8 @@ def kv_axis(view: View) -> Axis:
         layer, label = view.locate(place[0])[0], place_name(view, draft.name, place)
         if layer is not None and (giver := view.keys_from(layer)) != layer:
             layer, label = giver, f"{draft.name}[{giver}]"
+        if common := view.common_heads(place[0]):
+            layer, label = None, f"{draft.name}.{common}"
         units = view.kv_of(layer)
         whole = math.gcd(units, view.kv)
         return Group(

@@ -27,6 +27,8 @@ _ORDER = {"width": 0, "head_dim": 2}
 def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
     """Return the blocks of each kind, as the lists per block tell them apart; a shallow copy has one of each."""
     view = view_of(config, axis.name.partition(".")[0])
+    if axis.noun == "decoder_blocks":  # its blocks are all alike
+        return ()
     kinds: dict[tuple[str, str], list[int]] = {}
     for name in view.backbone.per_layer:
         for layer, value in enumerate(view.value(name) or ()):
@@ -37,8 +39,9 @@ def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
     for name in view.backbone.counts:
         for layer in range(view.blocks):
             kinds.setdefault((name, str(layer < (view.value(name) or 0))), []).append(layer)
-    for layer in range(view.blocks):
-        kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
+    if view.backbone.sharing:
+        for layer in range(view.blocks):
+            kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
     return tuple(map(tuple, kinds.values()))
 
 

@@ -71,6 +71,26 @@ class View:
         """KV; equal to Q in plain multi-head attention."""
         return int(self.value(self.backbone.kv) or self.heads)
 
+    @property
+    def heads_by_list(self) -> tuple[int, ...]:
+        """KV of each list of blocks, the tower's own first."""
+        more = tuple(int(self.value(name)) for name in self.backbone.more_heads)
+        return (self.kv, *(more or (self.kv,) * len(self.backbone.more_layers)))
+
+    def list_of(self, parameter: str) -> int:
+        """Return which list of blocks a parameter stands in: 0 the tower's own (or none), then the further ones."""
+        inside = parameter.removeprefix(f"{self.tower.prefix}.")
+        lists = enumerate(self.backbone.more_layers, start=1)
+        return next((number for number, layers in lists if inside.startswith(f"{layers}.")), 0)
+
+    def common_heads(self, parameter: str) -> str:
+        """Return the name of the list of blocks all of which keep the same heads in this module, "" where each has its own."""
+        inside = self.inside(parameter)[1]
+        if not any(inside.startswith(f"{module}.") for module in self.backbone.common_heads):
+            return ""
+        lists = (self.backbone.layers, *self.backbone.more_layers)
+        return lists[self.list_of(parameter)].partition(".")[0]
+
     def kv_of(self, layer: int | None) -> int:
         """KV of one block: that of the tower, if the block has no setting of its own."""
         return int(self._setting(layer, self.backbone.kv) or self.kv)
@@ -168,6 +188,8 @@ class View:
                 number: found | ({name: kv * found[name] // self.kv} if name in found else {})
                 for number, found in (self.value(field) or {}).items()
             }
+        for name in self.backbone.more_heads:
+            changes[self.field(name)] = int(self.value(name)) * kv // self.kv
         return changes
 
     def decoder(self) -> View:
