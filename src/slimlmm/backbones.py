@@ -174,7 +174,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen2_5_omni_text": _LLAMA,
     "qwen3_vl_text": _LLAMA,
     "granite": _LLAMA,
-    "cohere": _LLAMA,
+    "cohere": replace(_LLAMA, layouts={"self_attn.q_norm.weight": "P-"}),
     "ernie4_5": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "smollm3": replace(_LLAMA, per_layer=("layer_types", "no_rope_layers")),
