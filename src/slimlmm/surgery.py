@@ -85,10 +85,11 @@ def check(axis: Axis, keep: Keep) -> int:
 
 
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
-    if axis.kind == "vocab":
-        config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
-    return resized(config, {axis.name: size}, blocks)
+    smaller = resized(config, {axis.name: size}, blocks)
+    if axis.kind == "vocab":  # last: with its old ids the configuration is one that was described already
+        return _renumbered_config(smaller, keep["vocab"].tolist(), axis.size)
+    return smaller
 
 
 def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
