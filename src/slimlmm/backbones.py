@@ -207,7 +207,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "qwen2_5_omni_text": replace(_LLAMA, mrope="sections"),
     "qwen3_vl_text": replace(_LLAMA, mrope="interleaved"),
     "granite": replace(_LLAMA, fixed_scale=True),
-    "cohere": replace(_LLAMA, neighbours=True),
+    "cohere": replace(_LLAMA, neighbours=True, layouts={"self_attn.q_norm.weight": "P-"}),
     "ernie4_5": replace(_LLAMA, neighbours=True),
     "hunyuan_v1_dense": replace(_LLAMA, attention=(Attention(norms=("query_layernorm", "key_layernorm")),)),
     "smollm3": replace(_LLAMA, per_layer=("layer_types", "no_rope_layers")),

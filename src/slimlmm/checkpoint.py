@@ -236,16 +236,22 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -
         shutil.copymode(folder / MARKER, weights)
 
 
-def verify(folder: Path) -> None:
-    """Raise a UserError unless the stock class finds every key of `folder`, no other, at the right shape."""
+def again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return `model` as the stock class reads it from an empty `folder` that it was written to, every key checked."""
+    _write(model, None, folder, Path(os.devnull))
+    return verify(folder, "cpu")
+
+
+def verify(folder: Path, device: str = "meta") -> PreTrainedModel:
+    """Return the model of `folder`; raise a UserError unless the stock class finds every key, no other, at the right shape."""
     try:
         with _quiet():
-            _, info = stock_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
+            model, info = stock_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
                 folder,
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
-                device_map="meta",
+                device_map=device,
             )
     except _BROKEN as error:
         raise UserError(f"{folder}: does not load again. {_first_line(error)}") from error
@@ -253,6 +259,8 @@ def verify(folder: Path) -> None:
         if info[kind]:
             keys = sorted(map(str, info[kind]))[:3]
             raise UserError(f"{folder}: does not load again; {kind.replace('_', ' ')}: {keys}.")
+    found: PreTrainedModel = model
+    return found
 
 
 def _flush(folder: Path) -> None:

@@ -87,8 +87,8 @@ def queries_axis(view: View) -> Axis:
     slots: dict[Group, list[Slot]] = {}
     try:
         for place, (old, new) in places.items():
-            attention = attention_of(view, place)
-            if attention is None or (new - old) % view.heads:
+            known = attention_of(view, place) is not None or view.layout(place[0])[place[1] : place[1] + 1] == "P"
+            if not known or (new - old) % view.heads:
                 raise RefusedError(f"{place[0]} moves with it, but holds no rows for each query head")
             dim = (new - old) // view.heads  # queries stand first where keys and values follow in the same matrix
             for kv in range(view.kv):

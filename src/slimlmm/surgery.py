@@ -92,9 +92,10 @@ def check(axis: Axis, keep: Keep) -> int:
 
 
 def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
-    if axis.kind == "vocab":
-        config = _renumbered_config(config, new_ids(keep["vocab"].tolist(), axis.groups[0]), axis.size)
-    return resized(config, {axis.name: size}, {name: units.tolist() for name, units in keep.items()})
+    smaller = resized(config, {axis.name: size}, {name: units.tolist() for name, units in keep.items()})
+    if axis.kind == "vocab":  # last: with its old ids the configuration is one that was described already
+        return _renumbered_config(smaller, new_ids(keep["vocab"].tolist(), axis.groups[0]), axis.size)
+    return smaller
 
 
 def _renumbered_config(config: Any, new: Mapping[int, int], size: int) -> Any:

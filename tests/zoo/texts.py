@@ -44,7 +44,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "phi3": {},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
-    "cohere": _LAYER_NORM,
+    "cohere": _LAYER_NORM | {"use_qk_norm": True, "num_attention_heads": 4, "num_key_value_heads": 2},
     "glm4": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "head_dim": 12,
