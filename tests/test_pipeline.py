@@ -22,6 +22,7 @@ RAW = {
         {"name": "lossless", "rounds": [{"drop": ["unused_tokens", "dead_blocks"]}]},
         {"name": "blocks", "rounds": [{"sizes": {"vision.blocks": 2, "text.blocks": 2}, "train": {"steps": 2}}]},
         {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32, "vision.ffn": 64}, "train": {"steps": 2}}]},
+        {"name": "heads", "rounds": [{"sizes": {"text.queries": 1, "text.head_dim": 6, "vision.head_dim": 5}}]},
         {"name": "width", "rounds": [{"sizes": {"text.width": 36, "vision.width": 24}, "train": {"steps": 2}}]},
     ],
 }
@@ -63,13 +64,16 @@ def test_a_run_leaves_a_stock_checkpoint_of_the_planned_size(finished):
     assert model.num_parameters() == found.student.parameters["total"] == found.rounds[-1].parameters
     assert model.config.text_config.hidden_size == 36
     assert model.config.vision_config.hidden_size == 24
+    assert (model.config.vision_config.head_dim, model.config.text_config.head_dim) == (5, 6)
+    assert model.config.text_config.rope_parameters["rope_type"] == "longrope"
+    assert model.config.text_config.num_attention_heads == model.config.text_config.num_key_value_heads == 3
     assert AutoProcessor.from_pretrained(out / "final").chat_template
 
 
 def test_every_round_is_written_down(finished):
     out, found = finished
-    assert [one.stage for one in found.rounds] == ["lossless", "blocks", "inner", "width"]
-    for one in found.rounds[1:]:
+    assert [one.stage for one in found.rounds] == ["lossless", "blocks", "inner", "heads", "width"]
+    for one in (one for one in found.rounds[1:] if one.stage != "heads"):
         assert one.after_cut is not None
         assert one.after_recovery is not None
         assert one.row_visits > 0
@@ -86,13 +90,13 @@ def test_every_round_is_written_down(finished):
 def test_an_interrupted_run_resumes_at_the_last_finished_round_to_the_same_weights(teacher, ads, finished, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=Recorder(stop_at="round 3/4"))
+        pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=Recorder(stop_at="round 3/5"))
     assert not (out / "final").exists()
     heard = Recorder()
     pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=heard)
     assert [text for text in heard.said if "was done" in text] == [
-        "round 1/4 lossless.1 was done",
-        "round 2/4 blocks.1 was done",
+        "round 1/5 lossless.1 was done",
+        "round 2/5 blocks.1 was done",
     ]
     whole = AutoModelForImageTextToText.from_pretrained(finished[0] / "final").state_dict()
     again = AutoModelForImageTextToText.from_pretrained(out / "final").state_dict()
@@ -126,7 +130,7 @@ def test_sizes_that_the_config_cannot_say_are_named_before_anything_runs(teacher
     raw["stages"][2]["rounds"] += [
         {"sizes": {"text.ffn": 33, "vision.ffn": 33}}
     ]  # grows again; no multiple of the width
-    raw["stages"][3]["rounds"][0]["sizes"]["text.width"] = 37
+    raw["stages"][4]["rounds"][0]["sizes"]["text.width"] = 37
     with pytest.raises(UserError) as caught:
         pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
     assert str(caught.value).count("stages.") == 3

@@ -163,7 +163,11 @@ def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
     for stage, number, turn in turns:
         for name, size in turn.sizes.items():
             try:
-                anatomy.axis(name)
+                if anatomy.axis(name).kind == "tokens":
+                    raise UserError(
+                        f"{name} changes the prompt, and the teacher would read another one than the student: "
+                        f"cut it first (slimlmm cut MODEL --set {name}={size}) and compress what comes out."
+                    )
                 if name not in blocks:
                     config = resized(config, {name: size})
                 elif not 0 < size <= blocks[name]:
@@ -355,7 +359,8 @@ def _cut(
         student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
     else:
         student = surgery.cut(model, anatomy, axis, keep)
-    predicted = predict_parameters(model.config, {axis: size})
+    kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size
+    predicted = predict_parameters(model.config, {axis: size}, kept)
     if student.num_parameters() != predicted:
         raise UserError(
             f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted."
