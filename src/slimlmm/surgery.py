@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,13 +36,14 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     """
     found = anatomy.axis(axis)
     size = check(found, keep)
-    config = _new_config(model.config, found, size, keep)
+    config = new_config(model.config, found, size, keep)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
-    renamed = _renamed(found, keep, state)
-    new = {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
-    for (name, dim), rows in _kept_rows(found, keep).items():
-        new[name] = new[name].index_select(dim, rows.to(new[name].device))
-    _compensate(found, size, new)
+    renamed, parts = new_names(found, keep, state), by_parameter(found)
+    new = {
+        renamed[name]: sliced(parts[name], size, keep, name, tensor).to(tensor.dtype) if name in parts else tensor
+        for name, tensor in state.items()
+        if name in renamed
+    }
     buffers = {renamed.get(name, name): buffer for name, buffer in model.named_buffers()}
     student = _assemble(model, config, new, renamed, buffers)
     if found.kind == "vocab":
@@ -49,6 +51,34 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
+
+
+def by_parameter(axis: Axis) -> dict[str, Axis]:
+    """Return for every parameter with slots on `axis` the same axis with that parameter's slots alone."""
+    groups: dict[str, list[Group]] = {}
+    for group in axis.groups:
+        slots: dict[str, list[Slot]] = {}
+        for slot in group.slots:
+            slots.setdefault(slot.parameter, []).append(slot)
+        for name, own in slots.items():
+            groups.setdefault(name, []).append(replace(group, slots=tuple(own)))
+    return {name: replace(axis, groups=tuple(found)) for name, found in groups.items()}
+
+
+def sliced(part: Axis, size: int, keep: Keep, name: str, tensor: Tensor) -> Tensor:
+    """Return what a cut to `size` leaves of one parameter; `part` is the axis with its slots alone (`by_parameter`).
+
+    Rows are taken in the tensor's own number format. Where something has to be made up for (`_compensate`), the result is
+    at least fp32, for the caller to round once, when all is done.
+    """
+    for (_, dim), rows in _kept_rows(part, keep).items():
+        tensor = tensor.index_select(dim, rows.to(tensor.device))
+    if not tensor.is_floating_point():
+        return tensor
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    state = {name: wide}
+    _compensate(part, size, state)
+    return tensor if state[name] is wide else state[name]
 
 
 def _kept_rows(axis: Axis, keep: Keep) -> dict[tuple[str, int], Tensor]:
@@ -84,7 +114,8 @@ def check(axis: Axis, keep: Keep) -> int:
     return int(sizes.pop())
 
 
-def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
+def new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
+    """Return the stock configuration of the cut model, token ids and lists per block along with the sizes."""
     if axis.kind == "vocab":
         config = _renumbered_config(config, keep["vocab"].tolist(), axis.size)
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
@@ -102,8 +133,8 @@ def _renumbered_config(config: Any, ids: list[int], size: int) -> Any:
     return type(config).from_dict(data)
 
 
-def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the names of the tensors that stay to their new names; they differ only behind a dropped block."""
+def new_names(axis: Axis, keep: Keep, state: Iterable[str]) -> dict[str, str]:
+    """Map the names of the tensors in `state` that stay to their new names; they differ only behind a dropped block."""
     if axis.kind != "blocks":
         return {name: name for name in state}
     group = axis.groups[0]
