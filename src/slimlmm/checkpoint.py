@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from slimlmm.weights import Weights
 
 MARKER = "slimlmm.json"
 GENERATION = "generation_config.json"
+#: largest file of weights, as for ``save_pretrained``
+SHARD = "50GB"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 #: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
 PROCESSOR_FILES = (
     "*preprocessor_config.json",
@@ -161,7 +165,7 @@ def _checked_config(where: str, options: dict[str, bool]) -> Any:
     except StrictDataclassError as error:
         problems = broken_config(Path(where)) or " ".join(str(error).split())
         raise UserError(f"{where}: config.json contradicts itself: {problems}") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json cannot be understood: {_first_line(error)}") from error
     check_config(where, config, options["trust_remote_code"])
     return config
@@ -193,7 +197,14 @@ def _quiet() -> Iterator[None]:
             _LOGGING.enable_progress_bar()
 
 
-def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: str | Path | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_shard_size: int | str = SHARD,
+) -> None:
     """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
 
     With ``processor=None`` the processor's files are copied from `source` (default: where the model was
@@ -201,7 +212,17 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: 
     it as it was.
     """
     origin = Path(source or model.name_or_path or os.devnull)
-    written(folder, lambda partial: _write(model, processor, partial, origin))
+    size = shard_size(max_shard_size)
+    written(folder, lambda partial: _write(model, processor, partial, origin, size))
+
+
+def shard_size(text: int | str) -> int:
+    """Return a size of files such as "5GB" in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", str(text).strip().upper())
+    size = text if isinstance(text, int) else int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size <= 0:
+        raise UserError(f"--max-shard-size {text!r}: give a size such as 5GB or 500MB.")
+    return size
 
 
 def written(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -247,9 +268,9 @@ def refuse_foreign(target: Path) -> None:
         raise UserError(f"{target}: holds files that slimlmm did not write; choose another folder or empty it.")
 
 
-def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -> None:
+def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path, max_shard_size: int) -> None:
     with _quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(folder)
     elif source.is_dir():

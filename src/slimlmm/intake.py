@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +107,23 @@ def broken_config(folder: Path) -> str:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    return "; ".join(dict.fromkeys(_problems(data)))
+    return "; ".join(_problems(data))
 
 
-def _problems(data: Any) -> Iterator[str]:
-    """Yield what the class of each part says, then what that of the whole says."""
+def _problems(data: Any) -> list[str]:
+    """Return what the class of each part says, then what that of the whole says of itself."""
     if not isinstance(data, dict):
-        return
-    for key, part in data.items():
-        if isinstance(part, dict) and isinstance(part.get("model_type"), str):
-            yield from (f"{key}: {problem}" for problem in _problems(part))
-    model_type = data.get("model_type")
+        return []
+    parts = {
+        key: part for key, part in data.items() if isinstance(part, dict) and isinstance(part.get("model_type"), str)
+    }
+    inside = {key: _problems(part) for key, part in parts.items()}
     try:
         AutoConfig.for_model(**data)
+        own = ""
     except StrictDataclassError as error:
-        yield " ".join(str(error).split())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        yield f"{model_type}: {type(error).__name__}: {error}"
+        own = " ".join(str(error).split())
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        own = f"{data.get('model_type')}: {type(error).__name__}: {error}"
+    found = [f"{key}: {problem}" for key, problems in inside.items() for problem in problems]
+    return found if not own or any(one.endswith(own) for one in found) else [*found, own]

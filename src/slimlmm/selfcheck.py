@@ -6,6 +6,7 @@ key missing or left over, answers the same afterwards, and generates. No weights
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,13 +24,15 @@ from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.prompts import Batch, picture_prompt
 from slimlmm.resizing import block_kinds, predict_parameters, resized
-from slimlmm.surgery import cut, masked
+from slimlmm.surgery import cut, masked, new_config
 from slimlmm.token_ids import referenced
 
 #: largest |cut - masked| of the logits, as a share of the largest logit
 TOLERANCE = 1e-5
 #: layers per tower of the shallow copy
 DEPTH = 3
+#: most tokens of the shallow copy; a full vocabulary would be most of it, and no axis but its own knows it
+VOCABULARY = 2048
 #: inputs that are tokens of the text tower
 _TOKENS = ("input_ids", "decoder_input_ids")
 
@@ -58,7 +61,7 @@ def self_check(config: Any, axes: Iterable[str] | None = None) -> list[Check]:
 
 
 def shallow(config: Any, depth: int = DEPTH) -> Any:
-    """Return `config` with about `depth` blocks per tower: whole periods, and one at least of every kind of block."""
+    """Return `config` with about `depth` blocks per tower (whole periods, and one at least of every kind) and few tokens."""
     sizes, blocks = {}, {}
     for axis in describe(config).axes.values():
         if axis.kind != "blocks" or axis.refusal:
@@ -66,7 +69,19 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
         group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
         count = min(group.units, max(depth // axis.multiple, 2, group.least))
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
-    return resized(config, sizes, blocks)
+    return _fewer_tokens(resized(config, sizes, blocks))
+
+
+def _fewer_tokens(config: Any) -> Any:
+    """Return `config` with the tokens that it mentions and as many others as `VOCABULARY` leaves room for."""
+    axis = describe(config).axes["vocab"]
+    if axis.refusal or axis.size <= VOCABULARY:
+        return config
+    mentioned = referenced(*family_of(config).token_data(config.to_dict()).values())
+    ids = sorted({token for token in mentioned if token < axis.size})
+    plain = (token for token in range(axis.size) if token not in set(ids))
+    kept = sorted([*ids, *itertools.islice(plain, max(VOCABULARY - len(ids), 16))])
+    return new_config(config, axis, len(kept), {"vocab": torch.tensor(kept)})
 
 
 def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
@@ -112,7 +127,6 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
     """Return the relative difference of cut and masked logits; raise if anything else does not hold."""
     keep = _kept_tokens(model, axis, batch) if axis.kind == "vocab" else some_units(axis, size)
     size = len(keep["vocab"]) if axis.kind == "vocab" else size
-    student = cut(model, anatomy, axis.name, keep)
     inputs = dict(batch)
     if axis.kind == "vocab":
         inputs |= {key: torch.searchsorted(keep["vocab"], batch[key]) for key in _TOKENS if key in batch}
@@ -122,21 +136,30 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
         wanted = wanted[..., keep["vocab"]]
     elif torch.allclose(wanted, model(**batch).logits, rtol=0, atol=1e-4 * float(wanted.abs().max())):
         raise UserError("masking half of the units changes nothing, so nothing was proven")
-    got = student(**inputs).logits
+    with tempfile.TemporaryDirectory() as parent:
+        got = _saved(model, anatomy, axis, keep, size, inputs, Path(parent) / "model")
+        _prove_folder(Path(parent) / "model", inputs, got)
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def _saved(
+    model: PreTrainedModel, anatomy: Anatomy, axis: Axis, keep: Keep, size: int, inputs: Batch, folder: Path
+) -> Tensor:
+    """Cut, count and save; return the logits of the student, which is gone from memory when it is loaded again."""
+    student = cut(model, anatomy, axis.name, keep)
     counted = sum(parameter.numel() for parameter in student.parameters())
     blocks = {name: units.tolist() for name, units in keep.items()} if axis.kind == "blocks" else None
     predicted = predict_parameters(model.config, {axis.name: size}, blocks)
     if counted != predicted:
         raise UserError(f"predicted {predicted} parameters, counted {counted}")
-    _prove_folder(student, inputs, got)
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    logits: Tensor = student(**inputs).logits
+    checkpoint.save(student, None, folder, source=folder.parent)
+    return logits
 
 
-def _prove_folder(student: PreTrainedModel, inputs: Batch, logits: Tensor) -> None:
-    """Save, reload with the stock class, compare, generate."""
-    with tempfile.TemporaryDirectory() as parent:
-        checkpoint.save(student, None, Path(parent) / "model", source=parent)
-        again = checkpoint.load(Path(parent) / "model").model
+def _prove_folder(folder: Path, inputs: Batch, logits: Tensor) -> None:
+    """Reload with the stock class, compare, generate."""
+    again = checkpoint.load(folder).model
     if not torch.allclose(again(**inputs).logits, logits, rtol=0, atol=1e-6 * float(logits.abs().max())):
         raise UserError("the model gives other logits after saving and loading")
     length = 1 if "decoder_input_ids" in inputs else inputs["input_ids"].shape[1]

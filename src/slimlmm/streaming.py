@@ -25,9 +25,6 @@ from slimlmm.probing import skeleton
 from slimlmm.surgery import by_parameter, check, new_config, new_names, sliced
 from slimlmm.weights import Layout, Weights
 
-#: largest file that is written, as for ``save_pretrained``
-SHARD = "50GB"
-
 
 class Cut(Mapping[str, Tensor]):
     """The weights of `source` without the units outside `keep` along `axis`, each made when asked for."""
@@ -73,13 +70,14 @@ def cut_folder(
     *,
     criterion: str = "magnitude",
     seed: int = 0,
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = checkpoint.SHARD,
 ) -> Written:
     """Cut every axis of `sizes` in turn, as scored by the weights that are left then, and write the student to `out`.
 
     Each weight keeps the number format of its file. Processor, tokenizer, chat template and generation settings are
     copied. The units are those that cutting the loaded model would choose.
     """
+    size_of_files = checkpoint.shard_size(max_shard_size)
     student: Weights | Cut = weights
     for name, size in sizes.items():
         anatomy = describe(student.config)
@@ -87,7 +85,7 @@ def cut_folder(
         scores = importance.score(whole, anatomy, [name], criterion, seed=seed, weights=student)
         student = Cut(student, anatomy.axis(name), plan.choose(scores, anatomy, name, size))
     final, model = student, _empty(student.config)
-    layout = Layout(model, {name: _shape(model, name, final.dtype(name)) for name in final}, max_shard_size)
+    layout = Layout(model, {name: _shape(model, name, final.dtype(name)) for name in final}, size_of_files)
     folder = weights.shards.folder
 
     def write(partial: Path) -> None:
