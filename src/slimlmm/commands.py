@@ -164,6 +164,9 @@ def cut(
     checkpoint.refuse_foreign(out.expanduser().absolute())
     weights = checkpoint.open_weights(model, trust_remote_code=trust_remote_code)
     sizes = sizes_of(texts, describe(weights.config))
+    config = weights.config
+    for axis, size in sizes.items():
+        config = resized(config, {axis: size})  # a size that the config cannot say is refused before minutes of work
     failed = [check for check in self_check(weights.config, sizes) if not check.ok]
     if failed:
         raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))

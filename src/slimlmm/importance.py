@@ -174,7 +174,7 @@ def magnitude(task: Task) -> Scores:
     """Score by weight: the L2 norm of everything the unit owns, sqrt(sum w^2). Needs no data."""
     totals = _zeros(task)
     for name, shares in _shares(task).items():
-        squares = task.weights[name].detach().float().square()
+        squares = task.weights[name].detach().to(torch.float32, copy=True).square_()
         for share in shares:
             totals[share.group.name] += share.reduce(squares).to("cpu", torch.float64)
     return {name: total.sqrt() for name, total in totals.items()}

@@ -37,10 +37,11 @@ class Cut(Mapping[str, Tensor]):
         self._old = {new: old for old, new in new_names(axis, keep, source).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one parameter, in at least fp32 where the cut had to be made up for."""
+        """Return one parameter, in at least fp32 where the cut touched it."""
         old = self._old[name]
-        tensor = self.source[old]
-        return sliced(self._parts[old], self.size, self.keep, old, tensor) if old in self._parts else tensor
+        if old not in self._parts:
+            return self.source[old]
+        return sliced(self._parts[old], self.size, self.keep, old, self.source[old])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._old)

@@ -68,17 +68,17 @@ def by_parameter(axis: Axis) -> dict[str, Axis]:
 def sliced(part: Axis, size: int, keep: Keep, name: str, tensor: Tensor) -> Tensor:
     """Return what a cut to `size` leaves of one parameter; `part` is the axis with its slots alone (`by_parameter`).
 
-    Rows are taken in the tensor's own number format. Where something has to be made up for (`_compensate`), the result is
-    at least fp32, for the caller to round once, when all is done.
+    Rows are taken in the tensor's own number format; what has to be made up for (`_compensate`) is multiplied in at least
+    fp32, and so the result comes back, for the caller to round once, when all is done.
     """
     for (_, dim), rows in _kept_rows(part, keep).items():
         tensor = tensor.index_select(dim, rows.to(tensor.device))
     if not tensor.is_floating_point():
         return tensor
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    state = {name: wide}
+    state = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))}
+    del tensor  # the largest are gigabytes
     _compensate(part, size, state)
-    return tensor if state[name] is wide else state[name]
+    return state[name]
 
 
 def _kept_rows(axis: Axis, keep: Keep) -> dict[tuple[str, int], Tensor]:
@@ -165,7 +165,7 @@ def _compensate(axis: Axis, size: int, state: dict[str, Tensor]) -> None:
         if norm not in factors:
             continue
         one = int(norm.endswith("1"))  # Gemma's norms hold w - 1
-        state[name] = (state[name] + one) * factors[norm] - one
+        state[name] = (state[name] + one) * factors[norm] - one if one else state[name] * factors[norm]
 
 
 def _assemble(
