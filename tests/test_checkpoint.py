@@ -130,7 +130,9 @@ BAD = {
     "model type `lava`": lambda folder: _edit_json(folder, model_type="lava"),
     "'llama' is no image-text-to-text": lambda folder: _edit_json(folder, model_type="llama"),
     "weights are missing": _drop_a_weight,
-    "cannot be loaded. SafetensorError": lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"),
+    "is cut short or no safetensors file, at 10 bytes": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"1234567890"
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slimlmm import backbones, families
+from slimlmm import backbones, families, selfcheck
 from slimlmm.anatomy import describe
 from slimlmm.axes import Axis, Keep
 from slimlmm.errors import UserError
@@ -18,6 +18,7 @@ from slimlmm.resizing import dead_blocks, predict_parameters
 from slimlmm.selfcheck import random_model, self_check, some_units
 from slimlmm.surgery import cut, masked
 from tiny import NAMES, tiny, tiny_batch, tiny_config
+from zoo import CONFIGS
 
 TOLERANCE = 1e-5
 
@@ -300,3 +301,14 @@ def test_the_self_check_notices_wrong_family_lines(monkeypatch, model_type, chan
     (check,) = self_check(tiny_config("blip2-opt"), ["vision.width"])
     assert not check.ok
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shallow_copy_has_few_tokens_and_proves_the_same(name, monkeypatch):
+    config = CONFIGS[name]()
+    axis = describe(config).axes["vocab"]
+    monkeypatch.setattr(selfcheck, "VOCABULARY", 200)
+    copied = selfcheck.shallow(config)
+    assert describe(copied).axes["vocab"].size == (axis.size if axis.refusal else 200)
+    (check,) = self_check(config, ["text.ffn"] if "text.ffn" in describe(config).sizes else ["text.blocks"])
+    assert check.ok, check

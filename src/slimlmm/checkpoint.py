@@ -9,31 +9,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 from transformers.utils import logging
 
 from slimlmm import __version__
 from slimlmm.errors import UserError
 from slimlmm.families import stock_class
+from slimlmm.intake import broken_config, check_config, check_files, check_sizes
+from slimlmm.probing import skeleton
+from slimlmm.weights import Weights
 
 MARKER = "slimlmm.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_MODEL_TYPES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+GENERATION = "generation_config.json"
+#: largest file of weights, as for ``save_pretrained``
+SHARD = "50GB"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 #: files that belong to the processor and the tokenizer, copied when the processor itself cannot be built here
 PROCESSOR_FILES = (
     "*preprocessor_config.json",
@@ -45,6 +48,8 @@ PROCESSOR_FILES = (
     "merges.txt",
     "chat_template*",
 )
+#: what is downloaded of a model on the hub: no pickles, no other runtimes' weights
+_WANTED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", *PROCESSOR_FILES]
 _PROCESSORS: Any = AutoProcessor
 _LOGGING: Any = logging
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -72,17 +77,16 @@ def load(
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a local folder (never online) or a hub id; refuse pickled weights and incomplete checkpoints."""
-    local = _local_folder(model_id)
-    options = {"local_files_only": local is not None, "trust_remote_code": trust_remote_code}
-    where = str(local or model_id)
-    if local is not None:
-        _check_files(local)
+    folder = folder_of(model_id)
+    options = _offline(trust_remote_code)
     try:
-        config = _checked_config(where, options)
+        config = _checked_config(str(folder), options)
+        if not trust_remote_code:  # code of the hub names and keeps its weights as it likes
+            opened(folder, config)
         stored = config.dtype or torch.float32
         with _quiet():
             model, info = stock_class(config).from_pretrained(
-                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
     except _BROKEN as error:
         raise UserError(f"{model_id}: cannot be loaded. {_first_line(error)}") from error
@@ -92,10 +96,28 @@ def load(
             f"{model_id}: {len(absent)} weights are missing or of another shape than its config says, "
             f"first {absent[0]}."
         )
-    processor, note = _load_processor(where, options)
+    processor, note = _load_processor(str(folder), options)
     model = model.to(device) if device is not None else model
-    path = local or _cached_folder(where)
-    return Loaded(model=model.eval(), processor=processor, path=path, note=note, stored=stored)
+    return Loaded(model=model.eval(), processor=processor, path=folder, note=note, stored=stored)
+
+
+def open_weights(model_id: str | Path, *, trust_remote_code: bool = False) -> Weights:
+    """Return the weights of a local folder or a hub id, checked against its configuration, none of them read yet."""
+    folder = folder_of(model_id)
+    try:
+        return opened(folder, _checked_config(str(folder), _offline(trust_remote_code)))
+    except _BROKEN as error:
+        raise UserError(f"{model_id}: cannot be read. {_first_line(error)}") from error
+
+
+def opened(folder: Path, config: Any) -> Weights:
+    """Return the weights of a folder, checked against this configuration."""
+    check_sizes(str(folder), config)
+    return Weights(folder, config, skeleton(config))
+
+
+def _offline(trust_remote_code: bool) -> dict[str, bool]:
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
 
 
 def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -109,6 +131,21 @@ def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any
         raise UserError(f"{model_id}: its configuration cannot be read. {place}{_first_line(error)}") from error
 
 
+def folder_of(model_id: str | Path) -> Path:
+    """Return the folder of a model, a hub id downloaded or taken from the cache; refuse what holds no weights to be read."""
+    folder = _local_folder(model_id)
+    if folder is None:
+        try:
+            with _quiet():
+                folder = Path(snapshot_download(str(model_id), allow_patterns=_WANTED))
+        except _BROKEN as error:
+            raise UserError(
+                f"{model_id}: cannot be loaded. There is no folder of that name, and as a hub id: {_first_line(error)}"
+            ) from error
+    check_files(folder)
+    return folder
+
+
 def _local_folder(model_id: str | Path) -> Path | None:
     """Return the folder that `model_id` names, None when it can only be a hub id."""
     path = Path(model_id).expanduser()
@@ -120,28 +157,17 @@ def _local_folder(model_id: str | Path) -> Path | None:
     return None
 
 
-def _check_files(folder: Path) -> None:
-    names = [path.name for path in folder.iterdir()]
-    if "config.json" not in names:
-        raise UserError(f"{folder}: no config.json, so this is no model folder.")
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    pickled = sorted(name for name in names if name.endswith(PICKLES))
-    if pickled:
-        raise UserError(
-            f"{folder}: holds only pickled weights ({pickled[0]}), which can run any code when loaded. "
-            f"Convert them to safetensors first: load them where you trust them, then save_pretrained."
-        )
-    raise UserError(f"{folder}: no *.safetensors file, so there are no weights to load.")
-
-
 def _checked_config(where: str, options: dict[str, bool]) -> Any:
     """Return the configuration of an image-text-to-text model, and refuse any other."""
-    with _quiet():
-        config = AutoConfig.from_pretrained(where, **options)
-    model_type = config.model_type
-    if model_type not in _MODEL_TYPES and not options["trust_remote_code"]:
-        raise UserError(f"{where}: model type {model_type!r} is no image-text-to-text model of transformers.")
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(where, **options)
+    except StrictDataclassError as error:
+        problems = broken_config(Path(where)) or " ".join(str(error).split())
+        raise UserError(f"{where}: config.json contradicts itself: {problems}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: config.json cannot be understood: {_first_line(error)}") from error
+    check_config(where, config, options["trust_remote_code"])
     return config
 
 
@@ -150,11 +176,6 @@ def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
         return _PROCESSORS.from_pretrained(where, **options), ""
     except (*_BROKEN, ImportError, AttributeError, TypeError) as error:
         return None, f"no processor: {_first_line(error)}"
-
-
-def _cached_folder(model_id: str) -> Path:
-    found = try_to_load_from_cache(model_id, "config.json")
-    return Path(found).parent if isinstance(found, str) else Path(model_id)
 
 
 def _first_line(error: BaseException) -> str:
@@ -176,13 +197,36 @@ def _quiet() -> Iterator[None]:
             _LOGGING.enable_progress_bar()
 
 
-def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: str | Path | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_shard_size: int | str = SHARD,
+) -> None:
     """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
 
     With ``processor=None`` the processor's files are copied from `source` (default: where the model was
     loaded from). An existing folder is replaced only if slimlmm wrote it (or it is empty); any failure leaves
     it as it was.
     """
+    origin = Path(source or model.name_or_path or os.devnull)
+    size = shard_size(max_shard_size)
+    written(folder, lambda partial: _write(model, processor, partial, origin, size))
+
+
+def shard_size(text: int | str) -> int:
+    """Return a size of files such as "5GB" in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", str(text).strip().upper())
+    size = text if isinstance(text, int) else int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size <= 0:
+        raise UserError(f"--max-shard-size {text!r}: give a size such as 5GB or 500MB.")
+    return size
+
+
+def written(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder`, check and flush it, and put it in the place of `folder`, all or nothing."""
     target = Path(folder).expanduser().absolute()
     refuse_foreign(target)
     partial = target.with_name(f".{target.name}.partial")
@@ -190,7 +234,8 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, source: 
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         partial.mkdir()
-        _write(model, processor, partial, Path(source or model.name_or_path or os.devnull))
+        write(partial)
+        _sign(partial)
         verify(partial)
         _flush(partial)
         _swap(partial, target)
@@ -223,22 +268,34 @@ def refuse_foreign(target: Path) -> None:
         raise UserError(f"{target}: holds files that slimlmm did not write; choose another folder or empty it.")
 
 
-def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path) -> None:
+def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path, max_shard_size: int) -> None:
     with _quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(folder)
     elif source.is_dir():
-        for path in sorted({path for pattern in PROCESSOR_FILES for path in source.glob(pattern)}):
+        copy_processor(source, folder)
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy the files of processor, tokenizer and chat template as they are."""
+    for path in sorted({path for pattern in PROCESSOR_FILES for path in source.glob(pattern)}):
+        if path.is_dir():  # several templates have a folder of their own
+            shutil.copytree(path, folder / path.name)
+        else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _sign(folder: Path) -> None:
+    """Say that slimlmm wrote the folder, and let all read its weights, which are written for their owner alone."""
     (folder / MARKER).write_text(json.dumps({"slimlmm": __version__}) + "\n")
-    for weights in folder.glob("*.safetensors"):  # which are written for their owner alone
+    for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / MARKER, weights)
 
 
 def again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return `model` as the stock class reads it from an empty `folder` that it was written to, every key checked."""
-    _write(model, None, folder, Path(os.devnull))
+    _write(model, None, folder, Path(os.devnull), shard_size(SHARD))
     return verify(folder, "cpu")
 
 

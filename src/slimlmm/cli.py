@@ -110,6 +110,9 @@ def cut(
         str, typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data.")
     ] = "magnitude",
     data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor, activation and ablation.")] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file of weights to write; by magnitude or random no more is held in memory.")
+    ] = "50GB",
     seed: Seed = 0,
     json_out: Json = False,
     trust_remote_code: Trust = False,
@@ -118,11 +121,16 @@ def cut(
     from slimlmm import commands
 
     found = commands.cut(
-        model, out, sizes, criterion=criterion, source=data, seed=seed, trust_remote_code=trust_remote_code
+        model,
+        out,
+        sizes,
+        criterion=criterion,
+        source=data,
+        seed=seed,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
     )
-    _report(
-        found, json_out, lambda: print(f"{found['parameters_before']:,} -> {found['parameters']:,} parameters: {out}")
-    )
+    _report(found, json_out, lambda: print(commands.cut_said(found)))
 
 
 @app.command(epilog="Example: `slimlmm finetune MODEL --data DATA --out corrected`")

@@ -13,7 +13,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 
 from slimlmm import adreview as generator
-from slimlmm import checkpoint, data, importance, measure, plan, surgery
+from slimlmm import checkpoint, data, importance, measure, plan, streaming, surgery
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
 from slimlmm.anatomy import describe
@@ -30,6 +30,7 @@ from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
+from slimlmm.shards import first_of
 from slimlmm.snapshot import model_record
 
 
@@ -147,27 +148,76 @@ def cut(
     criterion: str = "magnitude",
     source: Path | None = None,
     seed: int = 0,
+    max_shard_size: str = checkpoint.SHARD,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Prune without training: prove the cut on a shallow copy, score, slice, save."""
-    needs = importance.needs_of(criterion)
-    if needs in ("activations", "loss") and source is None:
+    """Prune without training: prove the cut on a shallow copy, score, slice, save.
+
+    By weights alone file by file (`streaming`); a criterion that runs the model holds all of it in memory, in fp32.
+    """
+    runs_it = importance.needs_of(criterion) in ("activations", "loss")
+    if runs_it and source is None:
         raise UserError(f"the criterion {criterion!r} needs --data; magnitude and random do not.")
-    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
+    if source is not None and not runs_it:
+        raise UserError(f"the criterion {criterion!r} looks at no data; leave --data out, or take taylor.")
+    largest = checkpoint.shard_size(max_shard_size)
     checkpoint.refuse_foreign(out.expanduser().absolute())
-    sizes = sizes_of(texts, describe(loaded.model.config))
-    failed = [check for check in self_check(loaded.model.config, sizes) if not check.ok]
+    weights = checkpoint.open_weights(model, trust_remote_code=trust_remote_code)
+    sizes = sizes_of(texts, describe(weights.config))
+    config = weights.config
+    for axis, size in sizes.items():
+        config = resized(config, {axis: size})  # a size that the config cannot say is refused before minutes of work
+    failed = [check for check in self_check(weights.config, sizes) if not check.ok]
     if failed:
         raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))
-    rows = data.sample(data.load(source).need("train", source), 256, seed) if source else []
+    found = {"out": str(out), "sizes": sizes, "left_behind": weights.left}
+    if source is not None:
+        rows = data.sample(data.load(source).need("train", source), 256, seed)
+        return found | _cut_in_memory(model, out, sizes, criterion, rows, seed, largest, trust_remote_code)
+    done = streaming.cut_folder(weights, sizes, out, criterion=criterion, seed=seed, max_shard_size=largest)
+    return found | {
+        "way": "file by file",
+        "parameters_before": done.parameters_before,
+        "parameters": done.parameters,
+        "bytes": done.bytes,
+    }
+
+
+def cut_said(found: dict[str, Any]) -> str:
+    """Return the sentences that `cut` prints."""
+    left = found["left_behind"]
+    lines = [f"{found['parameters_before']:,} -> {found['parameters']:,} parameters ({found['way']}): {found['out']}"]
+    if left:
+        lines.append(f"left behind: {len(left)} tensors that the stock class has no place for: {first_of(left)}")
+    return "\n".join(lines)
+
+
+def _cut_in_memory(
+    model: str,
+    out: Path,
+    sizes: dict[str, int],
+    criterion: str,
+    rows: Sequence[data.Row],
+    seed: int,
+    max_shard_size: int,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Cut as a criterion says that runs the model; weights go back into the number format of their files."""
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
     before, student = loaded.model.num_parameters(), loaded.model
     for axis, size in sizes.items():
         anatomy = describe(student.config)
         batches = _batches(student, loaded.processor, rows)
         scores = importance.score(student, anatomy, [axis], criterion, batches, _answer_loss, seed=seed)
         student = surgery.cut(student, anatomy, axis, plan.choose(scores, anatomy, axis, size))
-    checkpoint.save(student, loaded.processor, out, source=loaded.path)
-    return {"out": str(out), "sizes": sizes, "parameters_before": before, "parameters": student.num_parameters()}
+    student = checkpoint.as_stored(student, loaded.stored)
+    checkpoint.save(student, loaded.processor, out, source=loaded.path, max_shard_size=max_shard_size)
+    return {
+        "way": f"all in memory, in fp32: {criterion} runs the model",
+        "parameters_before": before,
+        "parameters": student.num_parameters(),
+        "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+    }
 
 
 def _batches(model: Any, processor: Any, rows: Sequence[data.Row]) -> list[dict[str, Any]]:

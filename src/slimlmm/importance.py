@@ -10,7 +10,7 @@ Shape legend: B sequences, T tokens, U units of a group.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,9 +34,13 @@ Needs = Literal["nothing", "weights", "activations", "loss"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a criterion gets: the model, the groups to score, and the means that its `needs` call for."""
+    """What a criterion gets: the model, the groups to score, and the means that its `needs` call for.
+
+    Criteria that need no more than weights look at `weights`, by parameter name; the model may then be on the meta device.
+    """
 
     model: PreTrainedModel
+    weights: Mapping[str, Tensor]
     anatomy: Anatomy
     groups: tuple[Group, ...]
     batches: Iterable[Batch]
@@ -87,18 +91,23 @@ def score(
     loss: Loss | None = None,
     *,
     seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Scores:
     """Return one score per unit, group name -> [U] fp64 on the CPU, for each group of `axes`; higher: keep.
 
-    `batches` are passed once; `loss` must be given where the criterion needs one. The model runs in
+    `batches` are passed once; `loss` must be given where the criterion needs one. `weights`: parameters by name, where
+    they are not the model's own (read one at a time from files); a criterion that needs more refuses them. The model runs in
     eval mode and comes back as it was (weights, flags, mode); gradients that it holds are dropped by
     `taylor`.
     """
     needs = needs_of(criterion)
     if needs == "loss" and loss is None:
         raise UserError(f"the criterion {criterion!r} needs a loss; activation, magnitude and random do not.")
+    if weights is not None and needs not in ("nothing", "weights"):
+        raise UserError(f"the criterion {criterion!r} runs the model, so it must be in memory.")
     groups = tuple(group for name in axes for group in anatomy.axis(name).groups)
-    task = Task(model=model, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
+    weights = weights if weights is not None else dict(model.named_parameters(remove_duplicate=False))
+    task = Task(model=model, weights=weights, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
     with evaluating(model):
         found = CRITERIA[criterion].measure(task)
     return {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
@@ -140,8 +149,8 @@ def taylor(task: Task) -> Scores:
     state is needed. Source: arXiv 2312.05795, section 3 (AntGMM); Molchanov et al. 2019 (arXiv 1906.10771),
     eq. 8 without the square.
     """
-    totals = _zeros(task)
-    shares = _shares(task)
+    totals, named = _zeros(task), dict(task.model.named_parameters(remove_duplicate=False))
+    shares = {named[name]: found for name, found in _shares(task).items()}
 
     def reduce(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -164,8 +173,8 @@ def taylor(task: Task) -> Scores:
 def magnitude(task: Task) -> Scores:
     """Score by weight: the L2 norm of everything the unit owns, sqrt(sum w^2). Needs no data."""
     totals = _zeros(task)
-    for parameter, shares in _shares(task).items():
-        squares = parameter.detach().float().square()
+    for name, shares in _shares(task).items():
+        squares = task.weights[name].detach().to(torch.float32, copy=True).square_()
         for share in shares:
             totals[share.group.name] += share.reduce(squares).to("cpu", torch.float64)
     return {name: total.sqrt() for name, total in totals.items()}
@@ -413,10 +422,13 @@ def _zeros(task: Task) -> Scores:
     return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in task.groups}
 
 
-def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
-    """Return the shares of every parameter that holds some of the groups; a tied parameter counts once."""
+def _shares(task: Task) -> dict[str, list[Share]]:
+    """Return the shares of every parameter that holds some of the groups; a tied parameter counts once, by its first name."""
     named = dict(task.model.named_parameters(remove_duplicate=False))
-    shares: dict[nn.Parameter, list[Share]] = {}
+    first: dict[int, str] = {}
+    for name, parameter in named.items():
+        first.setdefault(id(parameter), name)
+    shares: dict[str, list[Share]] = {}
     for group in task.groups:
         prefix = task.anatomy.axis(group.axis).layers
         wanted: list[tuple[str, Share]] = [
@@ -432,7 +444,7 @@ def _shares(task: Task) -> dict[nn.Parameter, list[Share]]:
             place = (slot.dim, slot.offset, slot.outer, slot.inner) if slot else share.block
             if name in named and (id(named[name]), place) not in seen:  # a buffer holds no weight to score
                 seen.add((id(named[name]), place))
-                shares.setdefault(named[name], []).append(share)
+                shares.setdefault(first[id(named[name])], []).append(share)
     return shares
 
 

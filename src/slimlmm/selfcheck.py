@@ -6,6 +6,7 @@ key missing or left over, answers the same afterwards, and generates. No weights
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from slimlmm.errors import UserError
 from slimlmm.families import backbone_of, family_of, stock_class
 from slimlmm.prompts import Batch, picture_prompt
 from slimlmm.resizing import block_kinds, predict_parameters, resized
-from slimlmm.surgery import check, cut, masked
+from slimlmm.surgery import check, cut, masked, new_config
 from slimlmm.token_ids import new_ids, referenced
 from slimlmm.views import View
 
@@ -35,6 +36,8 @@ DOUBTFUL = 1e-3
 DRAWS = 3
 #: layers per tower of the shallow copy
 DEPTH = 3
+#: most tokens of the shallow copy; a full vocabulary would be most of it, and no axis but its own knows it
+VOCABULARY = 2048
 #: inputs that are tokens of the text tower
 _TOKENS = ("input_ids", "decoder_input_ids")
 
@@ -63,7 +66,7 @@ def self_check(config: Any, axes: Iterable[str] | None = None) -> list[Check]:
 
 
 def shallow(config: Any, depth: int = DEPTH) -> Any:
-    """Return `config` with about `depth` blocks per tower: whole periods, and one at least of every kind of block."""
+    """Return `config` with about `depth` blocks per tower (whole periods, and one at least of every kind) and few tokens."""
     sizes, blocks = {}, {}
     for axis in describe(config).axes.values():
         if axis.kind != "blocks" or axis.refusal:
@@ -73,7 +76,19 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
         # one more than must stay, so that the copy has a block to spare
         count = min(group.units, max(depth // axis.multiple, 2, group.least, axis.groups[0].least + 1) + more)
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
-    return resized(config, sizes, blocks)
+    return _fewer_tokens(resized(config, sizes, blocks))
+
+
+def _fewer_tokens(config: Any) -> Any:
+    """Return `config` with the tokens that it mentions and as many others as `VOCABULARY` leaves room for."""
+    axis = describe(config).axes["vocab"]
+    if axis.refusal or axis.size <= VOCABULARY:
+        return config
+    mentioned = referenced(*family_of(config).token_data(config.to_dict()).values())
+    ids = sorted({token for token in mentioned if token < axis.size})
+    plain = (token for token in range(axis.size) if token not in set(ids))
+    kept = sorted([*ids, *itertools.islice(plain, max(VOCABULARY - len(ids), 16))])
+    return new_config(config, axis, len(kept), {"vocab": torch.tensor(kept)})
 
 
 def random_model(config: Any, seed: int = 0) -> PreTrainedModel:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +39,14 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
     """
     found = anatomy.axis(axis)
     size = check(found, keep)
-    config = _new_config(model.config, found, size, keep)
+    config = new_config(model.config, found, size, keep)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in anatomy.tied}
-    names = _renamed(found, keep, state)
-    new = {names[name]: tensor for name, tensor in state.items() if name in names}
-    rows = kept_rows(found, keep, {name: tuple(tensor.shape) for name, tensor in new.items()})
-    for (name, dim), kept in rows.items():
-        new[name] = new[name].index_select(dim, kept.to(new[name].device))
-    _compensate(found, size, keep, rows, new)
+    names, parts = new_names(found, keep, state), by_parameter(found)
+    new = {
+        names[name]: sliced(parts[name], size, keep, name, tensor).to(tensor.dtype) if name in parts else tensor
+        for name, tensor in state.items()
+        if name in names
+    }
     buffers = {names.get(name, name): buffer for name, buffer in model.named_buffers()}
     student = _assemble(model, config, new, names, buffers)
     if found.kind == "vocab":
@@ -53,6 +54,31 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
+
+
+def by_parameter(axis: Axis) -> dict[str, Axis]:
+    """Return for every parameter that a cut of `axis` changes the same axis with that parameter's part in it alone."""
+    groups: dict[str, list[Group]] = {}
+    for group in axis.groups:
+        slots: dict[str, list[Slot]] = {}
+        for slot in group.slots:
+            slots.setdefault(slot.parameter, []).append(slot)
+        for name, own in slots.items():
+            groups.setdefault(name, []).append(replace(group, slots=tuple(own)))
+    found = {name: replace(axis, groups=tuple(own), scalars=()) for name, own in groups.items()}
+    return found | {one[0]: replace(axis, groups=(), scalars=(one,)) for one in axis.scalars}
+
+
+def sliced(part: Axis, size: int, keep: Keep, name: str, tensor: Tensor) -> Tensor:
+    """Return what a cut to `size` leaves of one parameter; `part` is the axis with its slots alone (`by_parameter`).
+
+    Rows are taken in the tensor's own number format; what has to be made up for (`_made_up`) is multiplied in at least fp32,
+    and so the result comes back, for the caller to round once, when all is done.
+    """
+    rows = kept_rows(part, keep, {name: tuple(tensor.shape)})
+    for (_, dim), kept in rows.items():
+        tensor = tensor.index_select(dim, kept.to(tensor.device))
+    return _made_up(part, size, keep, rows, tensor) if tensor.is_floating_point() else tensor
 
 
 def kept_rows(axis: Axis, keep: Keep, shapes: Mapping[str, tuple[int, ...]]) -> dict[Place, Tensor]:
@@ -91,7 +117,8 @@ def check(axis: Axis, keep: Keep) -> int:
     return int(sizes.pop())
 
 
-def _new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
+def new_config(config: Any, axis: Axis, size: int, keep: Keep) -> Any:
+    """Return the stock configuration of the cut model, token ids and lists per block along with the sizes."""
     smaller = resized(config, {axis.name: size}, {name: units.tolist() for name, units in keep.items()})
     if axis.kind == "vocab":  # last: with its old ids the configuration is one that was described already
         return _renumbered_config(smaller, new_ids(keep["vocab"].tolist(), axis.groups[0]), axis.size)
@@ -108,8 +135,8 @@ def _renumbered_config(config: Any, new: Mapping[int, int], size: int) -> Any:
     return type(config).from_dict(data)
 
 
-def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the names of the tensors that stay to their new names; they differ only behind a dropped block."""
+def new_names(axis: Axis, keep: Keep, state: Iterable[str]) -> dict[str, str]:
+    """Map the names of the tensors in `state` that stay to their new names; they differ only behind a dropped block."""
     if axis.kind != "blocks":
         return {name: name for name in state}
     group = axis.groups[0]
@@ -117,34 +144,34 @@ def _renamed(axis: Axis, keep: Keep, state: Mapping[str, Tensor]) -> dict[str, s
     return renamed(axis.layers, layers, state)
 
 
-def _compensate(axis: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor], state: dict[str, Tensor]) -> None:
+def _made_up(part: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor], tensor: Tensor) -> Tensor:
     """Make a cut of the width equal the full model with dropped channels zero, where RMSNorms read the stream.
 
-    `rows` are the rows that stayed of each place, in `state` as they stand now. With c = sqrt(H'/H) what writes the stream is
-    scaled by c: then sum (c x)^2 / H' = sum x^2 / H, and every norm divides by what it divided by before, its epsilon included.
-    A norm that is read by the blocks ("rms") has c too much, so its weight is divided by c. One whose output is the stream
-    ("post") keeps its weight. An embedding that the model multiplies by sqrt(H') has its c already. A head tied to a scaled
-    embedding has another c, taken out of the norm before it ("last"). In a tower of LayerNorms, which divide by another sum
-    anyway, nothing that writes is scaled. The same factors keep scores of attention when head_dim goes from H to H'
-    (`heads.head_dim_axis`).
+    `rows` are the rows of each dimension that stayed in `tensor`. With c = sqrt(H'/H) what writes the stream is scaled by c:
+    then sum (c x)^2 / H' = sum x^2 / H, and every norm divides by what it divided by before, its epsilon included. A norm that
+    is read by the blocks ("rms") has c too much, so its weight is divided by c. One whose output is the stream ("post") keeps
+    its weight. An embedding that the model multiplies by sqrt(H') has its c already. A head tied to a scaled embedding has
+    another c, taken out of the norm before it ("last"). In a tower of LayerNorms, which divide by another sum anyway, nothing
+    that writes is scaled. The same factors keep scores of attention when head_dim goes from H to H' (`heads.head_dim_axis`).
     """
-    c = math.sqrt(size / axis.size)
+    c = math.sqrt(size / part.size)
     factors = {"write": c, "write2": c**2, "read": 1 / c, "rms": 1 / c, "rms1": 1 / c}
     factors |= {"last": 1 / c**2, "last1": 1 / c**2}
-    for name, norm in axis.scalars:
-        state[name] = state[name] * factors[norm]
-    scales: dict[tuple[Place, int], Tensor] = {}
-    for group in axis.groups:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if part.scalars:
+        return tensor.to(wide) * factors[part.scalars[0][1]]
+    scales: dict[tuple[int, int], Tensor] = {}
+    for group in part.groups:
         for slot in group.slots:
             if slot.norm in factors:
-                place = (slot.parameter, slot.dim)
+                stays = rows[slot.parameter, slot.dim]
                 one = int(slot.norm.endswith("1"))  # Gemma's norms hold w - 1
-                scale = scales.setdefault((place, one), torch.ones(len(rows[place]), dtype=torch.float64))
-                scale[torch.isin(rows[place], slot.rows(keep[group.name].cpu(), group.units))] = factors[slot.norm]
-    for ((name, dim), one), scale in scales.items():
-        tensor = state[name]
+                scale = scales.setdefault((slot.dim, one), torch.ones(len(stays), dtype=torch.float64))
+                scale[torch.isin(stays, slot.rows(keep[group.name].cpu(), group.units))] = factors[slot.norm]
+    for (dim, one), scale in scales.items():
         shaped = scale.view([-1 if d == dim % tensor.dim() else 1 for d in range(tensor.dim())])
-        state[name] = (tensor + one) * shaped.to(tensor) - one
+        tensor = tensor.to(wide).add_(one).mul_(shaped.to(tensor.device, wide)).sub_(one)  # rows were copied when taken
+    return tensor
 
 
 def _assemble(
