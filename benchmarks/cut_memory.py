@@ -40,7 +40,7 @@ VARIANTS = {
 
 def config() -> Any:
     """Return a Qwen2.5-VL of 2.4 billion parameters."""
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_hidden_layers": 24,
@@ -50,7 +50,7 @@ def config() -> Any:
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
     }
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 32,
         "hidden_size": 1280,
         "intermediate_size": 3420,
@@ -58,7 +58,7 @@ def config() -> Any:
         "out_hidden_size": 2048,
         "fullatt_block_indexes": [7, 15, 23, 31],
     }
-    ids = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+    ids: dict[str, Any] = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
     ids |= {"image_token_id": 151655, "video_token_id": 151656}
     return tf.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, dtype="bfloat16", **ids
