@@ -9,10 +9,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from slimlmm import checkpoint, cli
+from slimlmm import checkpoint, cli, streaming
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
-from slimlmm.selfcheck import random_model
+from slimlmm.selfcheck import random_model, some_units
+from slimlmm.surgery import cut, masked
 from tiny import tiny
 from zoo import CONFIGS
 
@@ -262,9 +263,6 @@ def test_a_hub_id_that_is_nowhere_is_refused():
 
 def test_audio_weights_follow_the_width_of_the_text(tmp_path):
     """Speech goes through the projector into the narrower stream, as in the masked model."""
-    from slimlmm.selfcheck import some_units
-    from slimlmm.surgery import cut, masked
-
     model = random_model(CONFIGS["phi4_multimodal"]())
     audio = model.config.audio_config
     ids = torch.full((1, 10), 7)
@@ -287,3 +285,21 @@ def test_audio_weights_follow_the_width_of_the_text(tmp_path):
     assert (before - silent).abs().max() > 1e-2, "a vacuous test: nobody listens"
     assert (wanted - before).abs().max() > 1e-2
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_audio_that_no_axis_touches_is_carried_along(tmp_path):
+    """Gemma 4 with an audio tower: its width is refused, and other cuts leave every audio weight as it was."""
+    data = CONFIGS["gemma4-dense"]().to_dict()
+    del data["transformers_version"]
+    audio = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 20}
+    data["audio_config"] = {"model_type": "gemma4_audio", "subsampling_conv_channels": [8, 4], **audio}
+    config = tf.Gemma4Config.from_dict(data)
+    assert describe(config).axes["text.width"].refusal
+    checkpoint.save(random_model(config), None, tmp_path / "in")
+    before = checkpoint.open_weights(tmp_path / "in")
+    streaming.cut_folder(before, {"text.ffn": 32, "vision.ffn": 22}, tmp_path / "out")
+    after = checkpoint.open_weights(tmp_path / "out")
+    heard = [name for name in before if "audio" in name]
+    assert len(heard) > 20
+    assert all(torch.equal(before[name], after[name]) for name in heard)
+    assert len(after["model.language_model.layers.0.mlp.up_proj.weight"]) == 32
