@@ -26,8 +26,9 @@ class Backbone:
     """One tower's own model type. Paths are relative to the tower, field names to its sub-config.
 
     `more_layers`: lists of further blocks that share the sizes but not the number of blocks. `ffn_is_ratio`: the field
-    `ffn` holds FFN width / residual width. `expert_ffn`: FFN width of each expert. `refusals`: noun -> why the config
-    cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
+    `ffn` holds FFN width / residual width. `expert_ffn`: FFN width of each expert; `runs_all_experts`: fields of the experts
+    that a token chooses and of those there are, where the stock modelling runs all of them on every token. `refusals`:
+    noun -> why the config cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
 
     `ties`: fields that follow `width` where they equal it or a multiple. `root_of_width`: embeddings are multiplied by the
     root of the width. `post_norms`: norms whose output is the residual stream. `final_norm` stands before the head.
@@ -52,6 +53,7 @@ class Backbone:
     ffn: str = "intermediate_size"
     ffn_is_ratio: bool = False
     expert_ffn: str = ""
+    runs_all_experts: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     pieces: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
@@ -227,6 +229,7 @@ BACKBONES: Mapping[str, Backbone] = {
         _LLAMA,
         ffn="intermediate_size_mlp",
         expert_ffn="intermediate_size",
+        runs_all_experts=("num_experts_per_tok", "num_local_experts"),
         parts={"feed_forward.shared_expert": "shared"},
         per_layer=("layer_types", "no_rope_layers"),
         indexes=("moe_layers",),

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from slimlmm.anatomy import describe
-from slimlmm.axes import Axis
+from slimlmm.axes import Anatomy, Axis
 from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
@@ -63,11 +63,21 @@ def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Ite
         view = view_of(config, name.partition(".")[0])
         changes |= _changes(view, axis, size, sizes, keep_blocks.get(name))
     try:
-        return edited(config, changes)
+        return edited(config, _pins(config, anatomy) | changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
         wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
         reason = error.__cause__ or error
         raise UserError(f"{wanted} cannot be said by the {config.model_type!r} config: {reason}") from error
+
+
+def _pins(config: Any, anatomy: Anatomy) -> dict[Field, Any]:
+    """Fields that say head_dim wherever the modelling honours it: a reader may derive another one from width and heads."""
+    pinned: dict[Field, Any] = {}
+    for tower in family_of(config).towers:
+        heads = anatomy.axes.get(f"{tower.name}.kv_groups")
+        if heads is not None and not heads.refusal:
+            pinned |= view_of(config, tower.name).pin()
+    return pinned
 
 
 def _changes(
@@ -104,10 +114,10 @@ def _changes(
     return {view.field(view.backbone.ffn): size // width}
 
 
-def predict_parameters(
+def shapes_at(
     config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
-) -> int:
-    """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes.
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that `config` keeps at these sizes, by its present name, without building anything.
 
     `keep_blocks` as in `resized`: blocks of different kinds differ in size.
     """
@@ -125,8 +135,16 @@ def predict_parameters(
             for slot in group.slots:
                 old = whole.shapes[slot.parameter][slot.dim]
                 lengths[slot.parameter, slot.dim] = old * group.kept(size) // group.units
-    return sum(
-        math.prod(lengths.get((name, dim), length) for dim, length in enumerate(whole.shapes[name]))
-        for name, _ in whole.model.named_parameters()
+    return {
+        name: tuple(lengths.get((whole.tied.get(name, name), dim), length) for dim, length in enumerate(shape))
+        for name, shape in whole.shapes.items()
         if not name.startswith(tuple(gone))
-    )
+    }
+
+
+def predict_parameters(
+    config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
+) -> int:
+    """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes (`shapes_at`)."""
+    shapes = shapes_at(config, sizes, keep_blocks)
+    return sum(math.prod(shapes[name]) for name in skeleton(config).weights if name in shapes)
