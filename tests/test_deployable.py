@@ -43,8 +43,16 @@ def test_a_plain_model_has_no_warnings(devices):
     ("changes", "devices", "sentence"),
     [
         ({}, 3, "text: 16 query heads cannot be shared by 3 devices"),
-        ({"num_attention_heads": 16, "num_key_value_heads": 16}, 32, "text: 16 query heads cannot be shared by 32 devices"),
-        ({"num_key_value_heads": 4, "num_attention_heads": 12, "hidden_size": 768}, 6, "text: 4 key/value groups and 6"),
+        (
+            {"num_attention_heads": 16, "num_key_value_heads": 16},
+            32,
+            "text: 16 query heads cannot be shared by 32 devices",
+        ),
+        (
+            {"num_key_value_heads": 4, "num_attention_heads": 12, "hidden_size": 768},
+            6,
+            "text: 4 key/value groups and 6",
+        ),
         ({"intermediate_size": 2818}, 4, "text.ffn: 2818 neurons cannot be shared by 4 devices"),
         ({}, 8, "vision: 4 query heads cannot be shared by 8 devices"),
         ({"head_dim": 36}, 1, "heads of 36 channels; FlashAttention takes multiples of 8 up to 256"),
@@ -58,7 +66,9 @@ def test_each_check_says_its_numbers(changes, devices, sentence):
 
 @pytest.mark.parametrize(("groups", "devices", "fine"), [(4, 8, True), (8, 4, True), (2, 16, True), (4, 6, False)])
 def test_groups_are_split_or_copied(groups, devices, fine):
-    found = unsplittable(real(num_attention_heads=48, num_key_value_heads=groups, hidden_size=3072, head_dim=64), devices)
+    found = unsplittable(
+        real(num_attention_heads=48, num_key_value_heads=groups, hidden_size=3072, head_dim=64), devices
+    )
     assert fine is not any("key/value groups" in text for text in found)
 
 
@@ -79,8 +89,9 @@ def test_float16_is_refused_where_engines_do():
 
 
 def test_two_values_of_one_field_are_told():
-    config = edited(CONFIGS["llava-clip-llama"](), {("text_config", "tie_word_embeddings"): True})
-    assert any("tie_word_embeddings = False on top and True in text_config" in text for text in warnings_of(config))
+    assert not any("on top" in text for text in warnings_of(CONFIGS["ovis2"]()))
+    config = edited(CONFIGS["ovis2"](), {("", "vocab_size"): 999})
+    assert any("vocab_size = 999 on top and 320 in text_config" in text for text in warnings_of(config))
 
 
 def test_only_new_problems_are_refused():

@@ -4,11 +4,11 @@ import pytest
 
 from slimlmm import pipeline, plan, recipe
 from slimlmm.anatomy import describe
+from slimlmm.checkpoint import load_config
 from slimlmm.demo import bundled
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import HANDFUL, Grid
-from slimlmm.checkpoint import load_config
 from slimlmm.recipe import Recipe, Round, Stage
 from slimlmm.resizing import predict_parameters, resized
 from test_deployable import real
@@ -21,9 +21,9 @@ def test_widths_and_ffns_are_multiples_of_64():
     axes = describe(config).axes
     assert Grid().sizes(config, axes["text.ffn"]) == list(range(64, 2817, 64))
     assert all(size % 64 == 0 for size in Grid().sizes(config, axes["text.width"]))
-    assert Grid().notes(config) == ["vision.width: multiples of 64 leave 4 of its 4 legal sizes; multiples of 32 are taken"] or all(
-        "vision" in note for note in Grid().notes(config)
-    )
+    assert Grid().notes(config) == [
+        "vision.width: multiples of 64 leave 4 of its 4 legal sizes; multiples of 32 are taken"
+    ] or all("vision" in note for note in Grid().notes(config))
 
 
 def test_an_axis_with_few_such_sizes_takes_a_smaller_power_of_two_and_says_so():

@@ -120,3 +120,10 @@ def test_sizes_that_devices_cannot_share_are_refused_with_the_numbers(folder):
 )
 def test_numbers_have_three_digits(value, text):
     assert tree.human(value) == text
+
+
+def test_mergers_of_deeper_states_are_projector():
+    parts = parts_of(CONFIGS["qwen3_vl"]())
+    assert parts["model.visual.deepstack_merger_list.0.linear_fc1.weight"] == ("projector", "")
+    assert parts["model.visual.merger.linear_fc1.weight"] == ("projector", "")
+    assert parts["model.visual.blocks.0.mlp.linear_fc1.weight"] == ("vision", "ffn")

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
-from slimlmm.families import FAMILIES, backbone_of, family_of
+from slimlmm.families import FAMILIES, backbone_of, family_of, matched
 from slimlmm.norms import kind_of
 from slimlmm.probing import Skeleton, skeleton
 from slimlmm.views import View
@@ -43,12 +43,15 @@ def parts_of(config: Any) -> dict[str, Part]:
         for tower in views
         if anatomy and anatomy.axes[f"{tower}.ffn"].refusal and f"{tower}.expert_ffn" not in anatomy.axes
     }
+    joints = _joints(config, whole) if known else set()
     found: dict[str, Part] = {}
     for name in whole.shapes:
         if name in special:
             found[name] = special[name]
             continue
         tower = _tower_of(name, anatomy, streams) if anatomy else "other"
+        if tower in views and not views[tower].inside(name)[0] and name.rpartition(".")[0] in joints:
+            tower = "projector"
         part = _inside(views[tower], whole, name, by_axis) if tower in views else ""
         if part == "other" and tower in untold and views[tower].inside(name)[0]:
             part = "ffn"  # no axis tells, and all else in a block was told
@@ -64,6 +67,13 @@ def _views(config: Any) -> dict[str, View]:
         for tower in family.towers
         if (backbone := found[tower.name]) is not None
     }
+
+
+def _joints(config: Any, whole: Skeleton) -> set[str]:
+    """Return the modules of the joint's insides, which may stand in a tower (mergers of deeper states)."""
+    paths = [path for inside in family_of(config).interiors for path in (*inside.produce, *inside.consume)]
+    modules = {name.rpartition(".")[0] for name in whole.shapes}
+    return {module for module in modules if any(matched(path, module) is not None for path in paths)}
 
 
 def _special(whole: Skeleton) -> dict[str, Part]:
