@@ -114,7 +114,9 @@ def answer_use(config: Any, tokens: int = 8, picture: int = PICTURE) -> Answer:
         model = _zero_model(small)
         counted = _counted(model, batch, tokens)
     except (UserError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, UserError):
+            reason = f"the copy failed at a picture of {picture} pixels a side ({type(error).__name__}: {reason})"
         return Answer(uses={}, blocks={}, reason=f"no answer could be counted: {reason}")
     shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if "pixel_values" in key)
     uses = _uses(small, model, counted)
