@@ -36,7 +36,8 @@ class Backbone:
     holds it. `common_heads`: attention modules whose heads are one choice for a whole list of blocks, because a position bias
     per head stands in the first one. `ffn_is_ratio`: the field `ffn` holds FFN width / residual width. `expert_ffn`: FFN width
     of each expert, `experts`: their number, `experts_per_token`: how many a token takes, `expert_teams`: into how many sets they
-    are sorted. `refusals`: noun -> why the config cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
+    are sorted; `runs_all_experts`: the stock modelling runs all of them on every token. `refusals`: noun -> why the config
+    cannot say it. `layouts`, `pieces`: see `Family`, with names inside a block.
 
     `neighbours`: rotary pairs are dimensions (2p, 2p + 1), not (p, p + half). `mrope`: how three coordinates share the pairs,
     in "sections" one behind the other or "interleaved". `fixed_scale`: scores are not divided by the root of head_dim.
@@ -75,6 +76,7 @@ class Backbone:
     experts: str = ""
     experts_per_token: str = "num_experts_per_tok"
     expert_teams: str = "n_group"
+    runs_all_experts: bool = False
     neighbours: bool = False
     mrope: Literal["", "sections", "interleaved"] = ""
     fixed_scale: bool = False
@@ -291,6 +293,7 @@ BACKBONES: Mapping[str, Backbone] = {
         ffn="intermediate_size_mlp",
         expert_ffn="intermediate_size",
         experts="num_local_experts",
+        runs_all_experts=True,
         refusals={"head_dim": "queries and keys are divided by norms without weights, which could take up no scale"},
         parts={"feed_forward.shared_expert": "shared"},
         per_layer=("layer_types", "no_rope_layers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice."
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code from the hub. Off: stock classes only.")
+]
+Devices = Annotated[
+    int,
+    typer.Option("--tensor-parallel", min=1, max=1024, help="Devices that one model is split over when it is served."),
 ]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
 
@@ -89,14 +94,27 @@ def inspect(
     sizes: Annotated[
         list[str] | None, typer.Option("--set", help="axis=size: say what the model would count at these sizes.")
     ] = None,
+    tensor_parallel: Devices = 1,
+    answer_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Generated tokens that FLOPs are told for.")] = 8,
+    picture: Annotated[
+        int, typer.Option(min=16, max=4096, help="Pixels per side where pictures may have any size.")
+    ] = 448,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show the axes of a model: size, legal sizes, share of parameters, and what cannot be cut and why."""
-    from slimlmm import commands
+    """Show the parts and axes of a model from its config alone: parameters, bytes, FLOPs, legal sizes, what cannot be cut."""
+    gc.disable()  # a short process that builds thousands of small objects: collecting takes a third of its time
+    from slimlmm import inspection, tree
 
-    found = commands.inspect(model, sizes or (), trust_remote_code=trust_remote_code)
-    _report(found, json_out, lambda: Console().print(commands.inspection(found)))
+    found = inspection.inspect(
+        model,
+        sizes or (),
+        tensor_parallel=tensor_parallel,
+        tokens=answer_tokens,
+        picture=picture,
+        trust_remote_code=trust_remote_code,
+    )
+    _report(found, json_out, lambda: Console().print(tree.view(found), highlight=False))
 
 
 @app.command(
@@ -114,6 +132,7 @@ def cut(
         str, typer.Option(help="Largest file of weights to write; by magnitude or random no more is held in memory.")
     ] = "50GB",
     seed: Seed = 0,
+    tensor_parallel: Devices = 1,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -128,6 +147,7 @@ def cut(
         source=data,
         seed=seed,
         max_shard_size=max_shard_size,
+        tensor_parallel=tensor_parallel,
         trust_remote_code=trust_remote_code,
     )
     _report(found, json_out, lambda: print(commands.cut_said(found)))

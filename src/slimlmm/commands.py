@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from slimlmm import checkpoint, data, importance, measure, plan, streaming, surg
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
 from slimlmm.anatomy import describe
-from slimlmm.axes import Anatomy
 from slimlmm.collate import Collator
+from slimlmm.deployable import refuse_unsplittable
 from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
+from slimlmm.inspection import sizes_of
 from slimlmm.losses import cross_entropy
-from slimlmm.probing import skeleton
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Training
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.resizing import resized
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
 from slimlmm.shards import first_of
@@ -44,102 +44,6 @@ def settings(path: Path | None, *, shrink: float | None, max_drop: float | None,
     return recipes.parse(raw, "command line")
 
 
-def inspect(model: str, texts: Sequence[str] = (), *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Describe every axis of a model, and its parts now and at other sizes, from its config alone; no weights are read."""
-    config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
-    anatomy = describe(config)
-    sizes = sizes_of(texts, anatomy)
-    smaller = measure.parameters(skeleton(resized(config, sizes)).model) if sizes else None
-    total = predict_parameters(config, {})
-    axes = []
-    for name, axis in anatomy.axes.items():
-        choices = axis.choices() if not axis.refusal else ()
-        least = min(choices) if choices else None
-        axes.append(
-            {
-                "axis": name,
-                "size": axis.size,
-                "allowed": _ranges(choices),
-                "parameters_at_least": predict_parameters(config, {name: least}) if least else None,
-                "share": 1 - predict_parameters(config, {name: least}) / total if least else None,
-                "exact": axis.exact,
-                "note": axis.note,
-                "refusal": axis.refusal,
-            }
-        )
-    return {
-        "model": model,
-        "model_type": anatomy.model_type,
-        "parameters": total,
-        "axes": axes,
-        "parts": measure.parameters(skeleton(config).model),
-        "after": {"sizes": sizes, "parts": smaller} if sizes else None,
-    }
-
-
-def inspection(found: dict[str, Any]) -> Lines:
-    """Return the terminal view of `inspect`."""
-    table = Table(title=f"{found['model']} ({found['model_type']}): {found['parameters']:,} parameters")
-    for head, side in (
-        ("axis", "left"),
-        ("size", "right"),
-        ("allowed", "left"),
-        ("share", "right"),
-        ("cut", "left"),
-        ("note", "left"),
-    ):
-        table.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for axis in found["axes"]:
-        share = "-" if axis["share"] is None else f"{100 * axis['share']:.1f} %"
-        kind = "[red]refused[/red]" if axis["refusal"] else "exact" if axis["exact"] else "close"
-        table.add_row(axis["axis"], str(axis["size"]), axis["allowed"], share, kind, axis["refusal"] or axis["note"])
-    parts = Table(title="parameters by part" + (f", {_said(found['after']['sizes'])}" if found["after"] else ""))
-    for head in ("part", "parameters", "share", *(("after", "ratio") if found["after"] else ())):
-        parts.add_column(head, justify="left" if head == "part" else "right")
-    for part, count in found["parts"].items():
-        left = found["after"]["parts"].get(part, 0) if found["after"] else 0
-        after = (f"{left:,}", f"{count / left:.2f}x" if left else "-") if found["after"] else ()
-        parts.add_row(part, f"{count:,}", f"{100 * count / found['parameters']:.1f} %", *after)
-    return Lines(table, "share: parameters that go when this axis alone is cut to its smallest legal size", parts)
-
-
-def _said(sizes: dict[str, int]) -> str:
-    return "after " + ", ".join(f"{name}={size}" for name, size in sizes.items())
-
-
-def _ranges(choices: Sequence[int]) -> str:
-    """Say legal sizes briefly: "9, 18 .. 576 by 9"."""
-    if len(choices) <= 6:
-        return ", ".join(map(str, choices)) or "-"
-    step = choices[1] - choices[0]
-    return f"{choices[0]} .. {choices[-1]}" + (f" by {step}" if step > 1 else "")
-
-
-def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
-    """Parse ``axis=size`` words; all problems at once."""
-    sizes, problems = {}, []
-    for text in texts:
-        name, _, value = text.partition("=")
-        if not value.isdigit():
-            problems.append(f"{text!r} is not axis=size (a whole number)")
-            continue
-        try:
-            axis = anatomy.axis(name)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if axis.kind == "vocab":
-            problems.append(
-                "vocab goes with the tokenizer and needs texts: put drop: [unused_tokens] into a recipe for compress"
-            )
-        elif not 0 < int(value) <= axis.size:
-            problems.append(f"{text}: the axis has {axis.size}; give 1 to {axis.size}")
-        sizes[name] = int(value)
-    if problems:
-        raise UserError("--set:\n  " + "\n  ".join(problems))
-    return sizes
-
-
 def cut(
     model: str,
     out: Path,
@@ -149,6 +53,7 @@ def cut(
     source: Path | None = None,
     seed: int = 0,
     max_shard_size: str = checkpoint.SHARD,
+    tensor_parallel: int = 1,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Prune without training: prove the cut on a shallow copy, score, slice, save.
@@ -164,13 +69,14 @@ def cut(
     checkpoint.refuse_foreign(out.expanduser().absolute())
     weights = checkpoint.open_weights(model, trust_remote_code=trust_remote_code)
     sizes = sizes_of(texts, describe(weights.config))
+    warnings = refuse_unsplittable(weights.config, sizes, tensor_parallel)
     config = weights.config
     for axis, size in sizes.items():
         config = resized(config, {axis: size})  # a size that the config cannot say is refused before minutes of work
     failed = [check for check in self_check(weights.config, sizes) if not check.ok]
     if failed:
         raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))
-    found = {"out": str(out), "sizes": sizes, "left_behind": weights.left}
+    found = {"out": str(out), "sizes": sizes, "left_behind": weights.left, "warnings": warnings}
     if source is not None:
         rows = data.sample(data.load(source).need("train", source), 256, seed)
         return found | _cut_in_memory(model, out, sizes, criterion, rows, seed, largest, trust_remote_code)
@@ -189,7 +95,7 @@ def cut_said(found: dict[str, Any]) -> str:
     lines = [f"{found['parameters_before']:,} -> {found['parameters']:,} parameters ({found['way']}): {found['out']}"]
     if left:
         lines.append(f"left behind: {len(left)} tensors that the stock class has no place for: {first_of(left)}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"when it is served: {warning}" for warning in found["warnings"]])
 
 
 def _cut_in_memory(

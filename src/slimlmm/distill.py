@@ -32,11 +32,11 @@ from transformers import (
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch, Collator
+from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.losses import NEEDS_TEACHER, Seen, combine, fitted_readout
-from slimlmm.measure import flop_counter
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 

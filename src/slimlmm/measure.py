@@ -26,22 +26,14 @@ import numpy as np
 import psutil
 import torch
 from pydantic import Field
-from torch.utils.flop_counter import FlopCounterMode
 
 from slimlmm.checkpoint import load
+from slimlmm.costs import flop_counter
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Record, answer, answer_limit, evaluating, generation_settings
+from slimlmm.parts import parts_of
 
-#: part -> module names that mean it (components of a parameter's dotted name); the first match has it
-PARTS: dict[str, tuple[str, ...]] = {
-    "projector": ("multi_modal_projector", "connector", "merger", "language_projection"),
-    "qformer": ("qformer", "query_tokens"),
-    "vision": ("vision_tower", "vision_model", "visual"),
-    "embeddings": ("embed_tokens", "embed_positions"),
-    "head": ("lm_head",),
-    "text": ("language_model", "text_model"),
-}
 #: versions that decide a figure
 LIBRARIES = ("slimlmm", "torch", "transformers", "tokenizers", "pillow", "numpy")
 
@@ -109,14 +101,13 @@ def parameters(model: Any) -> dict[str, int]:
     """Return parameters by part, and their `total`; tied ones count once (as embeddings), buffers do not.
 
     Parts: vision, projector, qformer, text (blocks and final norm), embeddings (token and position tables of
-    the text tower), head, other. Parts that the model does not have are left out.
+    the text tower), head, other (`parts.parts_of`). Parts that the model does not have are left out.
     """
     counts = dict.fromkeys(("vision", "projector", "qformer", "text", "embeddings", "head", "other"), 0)
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    special = {id(p): "head" for p in (outputs.parameters() if outputs is not None else ())}
-    special |= {id(p): "embeddings" for p in inputs.parameters()}
+    parts = parts_of(model.config)
     for name, parameter in model.named_parameters():
-        counts[special.get(id(parameter)) or _part(name)] += parameter.numel()
+        part = parts[name]
+        counts["embeddings" if part == ("text", "embeddings") else part[0]] += parameter.numel()
     found = {part: count for part, count in counts.items() if count}
     return {**found, "total": sum(found.values())}
 
@@ -135,18 +126,6 @@ def flops(model: Any, processor: Any, batch: Any, answer_tokens: int = 8) -> flo
     with evaluating(model), _frozen(model), torch.no_grad(), counter:
         model.generate(**inputs, **settings)
     return float(counter.get_total_flops() / len(inputs["input_ids"]))
-
-
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter of floating-point operations, taught the CPU attention kernels that it lacks."""
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        },
-    )
 
 
 def latency(
@@ -323,26 +302,6 @@ def _frozen(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _part(name: str) -> str:
-    """Return the part that a parameter's dotted name belongs to."""
-    components = name.split(".")
-    return next((part for part, names in PARTS.items() if any(n in components for n in names)), "other")
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Return 2 B N S T (D + E): scores, then weighted sum.
-
-    Shapes: query [B, N, S, D], key [B, N, T, D], value [B, N, T, E].
-    """
-    b, heads, s, d = query
-    return int(2 * b * heads * s * key[-2] * (d + value[-1]))
-
-
-def _attention_backward_flops(_gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Return 2.5 times the forward pass: scores again, and two products for each of the two forward ones."""
-    return _attention_flops(query, key, value) * 5 // 2
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:

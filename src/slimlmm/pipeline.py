@@ -20,10 +20,12 @@ from slimlmm import checkpoint, data, importance, plan, repair, report, results,
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.collate import Batch, Collator, Prompter
+from slimlmm.deployable import unsplittable
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.forward import answer_logits, to_device
+from slimlmm.grid import Grid
 from slimlmm.losses import Seen, combine
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
@@ -86,8 +88,8 @@ def run(
     splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed)
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
     stages = _stages(loaded, rows, recipe)
-    _check_stages(loaded.model.config, stages)
-    for note in splits.notes:
+    _check_stages(loaded.model.config, stages, recipe.tensor_parallel)
+    for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
         tell.say(note)
     facts = results.Dataset(
         name=str(source),
@@ -139,12 +141,17 @@ def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recip
     fixed |= {
         axis: describe(model.config).axis(axis).size - len(dead) for axis, dead in dead_blocks(model.config).items()
     }
-    final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed)
+    grid = _grid(recipe)
+    final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed, grid)
     per_picture = round(len(rows["train"]) / len({row.picture_key() for row in rows["train"]}))
     living = resized(model.config, fixed)
     return plan.stages_for(
-        living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order
+        living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
     )
+
+
+def _grid(recipe: Recipe) -> Grid:
+    return Grid(multiples=recipe.multiples, tensor_parallel=recipe.tensor_parallel)
 
 
 def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
@@ -154,8 +161,8 @@ def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
     return sorted({text for pair in pairs for text in prompter.turns(*pair)})
 
 
-def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
-    """Refuse axes and sizes that the config cannot say, all at once, before anything runs."""
+def _check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
+    """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
     anatomy, problems = describe(config), []
     blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
     config = shallow(config)  # sizes other than those of blocks do not depend on the depth
@@ -176,6 +183,7 @@ def _check_stages(config: Any, stages: Sequence[Stage]) -> None:
                     blocks[name] = size
             except UserError as error:
                 problems.append(f"stages.{stage}.rounds.{number}.sizes: {error}")
+    problems += unsplittable(config, tensor_parallel)
     if problems:
         raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
 

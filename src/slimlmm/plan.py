@@ -11,16 +11,17 @@ import torch
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.errors import UserError
+from slimlmm.grid import Grid
 from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
 
+#: axis -> sizes that the planner may choose
+Choices = Mapping[str, list[int]]
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
 SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
-#: least sizes that the planner goes to by itself; one block alone cannot pass on what an earlier one found
-FLOORS = {"blocks": 2, "inner": 1, "width": 32}
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
 LAST_SHARE = 0.5
 #: share of a round's row visits that stop at the language model
@@ -29,7 +30,9 @@ STATES_SHARE = 0.5
 FIRST_RATE, RATE_RISE = 1e-4, 8
 
 
-def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None) -> dict[str, int]:
+def sizes_for(
+    config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None, grid: Grid | None = None
+) -> dict[str, int]:
     """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level.
 
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
@@ -42,6 +45,7 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
         shrink: wanted ratio of parameters.
         whole: parameters of the original model.
         fixed: sizes that other cuts will have reached (the trimmed vocabulary, living blocks).
+        grid: which legal sizes to choose from.
 
     Raises:
         UserError: the smallest sizes still have too many parameters; the message says how far one can go.
@@ -50,7 +54,8 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     target = whole / shrink
     anatomy = describe(config)
     axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.noun in SHARES}
-    least = _count(config, _fit(config, _scaled(axes, 0.0)))
+    choices = _choices(config, axes, grid or Grid())
+    least = _count(config, _fit(config, _scaled(axes, choices, 0.0), choices))
     if least > target:
         raise UserError(
             f"--shrink {shrink:g} needs {target:,.0f} parameters or fewer, but the smallest shape that the axes of "
@@ -59,20 +64,24 @@ def sizes_for(config: Any, shrink: float, whole: int, fixed: Mapping[str, int] |
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if _count(config, _fit(config, _scaled(axes, middle))) <= target else (low, middle)
-    return _grown(config, axes, _fit(config, _scaled(axes, low)), low, target)
+        low, high = (
+            (middle, high)
+            if _count(config, _fit(config, _scaled(axes, choices, middle), choices)) <= target
+            else (low, middle)
+        )
+    return _grown(config, axes, choices, _fit(config, _scaled(axes, choices, low), choices), low, target)
 
 
 def _count(config: Any, sizes: Mapping[str, int]) -> int:
     return predict_parameters(config, follow_width(describe(config), sizes, sizes))
 
 
-def _scaled(axes: Mapping[str, Axis], scale: float) -> dict[str, int]:
+def _scaled(axes: Mapping[str, Axis], choices: Choices, scale: float) -> dict[str, int]:
     """Return for every axis the legal size nearest (in ratio) to its share of the scale."""
     sizes = {}
     for name, axis in axes.items():
-        wanted, choices = _wanted(axis, scale), _choices(axis)
-        sizes[name] = min(choices, key=lambda size: abs(math.log(size / wanted))) if wanted else choices[0]
+        wanted, legal = _wanted(axis, scale), choices[name]
+        sizes[name] = min(legal, key=lambda size: abs(math.log(size / wanted))) if wanted else legal[0]
     return sizes
 
 
@@ -90,15 +99,11 @@ def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str
     return stated
 
 
-def _choices(axis: Axis) -> list[int]:
-    """Legal sizes from the planner's floor (at most an eighth of a width) on, in multiples of 16 where that leaves a choice."""
-    floor = min(FLOORS[axis.kind], axis.size if axis.kind == "blocks" else axis.size // 8)
-    legal = [size for size in axis.choices() if size >= floor]
-    even = [size for size in legal if size % 16 == 0 or size == axis.size]
-    return even if axis.kind != "blocks" and len(even) >= 8 else legal
+def _choices(config: Any, axes: Mapping[str, Axis], grid: Grid) -> Choices:
+    return {name: grid.sizes(config, axis) for name, axis in axes.items()}
 
 
-def _fit(config: Any, sizes: dict[str, int]) -> dict[str, int]:
+def _fit(config: Any, sizes: dict[str, int], choices: Choices) -> dict[str, int]:
     """Lower widths until the stock config accepts all sizes at once (heads must divide the hidden size, for one)."""
     anatomy = describe(config)
     sizes = dict(sizes)
@@ -107,22 +112,25 @@ def _fit(config: Any, sizes: dict[str, int]) -> dict[str, int]:
             resized(config, follow_width(anatomy, sizes, sizes))
         except UserError:
             name = "text.width" if "text.width" in sizes else next(iter(sizes))
-            choices = [size for size in anatomy.axis(name).choices() if size < sizes[name]]
-            if not choices:
+            smaller = [size for size in choices[name] if size < sizes[name]]
+            smaller = smaller or [size for size in anatomy.axis(name).choices() if size < sizes[name]]
+            if not smaller:
                 raise
-            sizes[name] = choices[-1]
+            sizes[name] = smaller[-1]
             continue
         return sizes
     raise UserError(f"no sizes near {sizes} are accepted by the stock {config.model_type!r} config.")
 
 
-def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: float, target: float) -> dict[str, int]:
+def _grown(
+    config: Any, axes: Mapping[str, Axis], choices: Choices, sizes: dict[str, int], scale: float, target: float
+) -> dict[str, int]:
     """Spend what is left of the budget, step by step on the axis that stays furthest below its share of the scale."""
     sizes = dict(sizes)
     while True:
         options = []
         for name, axis in axes.items():
-            larger = [size for size in _choices(axis) if size > sizes[name]]
+            larger = [size for size in choices[name] if size > sizes[name]]
             if not larger:
                 continue
             trial = {**sizes, name: larger[0]}
@@ -140,7 +148,13 @@ def _grown(config: Any, axes: Mapping[str, Axis], sizes: dict[str, int], scale: 
 
 
 def stages_for(
-    config: Any, final: Mapping[str, int], *, row_visits: int, rows_per_picture: int, order: Sequence[Level] = LEVELS
+    config: Any,
+    final: Mapping[str, int],
+    *,
+    row_visits: int,
+    rows_per_picture: int,
+    order: Sequence[Level] = LEVELS,
+    grid: Grid | None = None,
 ) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts, then the levels of `order`, each round at most `ROUND_RATIO`.
 
@@ -152,7 +166,7 @@ def stages_for(
     current = dict(start)
     plans: list[tuple[str, dict[str, int]]] = []
     for level in order:
-        for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}):
+        for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}, grid):
             plans.append((level, sizes))
             current |= sizes
     if not plans:
@@ -205,7 +219,9 @@ def _trainings(anatomy: Anatomy, progress: float, picture_visits: float) -> tupl
     )
 
 
-def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) -> list[dict[str, int]]:
+def _steps(
+    config: Any, current: Mapping[str, int], final: Mapping[str, int], grid: Grid | None
+) -> list[dict[str, int]]:
     """Split one level's cut geometrically, in legal sizes; no round more than halves an axis (where its sizes allow)."""
     if all(current[name] == size for name, size in final.items()):
         return []
@@ -215,11 +231,12 @@ def _steps(config: Any, current: Mapping[str, int], final: Mapping[str, int]) ->
     count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)), math.ceil(math.log2(steepest) - 1e-9))
     steps: list[dict[str, int]] = []
     last = dict(current)
+    legal = _choices(config, {name: anatomy.axis(name) for name in final}, grid or Grid())
     for index in range(1, count + 1):
         sizes = {}
         for name, size in final.items():
             wanted = current[name] * (size / current[name]) ** (index / count)
-            choices = [c for c in _choices(anatomy.axis(name)) if c >= size] or [size]
+            choices = [c for c in legal[name] if c >= size] or [size]
             sizes[name] = size if index == count else min(choices, key=lambda c: abs(math.log(c / wanted)))
         sizes = {name: size for name, size in sizes.items() if size < last[name]}
         if not sizes:

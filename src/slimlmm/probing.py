@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from slimlmm.families import stock_class
 
@@ -28,10 +29,14 @@ _cache: OrderedDict[str, Skeleton] = OrderedDict()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model on the meta device: shapes by state-dict name, tied aliases (alias -> owner), module tree."""
+    """A model on the meta device: shapes by state-dict name, tied aliases (alias -> owner), names of parameters, modules.
+
+    `weights` names every parameter once, under its owner's name; buffers are in `shapes` alone.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
+    weights: tuple[str, ...]
     model: nn.Module
 
     @property
@@ -63,8 +68,9 @@ def skeleton(config: Any) -> Skeleton:
     if key in _cache:
         _cache.move_to_end(key)
         return _cache[key]
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # there is nothing to fill, and asking for it takes half the time
         model = stock_class(config).from_config(config)
+        model.tie_weights()
     owners: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -72,7 +78,7 @@ def skeleton(config: Any) -> Skeleton:
         if owner != name:
             tied[name] = owner
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _cache[key] = Skeleton(shapes=shapes, tied=tied, model=model)
+    _cache[key] = Skeleton(shapes=shapes, tied=tied, weights=tuple(owners.values()), model=model)
     if len(_cache) > _KEPT:
         _cache.popitem(last=False)
     return _cache[key]

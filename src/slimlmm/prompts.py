@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slimlmm.backbones import BACKBONES
+from slimlmm.errors import UserError
 from slimlmm.families import family_of, part_of
 from slimlmm.token_ids import referenced
 
@@ -22,10 +23,19 @@ Batch = dict[str, Tensor]
 Pictures = Callable[[Any, torch.Generator], tuple[Batch, int]]
 
 
-def picture_prompt(config: Any, seed: int = 0) -> Batch:
-    """Return one valid random input for `config`: a picture, its placeholders, and eight text tokens."""
+def picture_prompt(config: Any, seed: int = 0, pixels: int = 0) -> Batch:
+    """Return one valid random input for `config`: a picture, its placeholders, and eight text tokens.
+
+    `pixels`: about how many per side the picture has where the model takes any size; 0 for the smallest that tells rows
+    from columns.
+    """
     rng = torch.Generator().manual_seed(seed)
-    pictures, count = PICTURES[config.model_type](config, rng)
+    if config.model_type not in PICTURES:
+        raise UserError(f"no picture prompt is known for model type {config.model_type!r}")
+    if config.model_type in ANY_SIZE or config.vision_config.model_type == "pixtral":
+        pictures, count = ANY_SIZE.get(config.model_type, _any_size)(config, rng, pixels)
+    else:
+        pictures, count = PICTURES[config.model_type](config, rng)
     data = config.to_dict()
     parts = family_of(config).token_data(data)
     size = parts[family_of(config).tower("text").config]["vocab_size"]
@@ -59,10 +69,6 @@ def _patches(config: Any) -> tuple[int, int]:
 
 def _pixels(rng: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=rng)
-
-
-def _llava(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    return (_any_size if config.vision_config.model_type == "pixtral" else _square)(config, rng)
 
 
 def _square(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
@@ -108,48 +114,60 @@ def _tiles(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     return {"pixel_values": pictures, "image_sizes": torch.tensor([[height, width]])}, count
 
 
-def _any_size(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """[1, 3, height, width] and image_sizes: two rows and three columns of placeholders."""
+def _grid(pixels: int, cell: int) -> tuple[int, int]:
+    """Return rows and columns of placeholders of `cell` pixels a side: square for a picture of `pixels`, else two by three."""
+    side = max(1, round(pixels / cell))
+    return (side, side) if pixels else (2, 3)
+
+
+def _any_size(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """[1, 3, height, width] and image_sizes; a placeholder per cell."""
     cell = _side(config.vision_config.patch_size) * config.to_dict().get("spatial_merge_size", 1)
-    pictures = _pixels(rng, 1, 3, 2 * cell, 3 * cell)
-    return {"pixel_values": pictures, "image_sizes": torch.tensor([[2 * cell, 3 * cell]])}, 6
+    rows, columns = _grid(pixels, cell)
+    pictures = _pixels(rng, 1, 3, rows * cell, columns * cell)
+    return {"pixel_values": pictures, "image_sizes": torch.tensor([[rows * cell, columns * cell]])}, rows * columns
 
 
-def _patch_rows(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """Rows of flat patches and their grid; two by two placeholders."""
+def _patch_rows(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """Rows of flat patches and their grid; two by two placeholders where no size is asked for."""
     vision = config.vision_config
-    side = 2 * vision.spatial_merge_size
+    cells = _grid(pixels, _side(vision.patch_size) * vision.spatial_merge_size)[0]
+    side = cells * vision.spatial_merge_size
     length = vision.in_channels * _side(vision.temporal_patch_size) * _side(vision.patch_size) ** 2
-    return {"pixel_values": _pixels(rng, side * side, length), "image_grid_thw": torch.tensor([[1, side, side]])}, 4
+    pictures = {"pixel_values": _pixels(rng, side * side, length), "image_grid_thw": torch.tensor([[1, side, side]])}
+    return pictures, cells * cells
 
 
-def _patch_squares(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """[patches, 3, patch, patch] and their grid; two by two placeholders."""
+def _patch_squares(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """[patches, 3, patch, patch] and their grid; two by two placeholders where no size is asked for."""
     vision = config.vision_config
-    side, patch = 2 * vision.spatial_merge_size, _side(vision.patch_size)
+    patch = _side(vision.patch_size)
+    cells = _grid(pixels, patch * vision.spatial_merge_size)[0]
+    side = cells * vision.spatial_merge_size
     pictures = _pixels(rng, side * side, vision.num_channels, patch, patch)
-    return {"pixel_values": pictures, "image_grid_thw": torch.tensor([[1, side, side]])}, 4
+    return {"pixel_values": pictures, "image_grid_thw": torch.tensor([[1, side, side]])}, cells * cells
 
 
-def _flat_shapes(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """[1, patches, 3 * patch * patch], the shape of the grid and a mask: two rows, three columns of placeholders."""
+def _flat_shapes(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """[1, patches, 3 * patch * patch], the shape of the grid and a mask; a placeholder per merged cell."""
     vision, merge = config.vision_config, config.downsample_factor
-    rows, columns = 2 * merge, 3 * merge
+    rows, columns = (merge * cells for cells in _grid(pixels, merge * _side(vision.patch_size)))
     batch = {
         "pixel_values": _pixels(rng, 1, rows * columns, vision.num_channels * _side(vision.patch_size) ** 2),
         "spatial_shapes": torch.tensor([[rows, columns]]),
         "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
     }
-    return batch, 6
+    return batch, rows * columns // merge**2
 
 
-def _flat_positions(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """[1, patches, 3 * patch * patch] in 0..1 and (x, y) of each patch: two rows, three columns of placeholders."""
+def _flat_positions(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """[1, patches, 3 * patch * patch] in 0..1 and (x, y) of each patch; a placeholder per pooled cell."""
     vision = config.vision_config
-    rows, columns = 2 * vision.pooling_kernel_size, 3 * vision.pooling_kernel_size
+    pool = vision.pooling_kernel_size
+    rows, columns = (pool * cells for cells in _grid(pixels, pool * vision.patch_size))
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
     pictures = torch.rand(1, rows * columns, 3 * vision.patch_size**2, generator=rng)
-    return {"pixel_values": pictures, "image_position_ids": places.unsqueeze(0)}, 6
+    return {"pixel_values": pictures, "image_position_ids": places.unsqueeze(0)}, rows * columns // pool**2
 
 
 def _queries(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
@@ -225,20 +243,21 @@ def _crops(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     return pictures, 2 * merged * (merged + 1) + 1
 
 
-def _packed(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
+def _packed(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
     """Patches side by side in one strip, with the grid's size; merged in the tower and again behind it."""
     vision = config.vision_config
     inside = 1 if config.downsample_mode == "4x" else _side(vision.window_kernel_size)
-    side = 2 * inside * _side(config.merge_kernel_size) ** config.merger_times
-    patch = _side(vision.patch_size)
+    merged, patch = inside * _side(config.merge_kernel_size) ** config.merger_times, _side(vision.patch_size)
+    cells = _grid(pixels, merged * patch)[0]
+    side = cells * merged
     strip = torch.randn(1, vision.num_channels, patch, side * side * patch, generator=rng)
-    return {"pixel_values": strip, "target_sizes": torch.tensor([[side, side]], dtype=torch.int32)}, 4
+    return {"pixel_values": strip, "target_sizes": torch.tensor([[side, side]], dtype=torch.int32)}, cells * cells
 
 
-def _stages(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """One square picture of the smallest size with a 2 x 2 grid after all stages, plus their mean as a token."""
+def _stages(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """One square picture, of a 2 x 2 grid after all stages where no size is asked for, plus their mean as a token."""
     vision = config.vision_config
-    side = 2 * math.prod(vision.patch_stride)
+    side = _grid(pixels, math.prod(vision.patch_stride))[0] * math.prod(vision.patch_stride)
     rows = side
     for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         rows = (rows + 2 * padding - size) // stride + 1
@@ -254,11 +273,12 @@ def _pooled(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
     return {"pixel_values": _pixels(rng, 1, 1, 3, side, side)}, rows * rows
 
 
-def _map(config: Any, rng: torch.Generator) -> tuple[Batch, int]:
-    """One square picture that a convolutional tower turns into a 2 x 2 map (FastViT divides sizes by 64)."""
+def _map(config: Any, rng: torch.Generator, pixels: int = 0) -> tuple[Batch, int]:
+    """One square picture that a convolutional tower turns into a map, 2 x 2 by default (FastViT divides sizes by 64)."""
     vision = config.vision_config
     stride = vision.patch_size * 2 ** (len(vision.depths) - 1) if hasattr(vision, "depths") else 64
-    return {"pixel_values": _pixels(rng, 1, 3, 2 * stride, 2 * stride)}, 4
+    cells = _grid(pixels, stride)[0]
+    return {"pixel_values": _pixels(rng, 1, 3, cells * stride, cells * stride)}, cells * cells
 
 
 def _is_picture(key: str) -> Callable[[Any, Tensor], Batch]:
@@ -291,7 +311,7 @@ def _decoder_ids(config: Any, input_ids: Tensor) -> Batch:
 
 #: by model type: (config, random numbers) -> picture tensors, number of placeholders
 PICTURES: Mapping[str, Pictures] = {
-    "llava": _llava,
+    "llava": _square,
     "llava_next": _tiles,
     "llava_next_video": _tiles,
     "llava_onevision": _tiles,
@@ -332,6 +352,20 @@ PICTURES: Mapping[str, Pictures] = {
     "cohere2_vision": _merged(lambda config, patches: config.downsample_factor),
     "ovis2": _merged(lambda config, patches: config.vision_config.hidden_stride),
     "janus": _square,
+    "lfm2_vl": _flat_shapes,
+}
+
+#: by model type: (config, random numbers, pixels per side), where a picture may have any size
+ANY_SIZE: Mapping[str, Callable[[Any, torch.Generator, int], tuple[Batch, int]]] = {
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe"),
+        _patch_rows,
+    ),
+    "minicpmv4_6": _packed,
+    "florence2": _stages,
+    "fast_vlm": _map,
+    "mistral3": _any_size,
+    "gemma4": _flat_positions,
     "lfm2_vl": _flat_shapes,
 }
 

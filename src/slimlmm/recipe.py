@@ -20,6 +20,8 @@ T = TypeVar("T")
 Level = Literal["blocks", "inner", "width"]
 #: levels in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
 LEVELS: tuple[Level, ...] = get_args(Level)
+#: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
+MULTIPLES = {"width": 64, "ffn": 64}
 
 
 class Settings(BaseModel):
@@ -124,6 +126,18 @@ class Recipe(Settings):
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
     order: tuple[Level, ...] = Field(LEVELS, description="Order of the levels in the default schedule, each once.")
+    multiples: dict[str, int] = Field(
+        MULTIPLES,
+        description="Multiples that sizes chosen by the default schedule keep to, by noun (width, ffn) or axis (text.width), or "
+        "one number for both nouns. An axis that they leave fewer than five sizes takes a smaller power of two, and says so. "
+        "Sizes in `stages` are taken as they are.",
+    )
+    tensor_parallel: int = Field(
+        1,
+        gt=0,
+        description="Devices that the result will be split over: heads, key/value groups and FFN widths of the default schedule "
+        "stay shareable, and so must the last sizes of `stages`.",
+    )
     row_visits: int = Field(
         400_000,
         gt=0,
@@ -137,6 +151,20 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
     bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
+
+    @field_validator("multiples", mode="before")
+    @classmethod
+    def _by_noun(cls, multiples: Any) -> Any:
+        return dict.fromkeys(MULTIPLES, multiples) if isinstance(multiples, int) else multiples
+
+    @field_validator("multiples")
+    @classmethod
+    def _positive(cls, multiples: dict[str, int]) -> dict[str, int]:
+        if wrong := [f"{name}: {value}" for name, value in multiples.items() if value < 1]:
+            raise ValueError(f"multiples are 1 or more, not {', '.join(wrong)}")
+        if wrong := [name for name in multiples if name not in MULTIPLES and "." not in name]:
+            raise ValueError(f"{', '.join(wrong)}: name a noun ({', '.join(MULTIPLES)}) or an axis (text.width)")
+        return MULTIPLES | multiples
 
     @field_validator("order")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from slimlmm.anatomy import describe
-from slimlmm.axes import Axis, noun_of
+from slimlmm.axes import Anatomy, Axis, noun_of
 from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
@@ -77,7 +77,7 @@ def resized(config: Any, sizes: Mapping[str, int], keep: Mapping[str, Iterable[i
         view = view_of(config, name.partition(".")[0])
         changes |= _changes(view, axis, size, sizes, keep)
     try:
-        return edited(config, changes)
+        return edited(config, _pins(config, anatomy) | changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
         wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
         reason = error.__cause__ or error
@@ -88,6 +88,16 @@ def free_fields(config: Any) -> dict[str, Field]:
     """Return the axes that are one field of their own outside the towers."""
     family = family_of(config)
     return {**family.projector, **{name: (part, field) for name, (part, field, _) in family.query_tokens.items()}}
+
+
+def _pins(config: Any, anatomy: Anatomy) -> dict[Field, Any]:
+    """Fields that say head_dim wherever the modelling honours it: a reader may derive another one from width and heads."""
+    pinned: dict[Field, Any] = {}
+    for tower in family_of(config).towers:
+        axes = (anatomy.axes.get(f"{tower.name}.{noun}") for noun in ("kv_groups", "head_dim"))
+        if any(axis is not None and not axis.refusal for axis in axes):
+            pinned |= view_of(config, tower.name).pin()
+    return pinned
 
 
 def _changes(
@@ -141,10 +151,10 @@ def _not_a_multiple(axis: Axis, size: int, reason: str) -> UserError:
     )
 
 
-def predict_parameters(
+def shapes_at(
     config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
-) -> int:
-    """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes.
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that `config` keeps at these sizes, by its present name, without building anything.
 
     Every axis that owns rows lo..hi of a parameter's dimension leaves kept / units of them, so that a stretch of rows which
     several axes own (queries: key/value groups, queries per group, head_dim) shrinks by the product. `keep_blocks` names the
@@ -164,15 +174,19 @@ def predict_parameters(
             for slot in group.slots:
                 rows = (slot.offset, slot.offset + slot.outer * group.units * slot.inner, ratio)
                 stretches.setdefault((slot.parameter, slot.dim), {}).setdefault(name, []).append(rows)
-    return sum(
-        math.prod(_length(length, stretches.get((name, dim), {})) for dim, length in enumerate(whole.shapes[name]))
-        for name, _ in whole.model.named_parameters()
+    return {
+        name: tuple(
+            _length(length, stretches.get((whole.tied.get(name, name), dim), {})) for dim, length in enumerate(shape)
+        )
+        for name, shape in whole.shapes.items()
         if not name.startswith(tuple(gone))
-    )
+    }
 
 
 def _length(length: int, by_axis: Mapping[str, list[_Stretch]]) -> int:
     """Return what is left of `length` rows."""
+    if not by_axis:
+        return length
     if any(name.endswith(".ffn") for name in by_axis):  # an FFN that follows the width: its own axis has the last word
         by_axis = {name: rows for name, rows in by_axis.items() if not name.endswith(".width")}
     found = [rows for stretches in by_axis.values() for rows in stretches]
@@ -182,3 +196,11 @@ def _length(length: int, by_axis: Mapping[str, list[_Stretch]]) -> int:
         left += (high - low) * math.prod((ratio for a, b, ratio in found if a <= low and high <= b), start=Fraction(1))
     assert left.denominator == 1, (length, by_axis)
     return int(left)
+
+
+def predict_parameters(
+    config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Iterable[int]] | None = None
+) -> int:
+    """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes (`shapes_at`)."""
+    shapes = shapes_at(config, sizes, keep_blocks)
+    return sum(math.prod(shapes[name]) for name in skeleton(config).weights if name in shapes)
