@@ -1,7 +1,7 @@
 """Peak memory of cutting a checkpoint file by file against cutting the loaded model: python benchmarks/cut_memory.py [OUT.json].
 
 A random bfloat16 model (Qwen2.5-VL of 2.4 billion parameters, files of 1 GB) is written tensor by tensor to a temporary
-folder. Each variant cuts it in a process of its own that samples nothing: peaks are the kernel's (VmHWM), the part of
+folder. Each variant cuts it in a process of its own: peaks are the kernel's (VmHWM), the part of
 them that is no file is sampled (RssAnon, every 20 ms). What counts is the peak less that of the bare imports. Goal of the
 streamed cut: student + largest file of the source. One tensor that is scored takes three times its bfloat16 bytes, so that a
 small student of a large vocabulary (--layers 6) stays above it.
