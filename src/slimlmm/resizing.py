@@ -53,7 +53,8 @@ def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Ite
     anatomy = describe(config)
     keep_blocks = keep_blocks or {}
     changes: dict[Field, Any] = {}
-    for name, size in sizes.items():
+    # blocks last: they renumber what others write block by block
+    for name, size in sorted(sizes.items(), key=lambda item: anatomy.axis(item[0]).kind == "blocks"):
         axis = anatomy.axis(name)
         if not 0 < size <= axis.size:
             raise UserError(f"{name}={size}: must be between 1 and its present size {axis.size}.")
@@ -64,7 +65,10 @@ def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Ite
             changes[family_of(config).projector[name]] = size
             continue
         view = view_of(config, name.partition(".")[0])
-        changes |= _changes(view, axis, size, sizes, keep_blocks.get(name))
+        if axis.kind == "blocks":
+            changes |= block_changes(view, _layers(axis, size, keep_blocks.get(name)), changes)
+        else:
+            changes |= _changes(view, axis, size, sizes)
     try:
         return edited(config, changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -73,15 +77,16 @@ def resized(config: Any, sizes: Mapping[str, int], keep_blocks: Mapping[str, Ite
         raise UserError(f"{wanted} cannot be said by the {config.model_type!r} config: {reason}") from error
 
 
-def _changes(
-    view: View, axis: Axis, size: int, sizes: Mapping[str, int], kept: Iterable[int] | None
-) -> dict[Field, Any]:
+def _layers(axis: Axis, size: int, kept: Iterable[int] | None) -> list[int]:
+    """Return the layers that stay of an axis of blocks: those of the units `kept`, or of the first that may."""
+    group = axis.groups[0]
+    units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
+    return [unit * group.stride + i for unit in units for i in range(group.stride)]
+
+
+def _changes(view: View, axis: Axis, size: int, sizes: Mapping[str, int]) -> dict[Field, Any]:
     """Fields to write for one axis; `sizes` holds the other ones that change with it."""
     tower = view.tower.name
-    if axis.kind == "blocks":
-        group = axis.groups[0]
-        units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
-        return block_changes(view, [unit * group.stride + i for unit in units for i in range(group.stride)])
     if axis.name == f"{tower}.kv_groups":
         return view.set_heads(view.heads // view.kv * size) | view.pin()
     if axis.name == f"{tower}.width":

@@ -69,8 +69,7 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
         if axis.kind != "blocks" or axis.refusal:
             continue
         group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
-        # one more than must stay, so that the copy has a block to spare
-        count = min(group.units, max(depth // axis.multiple, 2, group.least, axis.groups[0].least + 1))
+        count = min(group.units, max(depth // axis.multiple, 2, group.least))
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
     return resized(config, sizes, blocks)
 
