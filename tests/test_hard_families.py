@@ -5,15 +5,17 @@ import itertools
 import pytest
 import torch
 
+from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.importance import score
-from slimlmm.probing import edited
+from slimlmm.probing import edited, skeleton
 from slimlmm.prompts import picture_prompt
-from slimlmm.resizing import predict_parameters
-from slimlmm.selfcheck import random_model, some_units
+from slimlmm.resizing import predict_parameters, resized
+from slimlmm.selfcheck import random_model, self_check, some_units
 from slimlmm.surgery import cut, masked
 from slimlmm.vocab import closed_tokens, trim
+from slimlmm.wiring import NotRotatable, trace
 from tiny import tiny_tokenizer
 from zoo import CONFIGS
 
@@ -241,3 +243,71 @@ def test_the_side_of_janus_that_draws_pictures_is_cut_as_it_is_masked():
         got = drawn(student)
         assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
         assert (drawn(model) - wanted).abs().max() > 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", [*GEMMA4, "minicpmv4_6", "llama4", "blip-2-t5", "florence2"])
+def test_joint_changes_count_as_the_rebuilt_model(name):
+    """All axes at once: settings by block number follow both the heads and the blocks."""
+    config = CONFIGS[name]()
+    axes = [axis for axis in describe(config).axes.values() if not axis.refusal]
+    for share in (3, 2):
+        sizes = {axis.name: axis.choices()[len(axis.choices()) // share] for axis in axes}
+        if name == "blip-2-t5":
+            del sizes["text.blocks"]
+        new = resized(config, sizes)
+        assert predict_parameters(config, sizes) == skeleton(new).parameters
+        assert {axis: size for axis, size in describe(new).sizes.items() if axis in sizes} == sizes
+
+
+@pytest.mark.parametrize("name", GEMMA4)
+def test_a_chain_of_cuts_is_the_resized_model_and_generates(name):
+    model = random_model(CONFIGS[name]())
+    batch = picture_prompt(model.config)
+    for axis_name in ("text.kv_groups", "text.blocks", "text.width", "vision.width", "vision.blocks", "text.kv_groups"):
+        axis = describe(model.config).axis(axis_name)
+        sizes = [size for size in axis.choices() if size < axis.size]
+        if sizes:
+            keep = some_units(axis, sizes[-1])
+            assert gap(model, axis_name, keep, batch) <= TOLERANCE
+            model = cut(model, describe(model.config), axis_name, keep)
+    answer = model.generate(**batch, max_new_tokens=3, min_new_tokens=1, do_sample=False)
+    assert answer.shape[1] > batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("axis", ["text.width", "vision.width"])
+def test_what_cannot_be_rotated_says_so(axis):
+    model = random_model(CONFIGS["gemma4-dense"]())
+    group = describe(model.config).group(axis)
+    with pytest.raises(NotRotatable, match=r"residual stream|constant of the stream"):
+        trace(model, group, picture_prompt(model.config))
+
+
+@pytest.mark.parametrize(
+    ("errors", "ok", "draws"),
+    [([1e-6], True, 1), ([4e-5, 1e-6], True, 2), ([4e-5, 3e-5, 2e-5], False, 3), ([2e-3], False, 1)],
+)
+def test_a_doubtful_difference_is_proven_on_another_draw(monkeypatch, errors, ok, draws):
+    """One random model may blow rounding up; a difference in every draw, or a large one, is a wrong cut."""
+    seen = []
+
+    def prove(model, *_):
+        seen.append(float(model.lm_head.weight.detach().sum()))
+        return errors[len(seen) - 1]
+
+    monkeypatch.setattr("slimlmm.selfcheck._prove", prove)
+    (check,) = self_check(CONFIGS["llava-clip-llama"](), ["text.width"])
+    assert (check.ok, check.error) == (ok, errors[draws - 1])
+    assert len(set(seen)) == draws, "the same model was drawn again"
+
+
+def test_a_cut_that_is_off_by_little_is_wrong_in_every_draw(monkeypatch):
+    right = surgery._compensate
+
+    def wrong(axis, size, state):
+        right(axis, size, state)
+        state["model.language_model.norm.weight"] *= 1 + 1e-4
+
+    monkeypatch.setattr(surgery, "_compensate", wrong)
+    (check,) = self_check(CONFIGS["llava-clip-llama"](), ["text.width"])
+    assert not check.ok
+    assert "differs from the masked one" in check.reason

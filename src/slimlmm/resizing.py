@@ -20,8 +20,8 @@ from slimlmm.views import View, absolute, as_list, block_changes, shared_blocks,
 
 #: first row, row behind the last one, share that stays
 _Stretch = tuple[int, int, Fraction]
-#: widths write head_dim as it is, so that an axis of head_dim comes after them
-_ORDER = {"width": 0, "head_dim": 2}
+#: widths write head_dim as it is, so that head_dim comes after them; blocks last: they renumber what others write block by block
+_ORDER = {"width": 0, "head_dim": 2, "blocks": 3, "decoder_blocks": 3}
 
 
 def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
@@ -75,7 +75,11 @@ def resized(config: Any, sizes: Mapping[str, int], keep: Mapping[str, Iterable[i
             changes[free[name]] = size
             continue
         view = view_of(config, name.partition(".")[0])
-        changes |= _changes(view, axis, size, sizes, keep)
+        if axis.kind == "blocks":
+            of = view.decoder() if axis.noun == "decoder_blocks" else view
+            changes |= block_changes(of, _layers(axis, size, keep.get(axis.name)), changes)
+        else:
+            changes |= _changes(view, axis, size, sizes, keep)
     try:
         return edited(config, _pins(config, anatomy) | changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -100,16 +104,18 @@ def _pins(config: Any, anatomy: Anatomy) -> dict[Field, Any]:
     return pinned
 
 
+def _layers(axis: Axis, size: int, kept: Iterable[int] | None) -> list[int]:
+    """Return the layers that stay of an axis of blocks: those of the units `kept`, or of the first that may."""
+    group = axis.groups[0]
+    units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
+    return [unit * group.stride + i for unit in units for i in range(group.stride)]
+
+
 def _changes(
     view: View, axis: Axis, size: int, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]]
 ) -> dict[Field, Any]:
     """Fields to write for one axis; `sizes` holds the other ones that change with it."""
     tower, noun = view.tower.name, axis.noun
-    if axis.kind == "blocks":
-        group, kept = axis.groups[0], keep.get(axis.name)
-        units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
-        of = view.decoder() if noun == "decoder_blocks" else view
-        return block_changes(of, [unit * group.stride + i for unit in units for i in range(group.stride)])
     if noun in ("kv_groups", "queries"):
         kv, queries = sizes.get(f"{tower}.kv_groups", view.kv), sizes.get(f"{tower}.queries", view.queries)
         return view.set_heads(kv, queries) | view.pin()

@@ -73,8 +73,7 @@ def shallow(config: Any, depth: int = DEPTH) -> Any:
             continue
         group = replace(axis.groups[0], some_of=axis.groups[0].some_of + block_kinds(config, axis))
         more = axis.minimum > group.least * group.stride  # it must not fall below the depth of another axis
-        # one more than must stay, so that the copy has a block to spare
-        count = min(group.units, max(depth // axis.multiple, 2, group.least, axis.groups[0].least + 1) + more)
+        count = min(group.units, max(depth // axis.multiple, 2, group.least) + more)
         sizes[axis.name], blocks[axis.name] = count * group.stride, group.first(count).tolist()
     return _fewer_tokens(resized(config, sizes, blocks))
 

@@ -282,8 +282,11 @@ def vocab_fields(config: Any) -> list[Field]:
     return [own, *(field for field in family.ties.get("vocab", ()) if get(config, field) == get(config, own))]
 
 
-def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
-    """Fields to write when only `layers` stay: depth, lists per block, block numbers, the feature layer."""
+def block_changes(view: View, layers: list[int], written: Mapping[Field, Any] | None = None) -> dict[Field, Any]:
+    """Fields to write when only `layers` stay: depth, lists per block, block numbers, the feature layer.
+
+    `written` are other changes, which settings by block number are taken from where they hold them.
+    """
     if not layers:
         raise UserError(f"{view.tower.name}.blocks: at least one block must stay.")
     place = {old: new for new, old in enumerate(layers)}
@@ -297,7 +300,8 @@ def block_changes(view: View, layers: list[int]) -> dict[Field, Any]:
         if view.value(name) is not None:
             changes[view.field(name)] = sum(layer < view.value(name) for layer in layers)
     for name in view.backbone.by_block:
-        settings = {int(number): found for number, found in (view.value(name) or {}).items()}
+        latest = (written or {}).get(view.field(name), view.value(name)) or {}
+        settings = {int(number): found for number, found in latest.items()}
         changes[view.field(name)] = {str(place[number]): settings[number] for number in settings if number in place}
     if view.backbone.sharing:
         changes[view.field(view.backbone.sharing)] = sum(layer in shared_blocks(view) for layer in layers)
