@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 #: layers per tower of the shallow copy
 DEPTH = 3
 #: inputs that are tokens of the text tower
-_TOKENS = ("input_ids", "decoder_input_ids")
+TOKENS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def compare(
     student = cut(model, anatomy, axis.name, keep)
     inputs = dict(batch)
     if axis.kind == "vocab":
-        inputs |= {key: torch.searchsorted(keep["vocab"], batch[key]) for key in _TOKENS if key in batch}
+        inputs |= {key: torch.searchsorted(keep["vocab"], batch[key]) for key in TOKENS if key in batch}
     with masked(model, anatomy, axis.name, keep):
         wanted = model(**batch).logits
     largest = float(wanted.abs().max())
@@ -201,7 +201,7 @@ def _kept_tokens(model: PreTrainedModel, axis: Axis, batch: Batch) -> Keep:
     mentioned = referenced(*family_of(model.config).token_data(data).values(), model.generation_config.to_dict())
     kept = {
         *range(0, axis.size, 2),
-        *(token for key in _TOKENS if key in batch for token in batch[key].flatten().tolist()),
+        *(token for key in TOKENS if key in batch for token in batch[key].flatten().tolist()),
     }
     kept |= {token for token in mentioned if token < axis.size}
     return {"vocab": torch.tensor(sorted(kept))}
