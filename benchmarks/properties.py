@@ -4,7 +4,7 @@ python benchmarks/properties.py --configs 1000 --seed 0 --out benchmarks/results
 
 A configuration is drawn by `tests/zoo/random_configs.py`; each of its axes is cut to a random legal size by a random choice and
 has to equal the masked model within 1e-5 of the largest logit, and to count the parameters that were predicted, or be refused
-with a reason. Configurations are drawn in parts of 40, the part of number n with the seed plus n, so that what is drawn does not
+with a reason. Configurations are drawn in parts of 20, the part of number n with the seed plus n, so that what is drawn does not
 depend on the machine; the record is written anew after each part.
 """
 
@@ -34,7 +34,7 @@ from slimlmm.selfcheck import TOLERANCE
 #: the generator and the laws stand with the tests
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 #: configurations of one part
-PART = 40
+PART = 20
 
 
 def work(count: int, start: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from slimlmm.families import backbone_of, family_of
+from slimlmm.backbones import Backbone
+from slimlmm.families import Tower, backbone_of, family_of
 from slimlmm.probing import Field, edited, get
 from slimlmm.views import View, as_list
 from tiny import vit
@@ -99,6 +100,12 @@ def _tower(draw: Draw, config: Any, name: str) -> Any:
     return edited(config, changes)
 
 
+def _known(config: Any, tower: Tower) -> Backbone:
+    found = backbone_of(config, tower)
+    assert found is not None
+    return found
+
+
 def _kind(view: View) -> str:
     return str(family_part(view)["model_type"])
 
@@ -142,7 +149,9 @@ def _heads_and_width(draw: Draw, view: View) -> dict[Field, Any]:
     width = inner
     explicit = view.free_heads and draw(st.integers(0, 3)) > 0
     if explicit:
-        other = {get(view.config, ("vision_config", "hidden_size")), get(view.config, ("text_config", "hidden_size"))}
+        towers = [tower for tower in view.family.towers if backbone_of(view.config, tower) is not None]
+        views = [View(view.config, view.family, tower, _known(view.config, tower)) for tower in towers]
+        other = {each.value(each.backbone.width) for each in views}
         wide = {inner, inner + heads, *(24, 36, 45, 60, 320), *(value for value in other if value)}
         width = draw(st.sampled_from(sorted(wide)))
     step = heads if view.backbone.width_by_heads else 1
