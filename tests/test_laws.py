@@ -3,6 +3,7 @@
 cut == masked and predicted == counted, with saving, loading and generating, are `test_conformance.py` and docs/families.md.
 """
 
+import dataclasses
 import itertools
 import random
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 import laws
+from slimlmm import backbones, families
 from slimlmm.anatomy import describe
 from slimlmm.prompts import picture_prompt
 from zoo import CONFIGS
@@ -82,3 +84,16 @@ def test_any_axis_of_any_random_configuration_cuts_as_it_masks_or_is_refused(fou
     broken = [outcome for outcome in outcomes if outcome.verdict == "broken"]
     assert not broken, (name, broken)
     assert all(outcome.reason for outcome in outcomes if outcome.verdict == "refused")
+
+
+def test_the_laws_notice_query_norms_kept_by_the_wrong_rows(monkeypatch):
+    """As Cohere was described before random configurations found it: double precision must not excuse it."""
+    wrong = dataclasses.replace(backbones.BACKBONES["cohere"], layouts={})
+    monkeypatch.setattr(families, "BACKBONES", {**backbones.BACKBONES, "cohere": wrong})
+    monkeypatch.setattr("slimlmm.anatomy._ANATOMIES", {})
+    found = laws.ready(CONFIGS["llava-cohere"]())
+    axis = found.anatomy.axis("text.kv_groups")
+    outcome = laws.outcome(found.model, found.anatomy, axis, found.batch, found.before, random.Random(0))
+    assert outcome.verdict == "broken"
+    assert "another function" in laws.permuting_permutes_the_choice(found, axis)
+    monkeypatch.undo()
