@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types headline clean
+.PHONY: demo test conformance lint types headline clean
 
 demo: $(READY)
 	$(BIN)/slimlmm demo --out runs/demo
@@ -13,6 +13,11 @@ test: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# every law for every family and axis, a few minutes on 2 cores; docs/families.md is written anew and has to be what is committed
+conformance: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conformance.py docs/families.md --workers 2 --check
+	$(BIN)/python -m pytest tests/test_laws.py --whole-grid --numprocesses 2 --dist load
 
 # hours on 2 cores, minutes on a GPU; stop it at any time, the same command resumes
 headline: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,8 +13,24 @@ import pytest
 import torch
 
 from slimlmm import adreview, data
+from zoo import CONFIGS
 
 torch.set_num_threads(1)
+#: which fourth of the families `make test` proves law by law; `make conformance` proves all
+SEED = 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-grid", action="store_true", help="prove the laws for every family, not for a fourth of them"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "sampled_family" in metafunc.fixturenames:
+        drawn = random.Random(SEED).sample(list(CONFIGS), len(CONFIGS) // 4)
+        whole = metafunc.config.getoption("--whole-grid")
+        metafunc.parametrize("sampled_family", [name for name in CONFIGS if whole or name in drawn])
 
 
 @pytest.fixture(scope="session")

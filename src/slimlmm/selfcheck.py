@@ -39,7 +39,7 @@ DEPTH = 3
 #: most tokens of the shallow copy; a full vocabulary would be most of it, and no axis but its own knows it
 VOCABULARY = 2048
 #: inputs that are tokens of the text tower
-_TOKENS = ("input_ids", "decoder_input_ids")
+TOKENS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ def compare(
     inputs = dict(batch)
     if axis.kind == "vocab":
         new = new_ids(keep["vocab"].tolist(), axis.groups[0])
-        inputs |= {key: batch[key].clone().apply_(new.__getitem__) for key in _TOKENS if key in batch}
+        inputs |= {key: batch[key].clone().apply_(new.__getitem__) for key in TOKENS if key in batch}
     if axis.kind == "tokens":
         batch = inputs = picture_prompt(student.config)
     with masked(model, anatomy, axis.name, keep):
@@ -251,7 +251,7 @@ def _kept_tokens(model: PreTrainedModel, axis: Axis, batch: Batch) -> Keep:
     kept = {
         *range(0, axis.size, 2),
         *(token for tokens in axis.groups[0].some_of for token in tokens),
-        *(token for key in _TOKENS if key in batch for token in batch[key].flatten().tolist()),
+        *(token for key in TOKENS if key in batch for token in batch[key].flatten().tolist()),
         *mentioned,
     }
     return {"vocab": torch.tensor(sorted(token for token in kept if token < axis.size))}
