@@ -92,6 +92,12 @@ def test_refusals_say_why():
     anatomy = describe(tiny_config("blip2-opt"))
     with pytest.raises(UserError, match="re-cut the same matrices"):
         anatomy.axis("text.kv_groups")
+    with pytest.raises(
+        UserError, match=r"text\.head_dim .* cannot be cut: head_dim is hidden_size / num_attention_heads"
+    ):
+        anatomy.axis("text.head_dim")
+    with pytest.raises(UserError, match="every key/value head has one query head already"):
+        describe(tiny_config("llava-dinov2-llama")).axis("vision.queries")
     with pytest.raises(UserError, match=r"Did you mean 'text\.width'"):
         anatomy.axis("text.wdth")
     with pytest.raises(UserError, match="'llama' is not supported"):

@@ -94,9 +94,8 @@ def _makers(view: View) -> dict[str, Callable[[View], Axis]]:
     if view.value(backbone.experts):
         found["experts"] = _experts_axis
     found["kv_groups"] = kv_axis
-    if "kv_groups" not in backbone.refusals and view.queries > 1:
-        found["queries"] = queries_axis
-    if view.tower.name == "text" or ("kv_groups" not in backbone.refusals and view.free_heads):
+    if "kv_groups" not in backbone.refusals and view.free_heads:  # else heads are no axes of their own (`Anatomy.axis`)
+        found |= {"queries": queries_axis} if view.queries > 1 else {}
         found["head_dim"] = head_dim_axis
     return found | {"width": _width_axis}
 

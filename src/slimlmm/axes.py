@@ -177,6 +177,11 @@ class Anatomy:
     def axis(self, name: str) -> Axis:
         """Return the axis, or raise a UserError that names the nearest one or the reason of its refusal."""
         if name not in self.axes:
+            tower, _, noun = name.rpartition(".")
+            heads = self.axes.get(f"{tower}.kv_groups")
+            if noun in ("queries", "head_dim") and heads is not None:
+                reason = heads.refusal or "every key/value head has one query head already"
+                raise UserError(f"{name} of {self.model_type!r} cannot be cut: {reason}")
             raise UserError(
                 f"unknown axis {name!r} for model type {self.model_type!r}. {nearest(name, list(self.axes))}"
             )

@@ -25,15 +25,6 @@ def _draft(view: View, noun: str, size: int, *fields: str) -> Axis:
     return Axis(name=f"{view.tower.name}.{noun}", kind="inner", size=size, fields=found)
 
 
-def _hard_wired(view: View, what: str) -> str:
-    """Return why heads cannot be chosen without the width."""
-    return (
-        f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so {what} would "
-        f"re-cut the same matrices into {'wider' if what.startswith('fewer') else 'other'} heads; "
-        f"heads go with {view.tower.name}.width"
-    )
-
-
 def _twice_as_wide(view: View) -> Mapping[tuple[str, str], object]:
     """Fields of twice the width, so that twice the heads divide it."""
     return view.set_width(2 * view.width)
@@ -43,7 +34,11 @@ def kv_axis(view: View) -> Axis:
     """Return the axis of key/value heads, each with its queries."""
     draft = _draft(view, "kv_groups", view.kv, view.backbone.heads, view.backbone.kv)
     if not view.free_heads:
-        return refused(draft, _hard_wired(view, "fewer heads"))
+        reason = (
+            f"head_dim is {view.backbone.width} / {view.backbone.heads} in this tower, so fewer heads would "
+            f"re-cut the same matrices into wider heads; heads go with {view.tower.name}.width"
+        )
+        return refused(draft, reason)
     wide = _twice_as_wide(view)
     places = moved(
         edited(view.config, wide), edited(view.config, {**wide, **view.set_heads(2 * view.kv, view.queries)})
@@ -78,8 +73,6 @@ def _dividing(view: View, draft: Axis, others: int) -> Axis:
 def queries_axis(view: View) -> Axis:
     """Return the axis of query heads per key/value head: each group chooses its own, all groups the same number."""
     draft = _draft(view, "queries", view.queries, view.backbone.heads)
-    if not view.free_heads:
-        return refused(draft, _hard_wired(view, "fewer heads"))
     wide = _twice_as_wide(view)
     places = moved(
         edited(view.config, wide), edited(view.config, {**wide, **view.set_heads(view.kv, 2 * view.queries)})
@@ -178,8 +171,6 @@ def head_dim_axis(view: View) -> Axis:
     divides by what it divided by before, and what is then too much or too little of c goes into its weight.
     """
     draft = _draft(view, "head_dim", view.head_dim, view.backbone.head_dim)
-    if not view.free_heads:
-        return refused(draft, _hard_wired(view, "another head_dim"))
     places = view.moved_by_head_dim()
     try:
         found = _Heads(view, draft, rope.runs(view))

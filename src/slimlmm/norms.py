@@ -47,7 +47,8 @@ def classify(module: nn.Module) -> NormKind | None:
 
 def kind_of(module: nn.Module) -> NormKind | None:
     """Return the kind of a norm without weights (on the meta device), tried once per class on random weights."""
-    if next(module.children(), None) is not None:
+    # one class may norm a stream and, with a weight per head, queries: the latter says nothing of the class
+    if next(module.children(), None) is not None or any(weight.dim() > 1 for weight in module.parameters()):
         return None
     if type(module) not in _KINDS:
         tried = copy.deepcopy(module).to_empty(device="cpu")
