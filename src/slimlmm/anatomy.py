@@ -17,7 +17,7 @@ from torch import nn
 from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
 from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
-from slimlmm.slots import RefusedError, attention_of, place_name, slots_of
+from slimlmm.slots import RefusedError, attention_of, place_name, refuse_norm_over_heads, slots_of
 from slimlmm.views import View, block_changes, some_of, view_of, vocab_fields
 
 Places = Mapping[Place, tuple[int, int]]
@@ -158,6 +158,7 @@ def _kv_axis(view: View) -> Axis:
     places = moved(edited(view.config, wide), edited(view.config, wide | view.set_heads(2 * view.heads)))
 
     def group_of(place: Place, length: int) -> Group:
+        refuse_norm_over_heads(view, skeleton(view.config), place)
         return Group(name=place_name(view, name, place), axis=name, units=view.kv, layer=view.locate(place[0])[0])
 
     queries = view.heads // view.kv
@@ -183,6 +184,8 @@ def _width_axis(view: View) -> Axis:
     def group_of(place: Place, length: int) -> Group:
         layer = view.locate(place[0])[0]
         attention = None if free else attention_of(view, place)
+        if not free:
+            refuse_norm_over_heads(view, skeleton(view.config), place)
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
             return Group(name=where, axis=name, units=view.kv, stride=width // view.kv, layer=layer)
