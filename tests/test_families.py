@@ -78,3 +78,13 @@ def test_sizes_that_grouped_experts_cannot_multiply_are_neither_offered_nor_made
     assert all(choice % 8 == 0 for choice in describe(config).axis(axis).choices())
     with pytest.raises(UserError, match=r"multiple of 8\. Possible: 8, 16"):
         resized(config, {axis: size})
+
+
+@pytest.mark.parametrize(("name", "axis"), [("internvl", "vision.width"), ("llava-olmo2", "text.kv_groups")])
+def test_heads_under_one_norm_are_refused(name, axis):
+    """Found by random configurations: InternVL's large tower norms queries and keys over all heads, as OLMo 2 does."""
+    config = CONFIGS[name]()
+    if name == "internvl":
+        assert not describe(config).axes[axis].refusal
+        config.vision_config.use_qk_norm = True
+    assert "norm over all heads at once" in describe(config).axes[axis].refusal

@@ -19,7 +19,15 @@ from slimlmm.blocks import rows_of_blocks
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
 from slimlmm.heads import head_dim_axis, kv_axis, queries_axis
 from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
-from slimlmm.slots import RefusedError, attention_of, grouped, labels, place_name, refused
+from slimlmm.slots import (
+    RefusedError,
+    attention_of,
+    grouped,
+    labels,
+    place_name,
+    refuse_norm_over_heads,
+    refused,
+)
 from slimlmm.views import View, some_of, view_of, vocab_fields
 
 Places = Mapping[Place, tuple[int, int]]
@@ -220,6 +228,8 @@ def _width_axis(view: View) -> Axis:
     def group_of(place: Place, length: int) -> Group:
         layer = view.locate(place[0])[0]
         attention = None if free else attention_of(view, place)
+        if not free:
+            refuse_norm_over_heads(view, skeleton(view.config), place)
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
             heads = view.heads_by_list[view.list_of(place[0])]

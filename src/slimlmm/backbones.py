@@ -216,9 +216,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "glm4": replace(_LLAMA, neighbours=True, post_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "phi3": _PHI,
     "exaone4": replace(_LLAMA, refusals={"width": _READ_RAW}),
-    "olmo2": replace(
-        _LLAMA, refusals={"kv_groups": "its norms of queries and keys go over all heads", "width": _READ_RAW}
-    ),
+    "olmo2": replace(_LLAMA, refusals={"width": _READ_RAW}),
     "qwen3_vl_moe_text": replace(_EXPERTS, mrope="interleaved", indexes=("mlp_only_layers",)),
     "qwen3_5_text": replace(
         _LLAMA,

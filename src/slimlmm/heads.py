@@ -14,7 +14,15 @@ from slimlmm.axes import Axis, Group, Norm, Role, Slot
 from slimlmm.backbones import Attention
 from slimlmm.norms import kind_of
 from slimlmm.probing import Place, edited, moved, skeleton
-from slimlmm.slots import RefusedError, attention_of, grouped, labels, place_name, refused
+from slimlmm.slots import (
+    RefusedError,
+    attention_of,
+    grouped,
+    labels,
+    place_name,
+    refuse_norm_over_heads,
+    refused,
+)
 from slimlmm.views import View
 
 Places = Mapping[Place, tuple[int, int]]
@@ -45,6 +53,7 @@ def kv_axis(view: View) -> Axis:
     )
 
     def group_of(place: Place, length: int) -> Group:
+        refuse_norm_over_heads(view, skeleton(view.config), place)
         layer, label = view.locate(place[0])[0], place_name(view, draft.name, place)
         if layer is not None and (giver := view.keys_from(layer)) != layer:
             layer, label = giver, f"{draft.name}[{giver}]"

@@ -43,6 +43,18 @@ def attention_of(view: View, place: Place) -> Attention | None:
     return None
 
 
+def refuse_norm_over_heads(view: View, whole: Skeleton, place: Place) -> None:
+    """Raise where this is a norm of all queries or keys at once: it takes its mean over every head, so none can go alone."""
+    module = view.inside(place[0])[1].rpartition(".")[0]
+    beside = {
+        f"{attention.module}.{name}".rpartition(".")[0]
+        for attention in view.backbone.attention
+        for name in attention.produce
+    }
+    if module.rpartition(".")[0] in beside and kind_of(whole.owner(place[0])) in ("layer", "rms", "rms1"):
+        raise RefusedError(f"{module} is a norm over all heads at once, so that fewer heads are another mean")
+
+
 def slots_of(view: View, whole: Skeleton, place: Place, group: Group) -> list[Slot]:
     """Return the slots of one parameter axis: one, or one for each declared piece."""
     role, norm = _role(view, whole, place)
