@@ -111,7 +111,8 @@ def test_every_cut_writes_head_dim_and_the_same_value_everywhere(name, tmp_path)
         smaller = [size for size in axis.choices() if size < axis.size] if not axis.refusal else []
         if not smaller or axis.kind == "vocab":  # which goes with a tokenizer: test_vocab
             continue
-        student = resized(config, {axis.name: smaller[len(smaller) // 2]})
+        student_dims = {axis.name: smaller[len(smaller) // 2]}
+        student = resized(config, student_dims)
         student.save_pretrained(tmp_path)
         written = json.loads((tmp_path / "config.json").read_text())
         for tower in family.towers:
@@ -119,7 +120,8 @@ def test_every_cut_writes_head_dim_and_the_same_value_everywhere(name, tmp_path)
             if heads is not None and not heads.refusal:
                 view = view_of(config, tower.name)
                 part = written[tower.config] if tower.config else written
-                assert part[view.backbone.head_dim] == next(iter(view.pin().values())), (axis.name, tower.name)
+                dims = student_dims.get(f"{tower.name}.head_dim", next(iter(view.pin().values())))
+                assert part[view.backbone.head_dim] == dims, (axis.name, tower.name)
         before = config.to_dict()
         for field in REPEATED:
             if text and field in before and before[field] == before[text].get(field):
@@ -134,3 +136,20 @@ def test_cut_tells_and_refuses_what_cannot_be_served(tmp_path):
     with pytest.raises(UserError, match="33 neurons cannot be shared by 2 devices"):
         commands.cut(str(tmp_path / "whole"), tmp_path / "odd", ["text.ffn=33"], tensor_parallel=2)
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "message"),
+    [
+        ("qwen3_vl", {"text.head_dim.triples": [1]}, "longrope and mrope_section"),
+        ("aya_vision", {"text.head_dim.pairs": [0, 3]}, "neighbouring pairs"),
+        ("llava-clip-llama", {"text.head_dim.pairs": [0, 3]}, ""),
+    ],
+)
+def test_chosen_rotary_pairs_that_an_engine_would_turn_otherwise(name, kept, message):
+    config = CONFIGS[name]()
+    (group,) = (one for one in describe(config).axis("text.head_dim").groups if one.name in kept)
+    size = len(kept[group.name]) * group.stride // group.rate
+    told = [text for text in warnings_of(resized(config, {"text.head_dim": size}, kept)) if "longrope" in text]
+    assert len(told) == bool(message)
+    assert all(message in text for text in told)

@@ -287,15 +287,15 @@ def test_audio_weights_follow_the_width_of_the_text(tmp_path):
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def test_audio_that_no_axis_touches_is_carried_along(tmp_path):
-    """Gemma 4 with an audio tower: its width is refused, and other cuts leave every audio weight as it was."""
+def test_audio_of_gemma4_follows_the_width_and_nothing_else(tmp_path):
+    """What its audio tower writes into the stream is scaled like all that does; other cuts leave every audio weight as it was."""
     data = CONFIGS["gemma4-dense"]().to_dict()
     del data["transformers_version"]
     audio = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 20}
     data["audio_config"] = {"model_type": "gemma4_audio", "subsampling_conv_channels": [8, 4], **audio}
     config = tf.Gemma4Config.from_dict(data)
-    assert describe(config).axes["text.width"].refusal
-    checkpoint.save(random_model(config), None, tmp_path / "in")
+    model = random_model(config)
+    checkpoint.save(model, None, tmp_path / "in")
     before = checkpoint.open_weights(tmp_path / "in")
     streaming.cut_folder(before, {"text.ffn": 32, "vision.ffn": 22}, tmp_path / "out")
     after = checkpoint.open_weights(tmp_path / "out")
@@ -303,3 +303,9 @@ def test_audio_that_no_axis_touches_is_carried_along(tmp_path):
     assert len(heard) > 20
     assert all(torch.equal(before[name], after[name]) for name in heard)
     assert len(after["model.language_model.layers.0.mlp.up_proj.weight"]) == 32
+    anatomy = describe(config)
+    keep = some_units(anatomy.axis("text.width"), 24)
+    student = cut(model, anatomy, "text.width", keep)
+    states = torch.randn(1, 5, 20)
+    wanted = model.model.embed_audio(states)[..., keep["text.width"]] * (24 / 48) ** 0.5
+    assert torch.allclose(student.model.embed_audio(states), wanted, atol=1e-5)

@@ -37,15 +37,20 @@ _NARROW = {"width": 32, "ffn": 8, "expert_ffn": 8}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """FLOPs that one parameter stands for: per weight, per input channel (attention that its module computes), and constant."""
+    """FLOPs that one parameter stands for: per weight, per input channel (attention that its module computes), and constant.
+
+    `experts`: how many it had; a token takes as many of fewer ones, so that their number does not count.
+    """
 
     weight: float = 0.0
     channel: float = 0.0
     constant: float = 0.0
+    experts: int = 0
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """Return ``weight * numel + channel * inputs + constant``."""
-        return self.weight * math.prod(shape) + self.channel * (shape[1] if len(shape) > 1 else 0) + self.constant
+        weights = math.prod((self.experts, *shape[1:])) if self.experts else math.prod(shape)
+        return self.weight * weights + self.channel * (shape[1] if len(shape) > 1 else 0) + self.constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,10 +286,18 @@ def _uses(config: Any, model: Any, counted: Mapping[str, float]) -> dict[str, Us
             sums.setdefault(reader, [0.0, 0.0, 0.0])[1] += flops / shapes[reader][1]
         else:
             sums.setdefault(_anchor(module, shapes), [0.0, 0.0, 0.0])[2] += flops
-    chosen = _chosen(config)
+    chosen, experts = _chosen(config), _experts(config, shapes)
     return {
-        name: Use(weight=one[0] * chosen.get(name, 1.0), channel=one[1], constant=one[2]) for name, one in sums.items()
+        name: Use(weight=w * chosen.get(name, 1.0), channel=channel, constant=constant, experts=experts.get(name, 0))
+        for name, (w, channel, constant) in sums.items()
     }
+
+
+def _experts(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the number of experts of every parameter that holds a matrix for each."""
+    axes = (axis for axis in describe(config).axes.values() if axis.kind == "experts")
+    slots = (slot for axis in axes for group in axis.groups for slot in group.slots)
+    return {slot.parameter: shapes[slot.parameter][0] for slot in slots if len(shapes[slot.parameter]) > 2}
 
 
 def _readers(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

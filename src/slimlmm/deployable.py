@@ -13,6 +13,8 @@ from slimlmm.axes import Anatomy
 from slimlmm.errors import UserError
 from slimlmm.families import backbone_of, family_of
 from slimlmm.resizing import resized
+from slimlmm.rope import SECTIONS
+from slimlmm.rope import parameters_of as rope_parameters_of
 from slimlmm.views import View
 
 #: head sizes that FlashAttention is built for are multiples of this, up to the largest; Triton's kernels start at the smallest
@@ -94,6 +96,8 @@ def _heads(view: View) -> list[str]:
     if size < HEAD_SMALLEST:
         found.append(f"text: heads of {size} channels; Triton's attention kernels start at {HEAD_SMALLEST}.")
     rope = view.value("rope_parameters")
+    if any(one.get("rope_type") == "longrope" for one in rope_parameters_of(view).values()):
+        found += _long_rope(view)
     sections = rope.get("mrope_section") if isinstance(rope, dict) else None
     rotary = int(size * (rope.get("partial_rotary_factor") or 1)) if sections else size
     if sections and sum(sections) != rotary // 2:
@@ -101,6 +105,18 @@ def _heads(view: View) -> list[str]:
             f"text: mrope_section {sections} adds up to {sum(sections)}, not to half of {rotary} rotated channels."
         )
     return found
+
+
+def _long_rope(view: View) -> list[str]:
+    """Say where an engine would turn chosen rotary pairs otherwise than the stock class."""
+    if view.backbone.mrope:
+        return [
+            f"text: longrope and {SECTIONS}: vLLM's get_rope drops the coordinates of pictures; keep evenly spaced pairs "
+            "(a head_dim that divides the old one by a whole number)."
+        ]
+    if view.backbone.neighbours:
+        return ["text: longrope on neighbouring pairs, which vLLM refuses (Phi3LongRoPE only supports neox_style)."]
+    return []
 
 
 def _repeats(config: Any) -> list[str]:

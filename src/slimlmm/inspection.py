@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from slimlmm.deployable import refuse_unsplittable, warnings_of
 from slimlmm.errors import UserError
 from slimlmm.parts import INSIDE, ORDER, Part, parts_of
 from slimlmm.probing import skeleton
-from slimlmm.resizing import shapes_at
+from slimlmm.resizing import resized, shapes_at
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: parameters, bytes, and FLOPs of an answer (None: not known) of something
@@ -47,7 +47,7 @@ def inspect(
     warnings = warnings_of(config, tensor_parallel)
     after = _after(config, sizes, tensor_parallel) if sizes else None
     answer = answer_use(config, tokens, picture)
-    measured = _Measured(config, answer)
+    measured = _Measured(config, answer, lambda other: answer_use(other, tokens, picture))
     whole = measured.amount({})
     if after is not None:
         after |= measured.amount(sizes) | {"parts": measured.parts(sizes), "tree": measured.tree(sizes)}
@@ -104,8 +104,9 @@ def _after(config: Any, sizes: dict[str, int], tensor_parallel: int) -> dict[str
 class _Measured:
     """One configuration with what its parameters cost; every method takes the sizes to tell it for."""
 
-    def __init__(self, config: Any, answer: Answer) -> None:
-        self.config, self.answer = config, answer
+    def __init__(self, config: Any, answer: Answer, ask: Callable[[Any], Answer]) -> None:
+        self.config, self.answer, self.ask = config, answer, ask
+        self.others: dict[tuple[tuple[str, int], ...], Answer] = {}
         self.dtype: torch.dtype = _dtype(config)
         self.weights = frozenset(skeleton(config).weights)
         self.part = parts_of(config)
@@ -113,10 +114,17 @@ class _Measured:
     def shapes(self, sizes: Mapping[str, int]) -> Shapes:
         return shapes_at(self.config, sizes)
 
+    def flops(self, sizes: Mapping[str, int]) -> dict[str, float] | None:
+        """Return FLOPs by parameter; fewer query tokens are another prompt, which is asked anew."""
+        axes = describe(self.config).axes
+        prompt = tuple(sorted((name, size) for name, size in sizes.items() if axes[name].kind == "tokens"))
+        if prompt and prompt not in self.others:
+            self.others[prompt] = self.ask(resized(self.config, dict(prompt)))
+        return (self.others[prompt] if prompt else self.answer).flops(self.shapes(sizes))
+
     def amount(self, sizes: Mapping[str, int]) -> Amount:
         """Return parameters, bytes and FLOPs of the whole model."""
-        shapes = self.shapes(sizes)
-        flops = self.answer.flops(shapes)
+        shapes, flops = self.shapes(sizes), self.flops(sizes)
         return self._amount(
             sum(math.prod(shapes[name]) for name in self.weights if name in shapes),
             None if flops is None else sum(flops.values()),
@@ -128,8 +136,7 @@ class _Measured:
 
     def by_part(self, sizes: Mapping[str, int]) -> dict[Part, Amount]:
         """Return the amount of each part; a tied head has FLOPs and no parameters of its own."""
-        shapes = self.shapes(sizes)
-        flops = self.answer.flops(shapes)
+        shapes, flops = self.shapes(sizes), self.flops(sizes)
         counts: dict[Part, int] = {}
         spent: dict[Part, float] = {}
         for name, shape in shapes.items():

@@ -16,7 +16,7 @@ from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
 from slimlmm.rope import settings_after
-from slimlmm.views import View, absolute, as_list, block_changes, shared_blocks, view_of, vocab_fields
+from slimlmm.views import View, absolute, as_list, block_changes, merges, shared_blocks, view_of, vocab_fields
 
 #: first row, row behind the last one, share that stays
 _Stretch = tuple[int, int, Fraction]
@@ -39,6 +39,9 @@ def block_kinds(config: Any, axis: Axis) -> tuple[tuple[int, ...], ...]:
     for name in view.backbone.counts:
         for layer in range(view.blocks):
             kinds.setdefault((name, str(layer < (view.value(name) or 0))), []).append(layer)
+    for number in merges(view).values():
+        for layer in range(view.blocks):
+            kinds.setdefault(("merged", str(layer <= number)), []).append(layer)
     if view.backbone.sharing:
         for layer in range(view.blocks):
             kinds.setdefault((view.backbone.sharing, str(layer in shared_blocks(view))), []).append(layer)
