@@ -109,6 +109,10 @@ def _cut_in_memory(
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Cut as a criterion says that runs the model; weights go back into the number format of their files."""
+    if tokens := [name for name in sizes if name.endswith(".query_tokens")]:
+        raise UserError(
+            f"{tokens[0]} changes the prompts that {criterion!r} looks at: cut it by magnitude, without --data."
+        )
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
     before, student = loaded.model.num_parameters(), loaded.model
     for axis, size in sizes.items():

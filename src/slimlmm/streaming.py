@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import checkpoint, importance, plan
+from slimlmm import checkpoint, importance, plan, processors
 from slimlmm.anatomy import describe
 from slimlmm.axes import Axis, Keep
 from slimlmm.errors import UserError
@@ -78,7 +78,8 @@ def cut_folder(
     Each weight keeps the number format of its file. Processor, tokenizer, chat template and generation settings are
     copied. The units are those that cutting the loaded model would choose.
     """
-    size_of_files = checkpoint.shard_size(max_shard_size)
+    size_of_files, folder = checkpoint.shard_size(max_shard_size), weights.shards.folder
+    processors.refuse_unsaid(folder, weights.config, sizes)
     student: Weights | Cut = weights
     for name, size in sizes.items():
         anatomy = describe(student.config)
@@ -87,12 +88,12 @@ def cut_folder(
         student = Cut(student, anatomy.axis(name), plan.choose(scores, anatomy, name, size))
     final, model = student, _empty(student.config)
     layout = Layout(model, {name: _shape(model, name, final.dtype(name)) for name in final}, size_of_files)
-    folder = weights.shards.folder
 
     def write(partial: Path) -> None:
         _write_settings(model, weights, partial)
         layout.write(partial, lambda name: rounded(final, name))
         checkpoint.copy_processor(folder, partial)
+        processors.follow(partial, weights.config, sizes)
 
     checkpoint.written(out, write)
     return Written(
