@@ -90,13 +90,13 @@ def test_taylor_keeps_one_gradient_alive_and_restores_the_model(monkeypatch):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     alive = []
-    original = importance.Share.reduce
+    original = importance.row_sums
 
-    def counting(self, values):
+    def counting(values, dim):
         alive.append(sum(p.grad is not None for p in model.parameters()))
-        return original(self, values)
+        return original(values, dim)
 
-    monkeypatch.setattr(importance.Share, "reduce", counting)
+    monkeypatch.setattr(importance, "row_sums", counting)
     score(model, described, ["text.ffn", "vision.width"], "taylor", [batch], loss)
     assert len(alive) > 50
     assert max(alive) == 0  # the one gradient at hand is detached from its parameter already
@@ -178,6 +178,16 @@ def test_every_criterion_scores_every_unit_of_every_axis(name):
         groups = [group for axis in axes for group in described.axis(axis).groups]
         assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
         assert all(torch.isfinite(values).all() and (values >= 0).all() for values in scores.values())
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1, -1])
+def test_squares_are_summed_some_rows_at_a_time(monkeypatch, dim):
+    values = torch.randn(5, 7, 3, dtype=torch.bfloat16)
+    others = [d for d in range(3) if dim is None or d != dim % 3]
+    wanted = values.double().square().sum(others)
+    for at_once in (1, 20, 1 << 24):
+        monkeypatch.setattr(importance, "SQUARED_AT_ONCE", at_once)
+        assert torch.allclose(importance.square_sums(values, dim).double(), wanted, rtol=1e-6)
 
 
 def test_normalise_makes_groups_or_towers_comparable():

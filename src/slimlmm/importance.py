@@ -27,6 +27,8 @@ from slimlmm.forward import NOT_INPUTS
 #: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
 Scores = dict[str, Tensor]
+#: elements of a tensor that are squared at once
+SQUARED_AT_ONCE = 1 << 24
 #: most units that the criterion `ablation` measures one by one
 MOST_ABLATED = 256
 Needs = Literal["nothing", "weights", "activations", "loss"]
@@ -64,16 +66,34 @@ class Share:
     slot: Slot | None = None
     block: int = 0
 
-    def reduce(self, values: Tensor) -> Tensor:
-        """Sum `values` (shape of the parameter) over all that each unit owns in it; [U], at least fp32."""
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the parameter whose rows count, None where all of it does."""
+        return self.slot.dim if self.slot else None
+
+    def owned(self, sums: Tensor) -> Tensor:
+        """Return what each unit owns of the sums along `dim` (`row_sums`); [U]."""
         if self.slot is None:
-            totals = values.new_zeros(self.group.units, dtype=torch.promote_types(values.dtype, torch.float32))
-            totals[self.block] = values.sum(dtype=totals.dtype)
+            totals = sums.new_zeros(self.group.units)
+            totals[self.block] = sums
             return totals
-        others = [d for d in range(values.dim()) if d != self.slot.dim % values.dim()]
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        rows = values.sum(others, dtype=dtype) if others else values.to(dtype)
-        return per_unit(rows, self.slot, self.group.units).sum((0, 2))
+        return per_unit(sums, self.slot, self.group.units).sum((0, 2))
+
+
+def row_sums(values: Tensor, dim: int | None) -> Tensor:
+    """Sum `values` over all dimensions but `dim` (over all, if None), in at least fp32."""
+    others = [d for d in range(values.dim()) if dim is None or d != dim % values.dim()]
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.sum(others, dtype=dtype) if others else values.to(dtype)
+
+
+def square_sums(values: Tensor, dim: int | None) -> Tensor:
+    """Return `row_sums` of the squares in fp32, some rows at a time: the largest tensors are gigabytes."""
+    values = values.reshape(-1) if dim is None else values
+    along = 0 if dim is None else dim
+    step = max(1, SQUARED_AT_ONCE * values.shape[along] // max(1, values.numel()))
+    parts = [row_sums(rows.to(torch.float32, copy=True).square_(), dim) for rows in values.split(step, along)]
+    return torch.stack(parts).sum(0) if dim is None else torch.cat(parts)
 
 
 def per_unit(values: Tensor, slot: Slot, units: int) -> Tensor:
@@ -156,8 +176,9 @@ def taylor(task: Task) -> Scores:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         product = gradient.mul_(parameter.detach())
+        sums = {dim: row_sums(product, dim) for dim in {share.dim for share in shares[parameter]}}
         for share in shares[parameter]:
-            totals[share.group.name] += share.reduce(product).to("cpu", torch.float64)
+            totals[share.group.name] += share.owned(sums[share.dim]).to("cpu", torch.float64)
 
     loss = task.loss
     assert loss is not None
@@ -174,9 +195,10 @@ def magnitude(task: Task) -> Scores:
     """Score by weight: the L2 norm of everything the unit owns, sqrt(sum w^2). Needs no data."""
     totals = _zeros(task)
     for name, shares in _shares(task).items():
-        squares = task.weights[name].detach().to(torch.float32, copy=True).square_()
+        weights = task.weights[name].detach()
+        sums = {dim: square_sums(weights, dim) for dim in {share.dim for share in shares}}
         for share in shares:
-            totals[share.group.name] += share.reduce(squares).to("cpu", torch.float64)
+            totals[share.group.name] += share.owned(sums[share.dim]).to("cpu", torch.float64)
     return {name: total.sqrt() for name, total in totals.items()}
 
 
