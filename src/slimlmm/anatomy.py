@@ -103,7 +103,7 @@ def _makers(view: View) -> dict[str, Callable[[View], Axis]]:
         found["experts"] = _experts_axis
     found["kv_groups"] = kv_axis
     if "kv_groups" not in backbone.refusals and view.free_heads:  # else heads are no axes of their own (`Anatomy.axis`)
-        found |= {"queries": queries_axis} if view.queries > 1 else {}
+        found |= {"queries": queries_axis} if backbone.kv else {}
         found["head_dim"] = head_dim_axis
     return found | {"width": _width_axis}
 

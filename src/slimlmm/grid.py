@@ -34,7 +34,7 @@ class Grid:
         Raises:
             UserError: no size at all can be split over the devices; the message has the numbers.
         """
-        floor = min(FLOORS[axis.kind], axis.size if axis.kind == "blocks" else axis.size // 8)
+        floor = min(FLOORS.get(axis.kind, 1), axis.size if axis.kind == "blocks" else axis.size // 8)
         legal = [size for size in axis.choices() if size >= floor and self._splits(config, axis, size)]
         if not legal:
             raise UserError(f"tensor_parallel {self.tensor_parallel}: {self._why(config, axis)}")
