@@ -303,10 +303,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "gemma3_text": replace(_GEMMA2, width_by_heads=True),
     "gemma4_text": replace(
         _GEMMA2,
-        refusals={
-            "head_dim": "full and sliding blocks each have a head_dim of their own",
-            "queries": "full and sliding blocks each have a number of queries per key/value head of their own",
-        },
+        refusals={"head_dim": "full and sliding blocks each have a head_dim of their own"},
         post_norms=(
             *_GEMMA2.post_norms,
             *(f"post_feedforward_layernorm_{number}" for number in (1, 2)),

@@ -93,15 +93,21 @@ def queries_axis(view: View) -> Axis:
             if not known or (new - old) % view.heads:
                 raise RefusedError(f"{place[0]} moves with it, but holds no rows for each query head")
             dim = (new - old) // view.heads  # queries stand first where keys and values follow in the same matrix
-            for kv in range(view.kv):
-                group = _one_of(view, draft, place, f"[{kv}]", units=view.queries)
+            heads = view.kv_of(view.locate(place[0])[0])  # a block of fewer key/value heads has more queries for each
+            units = view.heads // heads
+            whole = math.gcd(units, view.queries)
+            for kv in range(heads):
+                group = _one_of(
+                    view, draft, place, f"[{kv}]", units=units, stride=view.queries // whole, rate=units // whole
+                )
                 role: Role = "consume" if place[1] else "produce"
-                offset = kv * view.queries * dim
+                offset = kv * units * dim
                 slot = Slot(parameter=place[0], dim=place[1], role=role, inner=dim, offset=offset)
                 slots.setdefault(group, []).append(slot)
     except RefusedError as reason:
         return refused(draft, str(reason))
-    return _with_groups(_dividing(view, draft, view.kv), slots)
+    multiple = math.lcm(1, *(group.stride for group in slots))
+    return _with_groups(_dividing(view, replace(draft, multiple=multiple), view.kv), slots)
 
 
 def _one_of(view: View, draft: Axis, place: Place, suffix: str, *, units: int, stride: int = 1, rate: int = 1) -> Group:
