@@ -121,7 +121,7 @@ def double(batch: Any) -> Iterator[Any]:
 
     def stay(self: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
         single = torch.float32 in args or settings.get("dtype") == torch.float32
-        return self if single and self.dtype == torch.float64 else to(self, *args, **settings)
+        return to(self, torch.float64) if single else to(self, *args, **settings)
 
     def spread(values: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
         if values.dtype == torch.float64:
