@@ -270,7 +270,14 @@ def _with_note(view: View, axis: Axis) -> Axis:
         for name, shape in whole.shapes.items()
         if not shape and (inside := view.inside(name)[1]) in view.backbone.made_up
     )
-    return replace(axis, groups=tuple(groups), scalars=scalars)
+    axis = replace(axis, groups=tuple(groups), scalars=scalars)
+    norm, undone = view.family.heavier_eps.get(axis.name, ("", ""))
+    if not norm or view.value(undone):
+        return axis
+    note = (
+        "the epsilon of the norm behind the pooler weighs more: cut == masked with that epsilon / the share that stays"
+    )
+    return replace(axis, heavier_eps=norm, exact=False, note=note)
 
 
 def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:

@@ -128,6 +128,7 @@ class Axis:
     `layers` is the state-dict prefix of the layer list for block axes ("model.language_model.layers"), else "".
     Legal sizes are the multiples of `multiple` from `minimum` on, or just those in `allowed` where it is not empty.
     `refusal` says why this axis cannot be cut in this model; a refused axis has no groups.
+    `heavier_eps` is a norm whose epsilon weighs 1 / share that stays times as much after a cut of the width.
     `scalars` are tensors without channels that a cut of the width rescales, as (name, `Slot.norm`).
     `exact` tells whether cut == masked up to rounding once norms are compensated, `note` the reason where it is not.
     """
@@ -142,6 +143,7 @@ class Axis:
     allowed: tuple[int, ...] = ()
     layers: str = ""
     scalars: tuple[tuple[str, Norm], ...] = ()
+    heavier_eps: str = ""
     exact: bool = True
     note: str = ""
     refusal: str = ""

@@ -81,10 +81,11 @@ class Family:
     reads; `raw_readers`: modules that read the vision tower without a norm; `post_norms`: norms of the joint whose output
     is the stream. `leading`: axis of blocks -> list as long as the number of first blocks that must stay. `feature_layer`:
     (sub-config, field) that picks vision hidden states by number (0 = embeddings, negative from the end). `behind`: fields
-    with the number of the vision block behind which patches are merged. `query_tokens`: axis -> (sub-config, field) of the
-    number of learned queries, each of which becomes one placeholder, and what the processor calls that number. `token_parts`:
-    more sub-configs that hold token ids. `first_position`: token id that positions are counted from, so that no token up to it
-    may go. `refusals`: axis -> why it cannot be cut.
+    with the number of the vision block behind which patches are merged. `heavier_eps`: axis -> a norm that sees the square of
+    what a cut scales the stream by, so that its epsilon weighs more, and the field of the tower that undoes it.
+    `query_tokens`: axis -> (sub-config, field) of the number of learned queries, each of which becomes one placeholder, and
+    what the processor calls that number. `token_parts`: more sub-configs that hold token ids. `first_position`: token id that
+    positions are counted from, so that no token up to it may go. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -101,6 +102,7 @@ class Family:
     post_norms: tuple[str, ...] = ()
     leading: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     feature_layer: tuple[str, str] | None = None
+    heavier_eps: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     query_tokens: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     behind: tuple[tuple[str, str], ...] = ()
     token_parts: tuple[str, ...] = ()
@@ -254,6 +256,7 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers(),
         joint="model.embed_vision",
         raw_readers=("model.embed_vision.embedding_projection",),
+        heavier_eps={"vision.width": ("model.embed_vision.embedding_pre_projection_norm", "standardize")},
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
     ),
     "aya_vision": _AYA,

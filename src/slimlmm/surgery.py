@@ -243,6 +243,10 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> I
             stack.enter_context(_Unrouted(model, found, keep, stack))
         if found.kind == "tokens":
             _leave_out(model, found, keep, stack)
+        if found.heavier_eps:
+            norm: Any = model.get_submodule(found.heavier_eps)
+            stack.callback(setattr, norm, "eps", norm.eps)
+            norm.eps *= found.size / check(found, keep)
         for group in found.groups if found.kind in ("inner", "width") else ():
             dropped = _complement(keep[group.name], group.units)
             stream = found.kind == "width" and group.name == found.name
