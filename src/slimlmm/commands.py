@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
-from slimlmm.deployable import refuse_unsplittable
+from slimlmm.deployable import refuse_unsplittable, warnings_of
 from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
@@ -70,9 +71,7 @@ def cut(
     weights = checkpoint.open_weights(model, trust_remote_code=trust_remote_code)
     sizes = sizes_of(texts, describe(weights.config))
     warnings = refuse_unsplittable(weights.config, sizes, tensor_parallel)
-    config = weights.config
-    for axis, size in sizes.items():
-        config = resized(config, {axis: size})  # a size that the config cannot say is refused before minutes of work
+    sizes = one_by_one(weights.config, sizes)
     failed = [check for check in self_check(weights.config, sizes) if not check.ok]
     if failed:
         raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))
@@ -81,12 +80,33 @@ def cut(
         rows = data.sample(data.load(source).need("train", source), 256, seed)
         return found | _cut_in_memory(model, out, sizes, criterion, rows, seed, largest, trust_remote_code)
     done = streaming.cut_folder(weights, sizes, out, criterion=criterion, seed=seed, max_shard_size=largest)
+    # which rotary pairs stayed is known only now
     return found | {
+        "warnings": warnings_of(checkpoint.load_config(out), tensor_parallel),
         "way": "file by file",
         "parameters_before": done.parameters_before,
         "parameters": done.parameters,
         "bytes": done.bytes,
     }
+
+
+def one_by_one(config: Any, sizes: dict[str, int]) -> dict[str, int]:
+    """Return the sizes in an order in which each can be cut on its own and all end as asked for, or refuse them."""
+    problems = []
+    for order in itertools.islice(itertools.permutations(sizes), 120):
+        small = config
+        try:
+            for name in order:
+                small = resized(small, {name: sizes[name]})
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        found = describe(small).sizes
+        if all(found.get(name, size) == size for name, size in sizes.items()):
+            return {name: sizes[name] for name in order}
+        moved = [f"{name} ends at {found[name]}" for name, size in sizes.items() if found.get(name, size) != size]
+        problems.append(f"cut in turn, {', '.join(moved)}; give that size, or cut in two runs")
+    raise UserError(f"{', '.join(f'{name}={size}' for name, size in sizes.items())}: {problems[0]}")
 
 
 def cut_said(found: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
     sizes, problems = {}, []
     for text in texts:
         name, _, value = text.partition("=")
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit()):
             problems.append(f"{text!r} is not axis=size (a whole number)")
             continue
         try:
@@ -84,6 +84,8 @@ def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
         except UserError as error:
             problems.append(str(error))
             continue
+        if name in sizes:
+            problems.append(f"{name} is given twice")
         if axis.kind == "vocab":
             problems.append(
                 "vocab goes with the tokenizer and needs texts: put drop: [unused_tokens] into a recipe for compress"

@@ -16,7 +16,7 @@ from slimlmm.errors import UserError
 from slimlmm.families import family_of
 from slimlmm.probing import Field, Place, edited, get, skeleton
 from slimlmm.rope import settings_after
-from slimlmm.views import View, absolute, as_list, block_changes, merges, shared_blocks, view_of, vocab_fields
+from slimlmm.views import View, absolute, as_list, block_changes, merges, ratio, shared_blocks, view_of, vocab_fields
 
 #: first row, row behind the last one, share that stays
 _Stretch = tuple[int, int, Fraction]
@@ -83,12 +83,27 @@ def resized(config: Any, sizes: Mapping[str, int], keep: Mapping[str, Iterable[i
             changes |= block_changes(of, _layers(axis, size, keep.get(axis.name)), changes)
         else:
             changes |= _changes(view, axis, size, sizes, keep)
+    _refuse_too_few(config, anatomy, sizes, changes)
     try:
         return edited(config, _pins(config, anatomy) | changes)
     except (ValueError, TypeError, StrictDataclassError) as error:
         wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
         reason = error.__cause__ or error
         raise UserError(f"{wanted} cannot be said by the {config.model_type!r} config: {reason}") from error
+
+
+def _refuse_too_few(config: Any, anatomy: Anatomy, sizes: Mapping[str, int], changes: Mapping[Field, Any]) -> None:
+    """Refuse fewer experts than a token takes, and an encoder shallower than its decoder: both load, and fail to answer."""
+    for name, size in sizes.items():
+        axis = anatomy.axis(name)
+        if axis.kind == "experts" and size < axis.minimum:
+            raise UserError(f"{name}={size}: {axis.note}; give {axis.minimum} to {axis.size}.")
+        if axis.noun == "blocks":
+            view = view_of(config, name.partition(".")[0])
+            field = view.field(view.backbone.no_fewer_than)
+            least = int(changes.get(field, view.value(view.backbone.no_fewer_than)) or 0)
+            if size < least:
+                raise UserError(f"{name}={size}: must not fall below {field[1]} = {least}; cut that too.")
 
 
 def free_fields(config: Any) -> dict[str, Field]:
@@ -143,7 +158,7 @@ def _changes(
     if not view.backbone.ffn_is_ratio:
         return {view.field(view.backbone.ffn): size}
     if view.free_ratio:
-        return {view.field(view.backbone.ffn): size / width}
+        return {view.field(view.backbone.ffn): ratio(size, width)}
     if size % width:
         raise UserError(
             f"{axis.name}={size}: {view.backbone.ffn} is a whole number of the width {width}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -172,7 +173,7 @@ class View:
             if (old := get(self.config, field)) and old % self.width == 0
         }
         if self.free_ratio:  # the FFN keeps its width
-            changes[self.field(self.backbone.ffn)] = self.ffn / size
+            changes[self.field(self.backbone.ffn)] = ratio(self.ffn, size)
         if self.free_heads:
             return changes | self.pin()
         return changes | self.set_heads(self.kv * size // self.width, self.queries)
@@ -236,6 +237,12 @@ class View:
                 if matched(path, name) is not None:
                     return value
         return None
+
+
+def ratio(ffn: int, width: int) -> float:
+    """Return a number r with int(width * r) == ffn, as the stock classes compute it; ffn / width may fall short by rounding."""
+    found = ffn / width
+    return found if int(width * found) == ffn else math.nextafter(found, math.inf)
 
 
 def view_of(config: Any, tower: str) -> View:
