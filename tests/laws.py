@@ -77,6 +77,8 @@ def outcome(model: Any, anatomy: Anatomy, axis: Axis, batch: Any, before: torch.
     try:
         keep = units_to_keep(model, axis, size, batch, seed)
         proof = compare(model, anatomy, axis, keep, batch, before)
+        exact = proof.error <= TOLERANCE
+        rounding = not exact and exact_in_double(model, anatomy, axis, keep, batch, proof.error)
     except UserError as refused:
         return Outcome(axis=axis.name, verdict="refused", reason=f"{size} of {axis.size}: {refused}")
     except Exception:
@@ -86,9 +88,9 @@ def outcome(model: Any, anatomy: Anatomy, axis: Axis, batch: Any, before: torch.
     if proof.predicted != proof.counted:
         reason = f"{size} of {axis.size}: predicted {proof.predicted} parameters, counted {proof.counted}"
         return Outcome(axis=axis.name, verdict="broken", reason=reason, error=proof.error)
-    if not proof.error <= TOLERANCE and exact_in_double(model, anatomy, axis, keep, batch, proof.error):
+    if rounding:
         return Outcome(axis=axis.name, verdict="rounding", error=proof.error)
-    if not proof.error <= TOLERANCE:
+    if not exact:
         reason = f"{size} of {axis.size}: the cut model differs from the masked one by {proof.error:.1e}"
         return Outcome(axis=axis.name, verdict="broken", reason=reason, error=proof.error)
     return Outcome(axis=axis.name, verdict="proven" if proof.moved else "vacuous", error=proof.error)
@@ -119,7 +121,7 @@ def same_in_double(one: Any, other: Any, batch: Any) -> bool:
 @contextlib.contextmanager
 def double(batch: Any) -> Iterator[Any]:
     """Within the block stock classes stay in double precision, which they else leave in every norm; yields the batch in it."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+    to, softmax, grouped_mm = torch.Tensor.to, torch.nn.functional.softmax, torch.nn.functional.grouped_mm
 
     def stay(self: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
         single = torch.float32 in args or settings.get("dtype") == torch.float32
@@ -130,10 +132,17 @@ def double(batch: Any) -> Iterator[Any]:
             settings.pop("dtype", None)
         return softmax(values, *args, **settings)
 
+    def by_expert(rows: torch.Tensor, experts: torch.Tensor, *, offs: torch.Tensor, **settings: Any) -> torch.Tensor:
+        if rows.dtype != torch.float64:  # which the kernel does not know
+            return grouped_mm(rows, experts, offs=offs, **settings)
+        ends = offs.tolist()
+        return torch.cat([rows[a:b] @ one for a, b, one in zip([0, *ends], ends, experts, strict=False)])
+
     with (
         mock.patch.object(torch.Tensor, "to", stay),
         mock.patch.object(torch.Tensor, "float", lambda self: stay(self, torch.float32)),
         mock.patch.object(torch.nn.functional, "softmax", spread),
+        mock.patch.object(torch.nn.functional, "grouped_mm", by_expert),
     ):
         yield {key: to(value, torch.float64) if value.is_floating_point() else value for key, value in batch.items()}
 
@@ -204,12 +213,12 @@ def permuting_permutes_the_choice(found: Ready, axis: Axis, seed: int = 0) -> st
     size = smaller(axis)[len(smaller(axis)) // 2]
     keep = some_units(axis, size, seed)
     shuffled = cut(found.model, found.anatomy, axis.name, everything(axis))
-    rng, moved = torch.Generator().manual_seed(seed), {}
+    rng, moved, state = torch.Generator().manual_seed(seed), {}, shuffled.state_dict()  # buffers have units too
     for group in axis.groups:
         order = torch.randperm(group.units, generator=rng)
         moved[group.name] = torch.isin(order, keep[group.name]).nonzero().flatten()
         for slot in group.slots:
-            parameter = shuffled.get_parameter(slot.parameter)
+            parameter = state[slot.parameter]
             parameter.index_copy_(
                 slot.dim,
                 slot.rows(torch.arange(group.units), group.units),
@@ -235,10 +244,11 @@ def cuts_commute(found: Ready, first: Axis, second: Axis) -> str | None:
         for order in ((first, second), (second, first)):
             once = cut(found.model, found.anatomy, order[0].name, keeps[order[0].name])
             now = describe(once.config)
-            keep = _carried(keeps, order, found.anatomy, now)
+            keep = _carried(keeps, order, now)
             if keep is None:
                 return None
-            outputs.append(cut(once, now, order[1].name, keep)(**_inputs(found, keeps)).logits)
+            twice = cut(once, now, order[1].name, keep)
+            outputs.append(twice(**_inputs(found, keeps, twice.config)).logits)
     except UserError:  # after one cut the config class refuses the other's size: heads that must divide a width
         return None
     error = apart(*outputs)
@@ -250,8 +260,10 @@ def _middle(found: Ready, axis: Axis) -> dict[str, torch.Tensor]:
     return dict(units_to_keep(found.model, axis, sizes[len(sizes) // 2], found.batch))
 
 
-def _inputs(found: Ready, keeps: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the prompt, renumbered where the vocabulary is cut."""
+def _inputs(found: Ready, keeps: dict[str, dict[str, torch.Tensor]], config: Any) -> dict[str, torch.Tensor]:
+    """Return the prompt: one of the cut model's own where query tokens went, renumbered where the vocabulary was cut."""
+    if any(name.endswith(".query_tokens") for name in keeps):
+        return dict(picture_prompt(config))
     inputs = dict(found.batch)
     for kept in (keep["vocab"] for name, keep in keeps.items() if name == "vocab"):
         inputs |= {key: torch.searchsorted(kept, inputs[key]) for key in TOKENS if key in inputs}
@@ -259,23 +271,33 @@ def _inputs(found: Ready, keeps: dict[str, dict[str, torch.Tensor]]) -> dict[str
 
 
 def _carried(
-    keeps: dict[str, dict[str, torch.Tensor]], order: tuple[Axis, Axis], before: Anatomy, now: Anatomy
+    keeps: dict[str, dict[str, torch.Tensor]], order: tuple[Axis, Axis], now: Anatomy
 ) -> dict[str, torch.Tensor] | None:
     """Return the choice of the second axis after the first was cut, None where its groups are other ones now."""
     first, second = order
-    axis = now.axes[second.name]
-    layers: dict[int, int] = {}
-    if first.kind == "blocks" and first.name.partition(".")[0] == second.name.partition(".")[0]:
-        (group,) = first.groups
-        kept = [int(unit) * group.stride + i for unit in keeps[first.name][group.name] for i in range(group.stride)]
-        layers = dict(enumerate(kept))
     carried = {}
-    for group in axis.groups:
-        name = group.name
-        if layers and group.layer is not None:
-            name = name.replace(f"[{group.layer}]", f"[{layers[group.layer]}]")
+    for group in now.axes[second.name].groups:
+        name = _name_before(group.name, first, second, keeps[first.name])
         old = next((other for other in second.groups if other.name == name), None)
         if old is None or (old.units, old.stride, old.rate) != (group.units, group.stride, group.rate):
             return None
         carried[group.name] = keeps[second.name][name]
     return carried or None
+
+
+def _name_before(name: str, first: Axis, second: Axis, keep: Keep) -> str:
+    """Return the name that a group of `second` had before `first` was cut: blocks and key/value heads are numbered anew."""
+    if first.name.partition(".")[0] != second.name.partition(".")[0]:
+        return name
+    if first.kind == "blocks":
+        (group,) = first.groups
+        kept = [int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)]
+        own = first.layers.rpartition(".")[0].rpartition(".")[2] + "." if first.noun == "decoder_blocks" else ""
+        label = rf"^([^\[]*)\[{re.escape(own)}(\d+)\]"
+        return re.sub(label, lambda found: f"{found[1]}[{own}{kept[int(found[2])]}]", name)
+    stem, head = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", name).groups()
+    if first.noun != "kv_groups" or second.noun not in ("queries", "head_dim") or head is None:
+        return name
+    places = {(slot.parameter, slot.dim) for one in second.groups if one.name.startswith(f"{stem}[") for slot in one.slots}
+    heads = next(one for one in first.groups if places & {(slot.parameter, slot.dim) for slot in one.slots})
+    return f"{stem}[{int(keep[heads.name][int(head)])}]"

@@ -18,7 +18,7 @@ from slimlmm.axes import Anatomy, Axis, Group, Kind, Slot
 from slimlmm.blocks import rows_of_blocks
 from slimlmm.families import Family, Tower, backbone_of, family_of, part_of
 from slimlmm.heads import head_dim_axis, kv_axis, queries_axis
-from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
+from slimlmm.probing import Field, Place, edited, get, key_of, moved, skeleton
 from slimlmm.slots import (
     RefusedError,
     attention_of,
@@ -229,7 +229,7 @@ def _width_axis(view: View) -> Axis:
         layer = view.locate(place[0])[0]
         attention = None if free else attention_of(view, place)
         if not free:
-            refuse_norm_over_heads(view, skeleton(view.config), place)
+            refuse_norm_over_heads(view, place)
         if attention is not None:
             where = f"{name}{view.inside(place[0])[0]}.{attention.group}"
             heads = view.heads_by_list[view.list_of(place[0])]
@@ -258,16 +258,13 @@ def _with_note(view: View, axis: Axis) -> Axis:
         return replace(axis, exact=False, note=note)
     if not {slot.norm for slot in slots} & {"rms", "rms1"}:
         return axis
-    whole = skeleton(view.config)
     groups = [
-        replace(group, slots=tuple(_made_up(view, whole, slot) for slot in group.slots))
-        if group.name == axis.name
-        else group
+        replace(group, slots=tuple(_made_up(view, slot) for slot in group.slots)) if group.name == axis.name else group
         for group in axis.groups
     ]
     scalars = tuple(
         (name, view.backbone.made_up[inside])
-        for name, shape in whole.shapes.items()
+        for name, shape in view.whole.shapes.items()
         if not shape and (inside := view.inside(name)[1]) in view.backbone.made_up
     )
     axis = replace(axis, groups=tuple(groups), scalars=scalars)
@@ -280,13 +277,13 @@ def _with_note(view: View, axis: Axis) -> Axis:
     return replace(axis, heavier_eps=norm, exact=False, note=note)
 
 
-def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:
+def _made_up(view: View, slot: Slot) -> Slot:
     """Say what a cut of the width does to one place of a stream that RMSNorms read."""
     family, module = view.family, slot.parameter.rpartition(".")[0]
     if norm := view.backbone.made_up.get(view.inside(slot.parameter)[1]):
         return replace(slot, norm=norm)
     if slot.role == "produce":
-        scaled = view.backbone.root_of_width and isinstance(whole.owner(slot.parameter), nn.Embedding)
+        scaled = view.backbone.root_of_width and isinstance(view.whole.owner(slot.parameter), nn.Embedding)
         return slot if scaled or module in family.raw else replace(slot, norm="write")
     if slot.role == "consume":
         return replace(slot, norm="read") if module in family.raw_readers else slot
@@ -295,7 +292,7 @@ def _made_up(view: View, whole: Skeleton, slot: Slot) -> Slot:
     label, inside = view.inside(slot.parameter)
     if inside.removesuffix(".weight") in view.backbone.post_norms or module in family.post_norms:
         return replace(slot, norm="")
-    tied = any(name.startswith(f"{view.tower.prefix}.") for name in whole.tied.values())
+    tied = any(name.startswith(f"{view.tower.prefix}.") for name in view.whole.tied.values())
     if tied and not view.backbone.root_of_width and not label and inside == view.backbone.final_norm:
         return replace(slot, norm="last1" if slot.norm == "rms1" else "last")
     return slot

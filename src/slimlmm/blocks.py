@@ -28,7 +28,7 @@ def rows_of_blocks(view: View, layers: str, kept: Sequence[int], units: int) -> 
 
     Raises RefusedError where that model is not the old one without the other blocks.
     """
-    whole, fewer = skeleton(view.config).shapes, skeleton(edited(view.config, block_changes(view, list(kept)))).shapes
+    whole, fewer = view.whole.shapes, skeleton(edited(view.config, block_changes(view, list(kept)))).shapes
     names = renamed(layers, kept, whole)
     if set(names.values()) != set(fewer):
         raise RefusedError(f"fewer blocks do not remove exactly those of {layers}")

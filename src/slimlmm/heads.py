@@ -13,7 +13,7 @@ from slimlmm import rope
 from slimlmm.axes import Axis, Group, Norm, Role, Slot
 from slimlmm.backbones import Attention
 from slimlmm.norms import kind_of
-from slimlmm.probing import Place, edited, moved, skeleton
+from slimlmm.probing import Place, edited, moved
 from slimlmm.slots import (
     RefusedError,
     attention_of,
@@ -53,7 +53,7 @@ def kv_axis(view: View) -> Axis:
     )
 
     def group_of(place: Place, length: int) -> Group:
-        refuse_norm_over_heads(view, skeleton(view.config), place)
+        refuse_norm_over_heads(view, place)
         layer, label = view.locate(place[0])[0], place_name(view, draft.name, place)
         if layer is not None and (giver := view.keys_from(layer)) != layer:
             layer, label = giver, f"{draft.name}[{giver}]"
@@ -216,7 +216,7 @@ def _add_place(found: _Heads, place: Place, length: int, *, normed: bool) -> Non
     fixed = view.backbone.fixed_scale
     if (norm := _norm_index(view, place)) is not None:
         attention, index = norm
-        kind = kind_of(skeleton(view.config).owner(place[0]))
+        kind = kind_of(view.whole.owner(place[0]))
         if kind not in ("rms", "rms1") or length != dim:
             raise RefusedError(f"{place[0]} is no RMSNorm over head_dim, and takes the mean over what goes")
         found.score(place, attention, kind if fixed or index else "", 1, 0, dim)

@@ -158,8 +158,12 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, axis: Axis, size: int, batc
         raise UserError("masking half of the units changes nothing, so nothing was proven")
     if proof.counted != proof.predicted:
         raise UserError(f"predicted {proof.predicted} parameters, counted {proof.counted}")
-    _prove_folder(proof.student, proof.inputs, proof.logits)
-    return proof.error
+    inputs, logits, error = proof.inputs, proof.logits, proof.error
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_plain(proof.student, Path(folder))
+        del proof  # two models at a time are enough
+        _prove_folder(Path(folder), inputs, logits)
+    return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,10 +230,9 @@ def units_to_keep(model: PreTrainedModel, axis: Axis, size: int, batch: Batch, s
 
 
 @torch.no_grad()
-def _prove_folder(student: PreTrainedModel, inputs: Batch, logits: Tensor) -> None:
-    """Save, reload with the stock class, compare, generate."""
-    with tempfile.TemporaryDirectory() as parent:
-        again = checkpoint.again(student, Path(parent))
+def _prove_folder(folder: Path, inputs: Batch, logits: Tensor) -> None:
+    """Load with the stock class, compare, generate."""
+    again = checkpoint.verify(folder, "cpu")
     if not torch.allclose(again(**inputs).logits, logits, rtol=0, atol=1e-6 * float(logits.abs().max())):
         raise UserError("the model gives other logits after saving and loading")
     length = 1 if "decoder_input_ids" in inputs else inputs["input_ids"].shape[1]

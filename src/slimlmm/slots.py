@@ -10,7 +10,7 @@ from torch import nn
 from slimlmm.axes import Axis, Group, Norm, Role, Slot
 from slimlmm.backbones import Attention
 from slimlmm.norms import kind_of
-from slimlmm.probing import Field, Place, Skeleton, skeleton
+from slimlmm.probing import Field, Place
 from slimlmm.views import View
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,7 +43,7 @@ def attention_of(view: View, place: Place) -> Attention | None:
     return None
 
 
-def refuse_norm_over_heads(view: View, whole: Skeleton, place: Place) -> None:
+def refuse_norm_over_heads(view: View, place: Place) -> None:
     """Raise where this is a norm of all queries or keys at once: it takes its mean over every head, so none can go alone."""
     module = view.inside(place[0])[1].rpartition(".")[0]
     beside = {
@@ -51,14 +51,14 @@ def refuse_norm_over_heads(view: View, whole: Skeleton, place: Place) -> None:
         for attention in view.backbone.attention
         for name in attention.produce
     }
-    if module.rpartition(".")[0] in beside and kind_of(whole.owner(place[0])) in ("layer", "rms", "rms1"):
+    if module.rpartition(".")[0] in beside and kind_of(view.whole.owner(place[0])) in ("layer", "rms", "rms1"):
         raise RefusedError(f"{module} is a norm over all heads at once, so that fewer heads are another mean")
 
 
-def slots_of(view: View, whole: Skeleton, place: Place, group: Group) -> list[Slot]:
+def slots_of(view: View, place: Place, group: Group) -> list[Slot]:
     """Return the slots of one parameter axis: one, or one for each declared piece."""
-    role, norm = _role(view, whole, place)
-    length = whole.shapes[place[0]][place[1]]
+    role, norm = _role(view, place)
+    length = view.whole.shapes[place[0]][place[1]]
     attention = attention_of(view, place)
     outer = attention.outer if attention is not None and place[1] == 0 else 1
     per_unit = length // group.units
@@ -81,22 +81,22 @@ def slots_of(view: View, whole: Skeleton, place: Place, group: Group) -> list[Sl
     return [replace(slot, outer=1, inner=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)]
 
 
-def _role(view: View, whole: Skeleton, place: Place) -> tuple[Role, Norm]:
+def _role(view: View, place: Place) -> tuple[Role, Norm]:
     """Tell what a parameter axis does with its channels, from the module that holds it."""
     name, dim = place
-    module, leaf = whole.owner(name), name.rpartition(".")[2]
+    module, leaf = view.whole.owner(name), name.rpartition(".")[2]
     if letters := view.layout(name):
         return ("consume" if letters[dim] in "cC" else "produce"), ""
     if isinstance(module, _LINEAR) or (isinstance(module, nn.MultiheadAttention) and leaf.startswith("in_proj")):
         return ("produce" if dim == 0 else "consume"), ""
-    if len(whole.shapes[name]) > 1 or view.inside(name)[1] in view.backbone.tokens or name in view.family.tokens:
+    if len(view.whole.shapes[name]) > 1 or view.inside(name)[1] in view.backbone.tokens or name in view.family.tokens:
         return "produce", ""
-    return "affine", _norm(view, whole, name)
+    return "affine", _norm(view, name)
 
 
-def _norm(view: View, whole: Skeleton, name: str) -> Norm:
+def _norm(view: View, name: str) -> Norm:
     """Return the kind of norm whose weight or bias this is."""
-    kind = kind_of(whole.owner(name))
+    kind = kind_of(view.whole.owner(name))
     if kind == "layer":
         return "layer"
     return kind if kind in ("rms", "rms1") and name.endswith("weight") else ""
@@ -112,7 +112,6 @@ def grouped(
 ) -> Axis:
     """Sort the moved places into groups of slots; refuse the axis, with the reason, where they do not fit."""
     slots: dict[Group, list[Slot]] = {}
-    whole = skeleton(view.config)
     if not places:
         return refused(draft, f"changing {', '.join(draft.fields)} moves no parameter")
     try:
@@ -120,7 +119,7 @@ def grouped(
             if new != 2 * old:
                 raise RefusedError(f"{place[0]} dim {place[1]} went from {old} to {new}, which is not in proportion")
             group = group_of(place, old)
-            slots.setdefault(group, []).extend(slots_of(view, whole, place, group))
+            slots.setdefault(group, []).extend(slots_of(view, place, group))
     except RefusedError as reason:
         return refused(draft, str(reason))
     groups = [replace(group, slots=tuple(found)) for group, found in slots.items()]

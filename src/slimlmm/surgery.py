@@ -268,15 +268,15 @@ def _zero(model: PreTrainedModel, slot: Slot, group: Group, dropped: Tensor, sta
     """Zero what the dropped units own of one parameter until the stack unwinds."""
     parent, _, leaf = slot.parameter.rpartition(".")
     parameter: Tensor = getattr(model.get_submodule(parent), leaf)  # or a buffer
-    before = parameter.detach().clone()
-    stack.callback(_restore, parameter, before)
+    rows = slot.rows(dropped, group.units).to(parameter.device)
+    stack.callback(_restore, parameter, slot.dim, rows, parameter.detach().index_select(slot.dim, rows))
     with torch.no_grad():
-        parameter.index_fill_(slot.dim, slot.rows(dropped, group.units).to(parameter.device), 0.0)
+        parameter.index_fill_(slot.dim, rows, 0.0)
 
 
 @torch.no_grad()
-def _restore(parameter: Tensor, before: Tensor) -> None:
-    parameter.copy_(before)
+def _restore(parameter: Tensor, dim: int, rows: Tensor, before: Tensor) -> None:
+    parameter.index_copy_(dim, rows, before)
 
 
 class _Unrouted(TorchFunctionMode):

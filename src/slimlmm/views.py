@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from slimlmm.backbones import Backbone
 from slimlmm.errors import UserError
 from slimlmm.families import Family, Tower, backbone_of, family_of, matched, part_of
-from slimlmm.probing import Field, Place, edited, get, moved
+from slimlmm.probing import Field, Place, Skeleton, edited, get, moved, skeleton
 
 T = TypeVar("T")
 #: rotary settings that say how frequencies are scaled
@@ -47,6 +47,11 @@ class View:
     def field(self, name: str) -> Field:
         """Address of a field of this tower."""
         return (self.tower.config, name)
+
+    @cached_property
+    def whole(self) -> Skeleton:
+        """The model of the configuration without weights, looked up once."""
+        return skeleton(self.config)
 
     @cached_property
     def _values(self) -> dict[str, Any]:
