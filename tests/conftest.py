@@ -22,8 +22,17 @@ SEED = 1
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole-grid", action="store_true", help="prove the laws for every family, not for a fourth of them"
+        "--whole-grid",
+        action="store_true",
+        help="prove the laws for every family, not for a fourth of them, and run no other test",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    if config.getoption("--whole-grid"):
+        other = [item for item in items if "sampled_family" not in item.fixturenames]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in other]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

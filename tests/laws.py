@@ -298,6 +298,8 @@ def _name_before(name: str, first: Axis, second: Axis, keep: Keep) -> str:
     stem, head = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", name).groups()
     if first.noun != "kv_groups" or second.noun not in ("queries", "head_dim") or head is None:
         return name
-    places = {(slot.parameter, slot.dim) for one in second.groups if one.name.startswith(f"{stem}[") for slot in one.slots}
+    places = {
+        (slot.parameter, slot.dim) for one in second.groups if one.name.startswith(f"{stem}[") for slot in one.slots
+    }
     heads = next(one for one in first.groups if places & {(slot.parameter, slot.dim) for slot in one.slots})
     return f"{stem}[{int(keep[heads.name][int(head)])}]"

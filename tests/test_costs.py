@@ -26,7 +26,7 @@ def counted(config) -> float:
     """Let a random model of full size answer, and count."""
     model = random_model(config).requires_grad_(False)
     for part in (model, *(one for one in model.modules() if hasattr(one, "config"))):
-        part.config._experts_implementation = "eager"  # torch's counter does not know grouped products
+        part.config._experts_implementation = "eager"  # plain products, which torch counts by itself
     inputs = {key: value for key, value in picture_prompt(config, pixels=PIXELS).items() if key != "decoder_input_ids"}
     with torch.no_grad(), flop_counter() as counter:
         model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)

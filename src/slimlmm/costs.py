@@ -92,13 +92,14 @@ class Answer:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter of floating-point operations, taught the CPU attention kernels that it lacks."""
+    """Return torch's counter of floating-point operations, taught what it lacks: CPU attention, products of grouped experts."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+            aten._grouped_mm: _grouped_flops,
         },
     )
 
@@ -200,8 +201,6 @@ def _zero_model(config: Any) -> Any:
                 setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     model.tie_weights()
     model.requires_grad_(False)
-    for part in (model, *(one for one in model.modules() if hasattr(one, "config"))):
-        part.config._experts_implementation = "eager"  # which torch's counter knows
     return model.eval()
 
 
@@ -372,6 +371,12 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     """
     b, heads, s, d = query
     return int(2 * b * heads * s * key[-2] * (d + value[-1]))
+
+
+def _grouped_flops(one: Any, other: Any, *args: Any, **kwargs: Any) -> int:
+    """Return 2 M K N, for each of E experts where both have them ([E, M, K] x [E, K, N]); else M, K or N is shared out."""
+    experts = one[0] if len(one) == len(other) == 3 else 1
+    return int(2 * experts * one[-2] * one[-1] * other[-1])
 
 
 def _attention_backward_flops(_gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -99,7 +99,7 @@ def edited(config: Any, changes: Mapping[Field, Any]) -> Any:
         target[name] = value
         if value is None:
             del target[name]
-    return type(config).from_dict(data)
+    return type(config)(**data)
 
 
 def moved(before: Any, after: Any) -> dict[Place, tuple[int, int]]:

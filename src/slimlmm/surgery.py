@@ -132,7 +132,7 @@ def _renumbered_config(config: Any, new: Mapping[int, int], size: int) -> Any:
     for key, part in family_of(config).token_data(data).items():
         changed = renumbered(part, new, size)
         data |= {key: changed} if key else changed
-    return type(config).from_dict(data)
+    return type(config)(**data)
 
 
 def new_names(axis: Axis, keep: Keep, state: Iterable[str]) -> dict[str, str]:

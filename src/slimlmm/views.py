@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from slimlmm.backbones import Backbone
 from slimlmm.errors import UserError
 from slimlmm.families import Family, Tower, backbone_of, family_of, matched, part_of
-from slimlmm.probing import Field, Place, Skeleton, edited, get, moved, skeleton
+from slimlmm.probing import Field, Place, Skeleton, edited, get, key_of, moved, skeleton
 
 T = TypeVar("T")
 #: rotary settings that say how frequencies are scaled
@@ -33,6 +33,9 @@ ROPE_SCALING = frozenset(
         "original_max_position_embeddings",
     ]
 )
+#: every view of a tower asks this, and each answer takes two models: (configuration, field) -> what moved
+_MOVED_BY_HEAD_DIM: dict[tuple[str, Field], dict[Place, tuple[int, int]]] = {}
+_REMEMBERED = 128
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,16 @@ class View:
         except StrictDataclassError:
             return False  # the config class itself derives or checks head_dim
 
-    def moved_by_head_dim(self) -> dict[Place, tuple[int, int]]:
+    def moved_by_head_dim(self) -> Mapping[Place, tuple[int, int]]:
         """Return the parameter axes that move when D doubles, without factors for each rotary pair, which are too few then."""
+        key = (key_of(self.config), self.field(self.backbone.head_dim))
+        if key not in _MOVED_BY_HEAD_DIM:
+            if len(_MOVED_BY_HEAD_DIM) >= _REMEMBERED:
+                _MOVED_BY_HEAD_DIM.clear()
+            _MOVED_BY_HEAD_DIM[key] = self._probe_head_dim()
+        return _MOVED_BY_HEAD_DIM[key]
+
+    def _probe_head_dim(self) -> dict[Place, tuple[int, int]]:
         base = self.pin()
         if settings := self.value("rope_parameters"):
             parts = settings.items() if all(isinstance(one, dict) for one in settings.values()) else [("", settings)]
