@@ -146,8 +146,19 @@ class Recipe(Settings):
     max_drop: float | None = Field(
         None,
         ge=0,
-        description="Points of validation exact match that a round may lose against the teacher; null for no floor.",
+        description="Points of exact match that may be lost against the teacher: the floor of every round on validation rows, "
+        "and the margin of the test at the end; null for no floor. A round that misses it is recovered further, then rolled back "
+        "and half of it is tried; then the run stops at the smallest model that kept it.",
     )
+    patience: int = Field(
+        1,
+        ge=0,
+        description="Times that a round which misses `max_drop` makes its last training again before it is rolled back.",
+    )
+    max_task_drop: float = Field(
+        2.0, ge=0, description="Points that any one task may lose on test rows, where `max_drop` promises something."
+    )
+    spared_tasks: tuple[str, ...] = Field((), description="Tasks that may lose more than `max_task_drop`.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
     bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
