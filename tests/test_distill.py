@@ -54,6 +54,18 @@ def test_training_on_one_loss_alone_lowers_it(tmp_path, rows, itself, loss):
     assert result.flops > 0
 
 
+def test_a_hot_training_sees_one_quadratic_in_every_divergence(tmp_path, rows, itself):
+    """For close distributions KL is four times the Jensen-Shannon divergence; heat brings them close."""
+    cache, processor = itself
+    ratios = []
+    for temperature in (1.0, 30.0):
+        losses = settings(steps=1, losses={"forward_kl": 1.0, "jensen_shannon": 1.0}, temperature=temperature)
+        result = train(student_of(cache, 1.0), processor, rows.train, losses, tmp_path, teacher=cache)
+        ratios.append(result.history[0]["loss/forward_kl"] / result.history[0]["loss/jensen_shannon"])
+    assert ratios[0] > 4.2
+    assert ratios[1] == pytest.approx(4, rel=0.02)
+
+
 @pytest.mark.parametrize("losses", [["answer_states"], ["answer_states", "picture_states", "cross_entropy"]])
 def test_states_of_a_model_match_its_own(tmp_path, rows, itself, losses):
     cache, processor = itself

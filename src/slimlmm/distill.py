@@ -139,7 +139,11 @@ class DistillTrainer(Trainer):
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
-        loss = parts["total"] / count * self.accelerator.num_processes
+        total = parts["total"]
+        if self.accelerator.num_processes > 1 and self.weights.keys() <= MATCHES.keys():
+            # these leave the logits alone, and DDP waits for a gradient of everything that its outputs come from
+            total = total + 0 * shown.student_AV.sum()
+        loss = total / count * self.accelerator.num_processes
         return (loss, {"logits": shown.student_AV}) if return_outputs else loss
 
     def seen(self, model: Any, inputs: Batch) -> Seen:
