@@ -1,6 +1,6 @@
 """Recovery training and fine-tuning: a `transformers.Trainer` whose loss sees answer tokens only.
 
-With a teacher cache the loss is distillation (cross-entropy + forward KL + pairwise margin), without one it is fine-tuning.
+With a teacher cache the losses may be those of distillation (divergences, matches of states), without one it is fine-tuning.
 accelerate, FSDP, DeepSpeed, loggers and checkpoints come with the Trainer.
 """
 
@@ -36,7 +36,16 @@ from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
-from slimlmm.losses import NEEDS_TEACHER, Seen, combine, fitted_readout
+from slimlmm.losses import (
+    DIVERGENCES,
+    MATCHES,
+    NEEDS_TEACHER,
+    TEACHER_ENTRIES,
+    Match,
+    Seen,
+    combine,
+    fitted_readout,
+)
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 
@@ -73,11 +82,21 @@ class _Groups(Dataset[list[Row]]):
 
 
 @dataclass(slots=True)
-class PictureMatch:
-    """The picture_states loss of one training: where the student's states are looked up, and their readout."""
+class Readouts:
+    """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states."""
 
-    block: nn.Module
-    readout: nn.Linear
+    maps: dict[str, nn.Linear]
+    block: nn.Module | None
+    """what picture states enter; None where no loss looks at them"""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all maps."""
+        return [parameter for readout in self.maps.values() for parameter in readout.parameters()]
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for readout in self.maps.values():
+            readout.zero_grad()
 
 
 class DistillTrainer(Trainer):
@@ -88,13 +107,15 @@ class DistillTrainer(Trainer):
         *args: Any,
         weights: Mapping[Any, float],
         teacher: TeacherCache | None,
-        pictures: PictureMatch | None = None,
+        readouts: Readouts,
+        temperature: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.weights = weights
         self.teacher = teacher
-        self.pictures = pictures
+        self.readouts = readouts
+        self.temperature = temperature
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
@@ -118,30 +139,29 @@ class DistillTrainer(Trainer):
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
-        loss = parts["total"] / count * self.accelerator.num_processes
+        total = parts["total"]
+        if self.accelerator.num_processes > 1 and self.weights.keys() <= MATCHES.keys():
+            # these leave the logits alone, and DDP waits for a gradient of everything that its outputs come from
+            total = total + 0 * shown.student_AV.sum()
+        loss = total / count * self.accelerator.num_processes
         return (loss, {"logits": shown.student_AV}) if return_outputs else loss
 
     def seen(self, model: Any, inputs: Batch) -> Seen:
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
-        pictures, alone = self.pictures, self.accelerator.num_processes == 1
-        if pictures and alone and set(self.weights) == {"picture_states"}:
-            seen = [states_until(model, pictures.block, inputs)]
-            labels_A = inputs["shift_labels"][inputs["shift_labels"] != IGNORE]
-            logits_AV = seen[0].new_empty(len(labels_A), 0)
-        else:
-            looking: AbstractContextManager[list[Tensor]] = (
-                states_into(pictures.block, inputs["picture_tokens"]) if pictures else nullcontext([])
-            )
-            with looking as seen:
-                logits_AV, labels_A, _ = answer_logits(model, inputs)
-        hidden_AH = inputs.get("teacher_hidden")
+        stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
+        logits_AV, labels_A, states = _look(model, inputs, self.readouts.block, stop=stop)
+        teacher_AV = None
+        if self.teacher and not DIVERGENCES.keys().isdisjoint(self.weights):
+            teacher_AV = self.teacher.logits(inputs["teacher_hidden"])
         return Seen(
             logits_AV.float(),
             labels_A,
-            teacher_AV=self.teacher.logits(hidden_AH) if self.teacher and hidden_AH is not None else None,
-            student_NS=seen[0].float() if pictures else None,
-            teacher_NH=inputs.get("teacher_pictures"),
-            readout=pictures.readout if pictures else None,
+            teacher_AV,
+            {
+                name: Match(states[name].float(), inputs[TEACHER_ENTRIES[name]], readout)
+                for name, readout in self.readouts.maps.items()
+            },
+            self.temperature,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -162,6 +182,23 @@ class DistillTrainer(Trainer):
                     "lower train.learning_rate in the recipe."
                 )
         super().log(logs, start_time)
+
+
+def _look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the student's logits [A, V], the labels [A] and, by the loss that matches them, its states [N, S].
+
+    Picture states are those that enter `block`; with `stop` the student stops there, and the logits are empty.
+    """
+    if block is not None and stop:
+        states_NS = states_until(model, block, batch)
+        labels_A = batch["shift_labels"][batch["shift_labels"] != IGNORE]
+        return states_NS.new_empty(len(labels_A), 0), labels_A, {"picture_states": states_NS}
+    looking: AbstractContextManager[list[Tensor]] = (
+        states_into(block, batch["picture_tokens"]) if block is not None else nullcontext([])
+    )
+    with looking as seen:
+        logits_AV, labels_A, hidden_AS = answer_logits(model, batch)
+    return logits_AV, labels_A, {"answer_states": hidden_AS} | ({"picture_states": seen[0]} if seen else {})
 
 
 class _Report(TrainerCallback):
@@ -205,16 +242,17 @@ def train(
     collate = _collator(model, processor, rows, teacher, settings.losses)
     anatomy = describe(model.config)
     groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
-    pictures = _picture_match(model, anatomy, settings, teacher, collate, groups)
+    readouts = _readouts(model, anatomy, settings, collate, groups)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
         data_collator=collate,
         train_dataset=groups,
-        optimizers=(_optimizer(model, anatomy, settings, pictures), None),
+        optimizers=(_optimizer(model, anatomy, settings, readouts), None),
         weights=dict(settings.losses),
         teacher=teacher,
-        pictures=pictures,
+        readouts=readouts,
+        temperature=settings.temperature,
         callbacks=[report],
     )
     row_flops = _row_flops(trainer, model, collate([groups[0]]))
@@ -267,39 +305,43 @@ def _collator(
 ) -> Callable[[list[list[Row]]], Batch]:
     """Return the Trainer's collator: a packed batch where the model allows it, with what the losses ask of the teacher."""
     collator = Collator(processor, packed=can_pack(model, processor, rows))
+    asked = {TEACHER_ENTRIES[name] for name in losses if name in TEACHER_ENTRIES}
+    # pictures first: where the teacher must run for them, its answers come along
+    readers = {"teacher_pictures": teacher.pictures, "teacher_hidden": teacher.of} if teacher else {}
 
     def collate(groups: list[list[Row]]) -> Batch:
         batch = collator(groups)
         batch["labels"] = batch["shift_labels"]
         batch["row_count"] = torch.tensor(len(batch["rows"]))
-        if teacher and "picture_states" in losses:
-            batch["teacher_pictures"] = teacher.pictures(batch)
-        if teacher and "forward_kl" in losses:
-            batch["teacher_hidden"] = teacher.of(batch)
+        batch |= {entry: read(batch) for entry, read in readers.items() if entry in asked}
         del batch["rows"], batch["heads"]
         return batch
 
     return collate
 
 
-def _picture_match(
+def _readouts(
     model: PreTrainedModel,
     anatomy: Anatomy,
     settings: Training,
-    teacher: TeacherCache | None,
     collate: Callable[[list[list[Row]]], Batch],
     groups: _Groups,
-) -> PictureMatch | None:
-    """Return the picture_states loss with its readout fitted on 32 pictures; None where the recipe does not weigh it."""
-    if teacher is None or "picture_states" not in settings.losses:
-        return None
-    block, student, wanted = first_text_block(model, anatomy), [], []
+) -> Readouts:
+    """Return the maps of the state matches that the recipe weighs, each fitted on 32 pictures."""
+    names = [name for name in MATCHES if name in settings.losses]
+    if not names:
+        return Readouts({}, None)
+    block = first_text_block(model, anatomy) if "picture_states" in names else None
+    student: dict[str, list[Tensor]] = {name: [] for name in names}
+    teacher: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.inference_mode():
         for start in range(0, min(32, len(groups)), 8):
             batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
-            student.append(states_until(model, block, batch))
-            wanted.append(batch["teacher_pictures"])
-    return PictureMatch(block, fitted_readout(torch.cat(student), torch.cat(wanted)))
+            _, _, states = _look(model, batch, block, stop=names == ["picture_states"])
+            for name in names:
+                student[name].append(states[name])
+                teacher[name].append(batch[TEACHER_ENTRIES[name]])
+    return Readouts({name: fitted_readout(torch.cat(student[name]), torch.cat(teacher[name])) for name in names}, block)
 
 
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
@@ -309,8 +351,7 @@ def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) ->
     with counter:
         combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)
-    if trainer.pictures:
-        trainer.pictures.readout.zero_grad(set_to_none=True)
+    trainer.readouts.clear()
     return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
@@ -365,7 +406,7 @@ def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
 
 
 def _optimizer(
-    model: PreTrainedModel, anatomy: Anatomy, settings: Training, pictures: PictureMatch | None
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts
 ) -> torch.optim.Optimizer:
     """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -375,8 +416,8 @@ def _optimizer(
         scale = _rate_scale(name, anatomy, settings)
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
-    if pictures:
-        groups.setdefault((1.0, 0.0), []).extend(pictures.readout.parameters())
+    if readouts.maps:
+        groups.setdefault((1.0, 0.0), []).extend(readouts.parameters())
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
@@ -385,20 +426,19 @@ def _optimizer(
         betas=(0.9, 0.98),
         fused=True,
     )
-    if pictures:
-        _own(optimizer, pictures.readout)
+    _own(optimizer, readouts)
     return optimizer
 
 
-def _own(optimizer: torch.optim.Optimizer, readout: nn.Linear) -> None:
-    """Share out and clear the readout's gradients at every step: the Trainer does so for its model, and that has no readout."""
+def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:
+    """Share out and clear the readouts' gradients at every step: the Trainer does so for its model, and that has no readout."""
 
     def share(*_: Any) -> None:
-        for parameter in readout.parameters():
+        for parameter in readouts.parameters():
             parameter.grad = reduce(parameter.grad, "mean")
 
     optimizer.register_step_pre_hook(share)
-    optimizer.register_step_post_hook(lambda *_: readout.zero_grad())
+    optimizer.register_step_post_hook(lambda *_: readouts.clear())
 
 
 def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:

@@ -20,6 +20,17 @@ T = TypeVar("T")
 Level = Literal["blocks", "inner", "width"]
 #: levels in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
 LEVELS: tuple[Level, ...] = get_args(Level)
+LossName = Literal[
+    "cross_entropy",
+    "pairwise_margin",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "top_k_kl",
+    "answer_states",
+    "picture_states",
+]
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
 
@@ -53,11 +64,19 @@ class Training(Settings):
     freeze: tuple[Literal["vision", "text", "projector", "patch_embedding"], ...] = Field(
         ("patch_embedding",), description="Parts without gradient."
     )
-    losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin", "picture_states"], float] = Field(
+    losses: dict[LossName, float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
         min_length=1,
-        description="Weight of each loss by name; picture_states (about 0 to 1 a token) is not weighed by default. Alone it "
-        "trains what comes before the language model, which then does not run.",
+        description="Weight of each loss by name: cross_entropy and pairwise_margin of the labels; forward_kl, reverse_kl, "
+        "jensen_shannon, skew_kl and top_k_kl from the teacher's distribution; answer_states (last hidden states at answers) and "
+        "picture_states (what enters the language model at pictures), both about 0 to 1 a token. picture_states alone trains "
+        "what comes before the language model, which then does not run.",
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature of the five divergences: logits of student and teacher are divided by it, the loss is "
+        "multiplied by its square.",
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
