@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slimlmm import checkpoint, pipeline, recipe
@@ -142,3 +143,10 @@ def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):
     raw = {key: value for key, value in RAW.items() if key != "stages"} | {"shrink": 2.0, "row_visits": 300}
     found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
     assert found.ratios.parameters >= 2.0
+
+
+def test_the_teacher_is_asked_about_as_many_rows_as_the_recipe_says(teacher, ads, tmp_path):
+    raw = {**RAW, "data": {**RAW["data"], "teacher_rows": 20}, "stages": [RAW["stages"][0], RAW["stages"][2]]}
+    pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    keys = [key for path in (tmp_path / "run" / "cache").glob("*.safetensors") for key in load_file(path)]
+    assert len(keys) == 20

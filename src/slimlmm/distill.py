@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,12 @@ from transformers import (
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
-from slimlmm.collate import IGNORE, Batch, Collator
+from slimlmm.collate import Batch, Collator
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
     MATCHES,
@@ -44,7 +43,6 @@ from slimlmm.losses import (
     Match,
     Seen,
     combine,
-    fitted_readout,
 )
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
@@ -79,24 +77,6 @@ class _Groups(Dataset[list[Row]]):
 
     def __getitem__(self, index: int) -> list[Row]:
         return self.groups[index]
-
-
-@dataclass(slots=True)
-class Readouts:
-    """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states."""
-
-    maps: dict[str, nn.Linear]
-    block: nn.Module | None
-    """what picture states enter; None where no loss looks at them"""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all maps."""
-        return [parameter for readout in self.maps.values() for parameter in readout.parameters()]
-
-    def clear(self) -> None:
-        """Forget all gradients."""
-        for readout in self.maps.values():
-            readout.zero_grad()
 
 
 class DistillTrainer(Trainer):
@@ -149,7 +129,7 @@ class DistillTrainer(Trainer):
     def seen(self, model: Any, inputs: Batch) -> Seen:
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
         stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
-        logits_AV, labels_A, states = _look(model, inputs, self.readouts.block, stop=stop)
+        logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
         teacher_AV = None
         if self.teacher and not DIVERGENCES.keys().isdisjoint(self.weights):
             teacher_AV = self.teacher.logits(inputs["teacher_hidden"])
@@ -158,10 +138,11 @@ class DistillTrainer(Trainer):
             labels_A,
             teacher_AV,
             {
-                name: Match(states[name].float(), inputs[TEACHER_ENTRIES[name]], readout)
+                name: Match(matched_tokens(inputs, name, states[name]).float(), inputs[TEACHER_ENTRIES[name]], readout)
                 for name, readout in self.readouts.maps.items()
             },
             self.temperature,
+            inputs.get("taught_answers"),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -182,23 +163,6 @@ class DistillTrainer(Trainer):
                     "lower train.learning_rate in the recipe."
                 )
         super().log(logs, start_time)
-
-
-def _look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the student's logits [A, V], the labels [A] and, by the loss that matches them, its states [N, S].
-
-    Picture states are those that enter `block`; with `stop` the student stops there, and the logits are empty.
-    """
-    if block is not None and stop:
-        states_NS = states_until(model, block, batch)
-        labels_A = batch["shift_labels"][batch["shift_labels"] != IGNORE]
-        return states_NS.new_empty(len(labels_A), 0), labels_A, {"picture_states": states_NS}
-    looking: AbstractContextManager[list[Tensor]] = (
-        states_into(block, batch["picture_tokens"]) if block is not None else nullcontext([])
-    )
-    with looking as seen:
-        logits_AV, labels_A, hidden_AS = answer_logits(model, batch)
-    return logits_AV, labels_A, {"answer_states": hidden_AS} | ({"picture_states": seen[0]} if seen else {})
 
 
 class _Report(TrainerCallback):
@@ -230,19 +194,21 @@ def train(
     out: Path,
     *,
     teacher: TeacherCache | None = None,
+    taught: Taught = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
+    `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone, and
+    not at all in a training that has no such loss.
+
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     _check_settings(settings, rows, teacher)
-    collate = _collator(model, processor, rows, teacher, settings.losses)
-    anatomy = describe(model.config)
-    groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
-    readouts = _readouts(model, anatomy, settings, collate, groups)
+    anatomy, report = describe(model.config), _Report(progress)
+    groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teacher, taught)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
@@ -270,6 +236,26 @@ def train(
     )
 
 
+def _lessons(
+    model: PreTrainedModel,
+    processor: Any,
+    anatomy: Anatomy,
+    rows: Sequence[Row],
+    settings: Training,
+    teacher: TeacherCache | None,
+    taught: Taught,
+) -> tuple[_Groups, Collate, Readouts]:
+    """Return what a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
+    known = [row for row in rows if taught is None or row.picture_key() in taught]
+    packed = can_pack(model, processor, rows)
+    collate = collator_for(processor, packed=packed, teacher=teacher, losses=settings.losses, taught=taught)
+    few = _Groups(known, settings.questions_per_picture)
+    readouts = fitted_readouts(model, anatomy, settings, collate, few.groups[:32])
+    if set(settings.losses) <= NEEDS_TEACHER:  # the other rows would teach nothing
+        return few, collate, readouts
+    return _Groups(rows, settings.questions_per_picture), collate, readouts
+
+
 def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teacher: TeacherCache | None) -> None:
     """Train; whatever happens, the model is in eval mode afterwards and what the teacher answered is on disk."""
     with frozen:
@@ -294,54 +280,6 @@ def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCac
         raise UserError(
             f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin."
         )
-
-
-def _collator(
-    model: PreTrainedModel,
-    processor: Any,
-    rows: Sequence[Row],
-    teacher: TeacherCache | None,
-    losses: Mapping[Any, float],
-) -> Callable[[list[list[Row]]], Batch]:
-    """Return the Trainer's collator: a packed batch where the model allows it, with what the losses ask of the teacher."""
-    collator = Collator(processor, packed=can_pack(model, processor, rows))
-    asked = {TEACHER_ENTRIES[name] for name in losses if name in TEACHER_ENTRIES}
-    # pictures first: where the teacher must run for them, its answers come along
-    readers = {"teacher_pictures": teacher.pictures, "teacher_hidden": teacher.of} if teacher else {}
-
-    def collate(groups: list[list[Row]]) -> Batch:
-        batch = collator(groups)
-        batch["labels"] = batch["shift_labels"]
-        batch["row_count"] = torch.tensor(len(batch["rows"]))
-        batch |= {entry: read(batch) for entry, read in readers.items() if entry in asked}
-        del batch["rows"], batch["heads"]
-        return batch
-
-    return collate
-
-
-def _readouts(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    settings: Training,
-    collate: Callable[[list[list[Row]]], Batch],
-    groups: _Groups,
-) -> Readouts:
-    """Return the maps of the state matches that the recipe weighs, each fitted on 32 pictures."""
-    names = [name for name in MATCHES if name in settings.losses]
-    if not names:
-        return Readouts({}, None)
-    block = first_text_block(model, anatomy) if "picture_states" in names else None
-    student: dict[str, list[Tensor]] = {name: [] for name in names}
-    teacher: dict[str, list[Tensor]] = {name: [] for name in names}
-    with torch.inference_mode():
-        for start in range(0, min(32, len(groups)), 8):
-            batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
-            _, _, states = _look(model, batch, block, stop=names == ["picture_states"])
-            for name in names:
-                student[name].append(states[name])
-                teacher[name].append(batch[TEACHER_ENTRIES[name]])
-    return Readouts({name: fitted_readout(torch.cat(student[name]), torch.cat(teacher[name])) for name in names}, block)
 
 
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:

@@ -37,7 +37,7 @@ def reverse_kl(student_AV: Tensor, teacher_AV: Tensor) -> Tensor:
     """Return the divergence that forgives a student what it leaves out, not what it makes up.
 
     Sum over A of KL(student || teacher) = sum_v p_s (log p_s - log p_t); nats, 0 for equal logits. Source: MiniLLM,
-    arXiv 2306.08543, section 2.1 (there on the student's own answers).
+    arXiv 2306.08543 (there on the student's own answers).
     """
     return forward_kl(teacher_AV, student_AV)
 
@@ -46,7 +46,7 @@ def jensen_shannon(student_AV: Tensor, teacher_AV: Tensor, beta: float = 0.5) ->
     """Return the generalised Jensen-Shannon divergence, which lies between both directions of KL and is bounded.
 
     Sum over A of beta KL(p_t || m) + (1 - beta) KL(p_s || m) with m = beta p_t + (1 - beta) p_s; nats, 0 for equal logits, at
-    most log 2 a token for beta = 0.5. Source: GKD, arXiv 2306.13649, section 2.
+    most log 2 a token for beta = 0.5. Source: GKD, arXiv 2306.13649.
     """
     student, teacher = functional.log_softmax(student_AV, -1), functional.log_softmax(teacher_AV, -1)
     return beta * _kl_to_mixture(teacher, student, beta) + (1 - beta) * _kl_to_mixture(student, teacher, 1 - beta)
@@ -56,7 +56,7 @@ def skew_kl(student_AV: Tensor, teacher_AV: Tensor, alpha: float = 0.1) -> Tenso
     """Return the forward KL to a student into which a little of the teacher is mixed, so that no token costs without bound.
 
     Sum over A of KL(p_t || alpha p_t + (1 - alpha) p_s); nats, 0 for equal logits, at most -log alpha a token. Source:
-    DistiLLM, arXiv 2402.03898, section 3.1.
+    DistiLLM, arXiv 2402.03898.
     """
     student, teacher = functional.log_softmax(student_AV, -1), functional.log_softmax(teacher_AV, -1)
     return _kl_to_mixture(teacher, student, alpha)
@@ -148,6 +148,8 @@ class Seen:
     """states by the name of the loss that matches them"""
     temperature: float = 1.0
     """of the divergences"""
+    taught_A: Tensor | None = None
+    """which answer tokens the teacher was asked about; None for all"""
 
 
 def _needed(value: T | None, loss: str) -> T:
@@ -169,13 +171,18 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _divergence(name: str, seen: Seen) -> Tensor:
     """Return T^2 D(student / T, teacher / T): the factor keeps gradients of one size at all temperatures (arXiv 1503.02531)."""
     teacher_AV, by = _needed(seen.teacher_AV, name), seen.temperature
-    return by * by * DIVERGENCES[name](seen.student_AV / by, teacher_AV / by)
+    student_AV = seen.student_AV if seen.taught_A is None else seen.student_AV[seen.taught_A]
+    return by * by * DIVERGENCES[name](student_AV / by, teacher_AV / by)
 
 
 def _matched(name: str, seen: Seen) -> Tensor:
     """Return a match of states, whose mean counts once per answer token, so that its weight compares with the others'."""
     match = _needed(seen.matches.get(name), name)
-    return seen.labels_A.numel() * state_match(match.student_NS, match.teacher_NH, match.readout)
+    if not len(match.teacher_NH):  # a batch without any picture that the teacher was asked about
+        nothing: Tensor = match.readout(match.student_NS).sum()
+        return nothing
+    count = seen.labels_A.numel() if seen.taught_A is None else int(seen.taught_A.sum())
+    return count * state_match(match.student_NS, match.teacher_NH, match.readout)
 
 
 #: match of states -> the batch entry with the teacher's: at answer tokens its last ones, at picture tokens those that enter its

@@ -148,11 +148,13 @@ def _check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1
 def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
     settings = recipe.data
     training = data.sample(rows["train"], settings.train_rows, recipe.seed)
+    asked = data.sample(training, settings.teacher_rows, recipe.seed)
     return Job(
         folder=folder,
         recipe=recipe,
         train_rows=training,
-        calibration=data.sample(training, settings.calibration_rows, recipe.seed + 1),
+        calibration=data.sample(asked, settings.calibration_rows, recipe.seed + 1),
+        taught=None if settings.teacher_rows is None else frozenset(row.picture_key() for row in asked),
         validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
         vocabulary_rows=rows["train"] + rows["validation"],
         tell=tell,

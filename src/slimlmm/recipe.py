@@ -132,6 +132,12 @@ class DataSettings(Settings):
 
     max_bad_share: float = Field(0.01, ge=0, lt=1, description="Share of broken rows in [0, 1) that may be skipped.")
     train_rows: int | None = Field(None, gt=0, description="Train rows used; null for all.")
+    teacher_rows: int | None = Field(
+        None,
+        gt=0,
+        description="Train rows that the teacher is asked about, whole pictures, drawn by the seed; null for all. The others "
+        "are learnt from their own answers (cross_entropy, pairwise_margin): asking costs more than a step of a small student.",
+    )
     calibration_rows: int = Field(256, gt=0, description="Train rows for scores, repairs and ablation.")
     validation_rows: int | None = Field(
         500, gt=0, description="Validation rows evaluated in every round; null for all."

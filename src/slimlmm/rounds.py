@@ -22,6 +22,7 @@ from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.grid import Grid
+from slimlmm.lessons import Taught
 from slimlmm.losses import Seen, combine
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
@@ -43,6 +44,7 @@ class Job:
     validation: list[data.Row]
     vocabulary_rows: list[data.Row]
     tell: Reporter
+    taught: Taught = None
     cache: TeacherCache | None = None
     teacher_validation: Evaluation | None = None
 
@@ -176,6 +178,7 @@ def _train(
         settings,
         folder / "training",
         teacher=job.cache,
+        taught=job.taught,
         seed=job.recipe.seed + place.number + 1000 * part,
         progress=lambda facts: job.tell.step(
             f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]

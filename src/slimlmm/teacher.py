@@ -134,6 +134,8 @@ class TeacherCache:
                 self._pending_values += value.numel()
 
     def _read_all(self, keys: Sequence[str]) -> Tensor:
+        if not keys:
+            return torch.empty(0, self.head.weight.shape[1], dtype=torch.float16)
         found = torch.cat([self._read(key) for key in keys])
         if self._pending_values >= VALUES_A_SHARD:
             self.flush()
