@@ -19,6 +19,7 @@ from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.grid import Grid
+from slimlmm.labels import labelled
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
@@ -50,12 +51,27 @@ def run(
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
     if loaded.processor is None:
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
-    splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed)
+    job, stages, facts, test = _prepared(loaded, source, out, recipe, tell)
+    _prove(loaded.model.config, stages, tell)
+    job.teacher_validation = _evaluation(
+        job.folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
+    )
+    records, kept = _rounds(job, loaded, stages)
+    _hand_over(job, kept, loaded.stored)
+    found = _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
+    found = found.model_copy(update={"command": command, "data": facts})
+    found.save(job.folder.path / "results.json")
+    report.write(found, job.folder.path)
+    return found
+
+
+def _prepared(
+    loaded: checkpoint.Loaded, source: str | Path, out: Path, recipe: Recipe, tell: Reporter
+) -> tuple[Job, tuple[Stage, ...], results.Dataset, list[data.Row]]:
+    """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder."""
+    wanted = recipe.data.answers
+    splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed, unlabelled=wanted != "given")
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
-    stages = _stages(loaded, rows, recipe)
-    _check_stages(loaded.model.config, stages, recipe.tensor_parallel)
-    for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
-        tell.say(note)
     facts = results.Dataset(
         name=str(source),
         fingerprint=data.fingerprint([row for part in rows.values() for row in part]),
@@ -63,20 +79,18 @@ def run(
         notes=tuple(splits.notes),
     )
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
-    folder = RunFolder.open(out, identity, dump(recipe.model_copy(update={"stages": stages})))
-    job = _job(folder, recipe, rows, tell)
-    _prove(loaded.model.config, stages, tell)
-    job.teacher_validation = _evaluation(
-        folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
-    )
-    records, kept = _rounds(job, loaded, stages)
-    _hand_over(job, kept, loaded.stored)
+    if wanted != "given":
+        _check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
+        file = RunFolder.open(out, identity).path / "teacher-answers.json"
+        rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
+    stages = _stages(loaded, rows, recipe)
+    _check_stages(loaded.model.config, stages, recipe.tensor_parallel)
+    for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
+        tell.say(note)
+    folder = RunFolder.open(out, identity)
+    folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
-    found = _finish(job, loaded, checkpoint.load(folder.final, device=_device()), records, test)
-    found = found.model_copy(update={"command": command, "data": facts})
-    found.save(folder.path / "results.json")
-    report.write(found, folder.path)
-    return found
+    return _job(folder, recipe, rows, tell), stages, facts, test
 
 
 def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:

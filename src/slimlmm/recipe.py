@@ -140,6 +140,11 @@ class DataSettings(Settings):
     """What of the data is used for what."""
 
     max_bad_share: float = Field(0.01, ge=0, lt=1, description="Share of broken rows in [0, 1) that may be skipped.")
+    answers: Literal["given", "filled", "teacher"] = Field(
+        "given",
+        description="Where the answers of train rows come from: all given; filled in by the teacher where a row has none; or all "
+        "from the teacher.",
+    )
     train_rows: int | None = Field(None, gt=0, description="Train rows used; null for all.")
     teacher_rows: int | None = Field(
         None,

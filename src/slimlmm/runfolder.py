@@ -36,7 +36,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, path: Path, identity: dict[str, Any], recipe: str) -> RunFolder:
+    def open(cls, path: Path, identity: dict[str, Any]) -> RunFolder:
         """Create the folder, or take it up again if it belongs to the same run.
 
         Raises:
@@ -55,9 +55,12 @@ class RunFolder:
         if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
         write_json(record, identity)
         return cls(path)
+
+    def keep_recipe(self, text: str) -> None:
+        """Write down what is carried out, all defaults and planned sizes included."""
+        (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
 
     @property
     def cache(self) -> Path:
