@@ -24,6 +24,8 @@ Choices = Mapping[str, list[int]]
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
 SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
+#: halvings of the interval in which the scale of all axes is sought
+BISECTIONS = 30
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
@@ -144,7 +146,7 @@ def sizes_within(space: Space, budget: Budget) -> dict[str, int]:
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
     """
     scale, sizes = scaled_within(space, budget)
-    return _grown(space, budget, sizes, scale)
+    return _grown(space, budget, sizes, max(scale, 0.5**BISECTIONS))
 
 
 def scaled_within(space: Space, budget: Budget) -> tuple[float, dict[str, int]]:
@@ -163,7 +165,7 @@ def scaled_within(space: Space, budget: Budget) -> tuple[float, dict[str, int]]:
             f"{space.config.model_type!r} allow{asked} takes {budget.said(least)}. Ask for {budget.again(least)}."
         )
     low, high = 0.0, 1.0
-    for _ in range(30):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         fits = budget.cost(space.stated(_fit(space, _scaled(space, middle)))) <= budget.limit
         low, high = (middle, high) if fits else (low, middle)

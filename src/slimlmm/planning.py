@@ -75,20 +75,10 @@ def plan(
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Return the shape that a budget leads to, its predicted cost, and the rounds of its schedule; `out` gets them as a recipe.
+    """Return the shape that a budget leads to, its cost, and the rounds of its schedule, which `out` gets as a recipe.
 
-    Parameters, bytes and FLOPs come from the configuration, latency is measured with random models of candidate shapes.
-
-    Args:
-        model: folder or hub id; no weights are read.
-        asked: value of each option in `BUDGETS`, None where it was not given.
-        floors: ``axis=size``, sizes that axes must not fall below.
-        fixes: ``axis=size``, sizes that are given.
-        recipe: where order, multiples, tensor_parallel and row_visits come from.
-        source: rows; the vocabulary is counted trimmed to them.
-        out: file to write the recipe to.
-        trust_remote_code: run code of the hub.
-        tell: what the timing of candidates is told to.
+    `asked`: the value of each option in `BUDGETS`, None where it is not given. `floors` and `fixes`: ``axis=size``, sizes not
+    to fall below and sizes to take. Parameters, bytes and FLOPs come from the configuration, latency is measured.
 
     Raises:
         UserError: not exactly one budget, one that no shape meets or that the model meets already, sizes that cannot be.
@@ -99,17 +89,33 @@ def plan(
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists; give a file that does not.")
     start = _start(model, source, settings, trust_remote_code)
-    grid = Grid(multiples=settings.multiples, tensor_parallel=settings.tensor_parallel)
-    wishes = {"floors": sizes_of(floors, describe(start.living), "--floor")}
-    wishes["fixes"] = sizes_of(fixes, describe(start.living), "--fix")
-    space = space_of(start.living, grid, **wishes)
+    anatomy = describe(start.living)
+    least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
+    space = space_of(start.living, _grid(settings), floors=least, fixes=given)
     watch = Stopwatch(
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
     )
     budget, sizes = _chosen(start, space, (option, value), watch)
-    stated = space.stated(sizes)
-    warnings = refuse_unsplittable(start.living, stated, settings.tensor_parallel)
+    latency = _latency(start, space.stated(sizes), watch, budget.limit) if option == "--latency-ms" else None
+    found = {
+        "model": model,
+        "model_type": start.config.model_type,
+        "dtype": str(dtype_of(start.config)).removeprefix("torch."),
+        "budget": {"option": option, "asked": value, "limit": budget.limit},
+        "axes": _axes(start, space.stated(sizes), dict.fromkeys(least, "--floor") | dict.fromkeys(given, "--fix")),
+        "costs": _costs(start, space.stated(sizes), latency),
+        "answer": {"tokens": start.now.tokens, "prompt": start.now.prompt, "reason": start.now.reason},
+        "latency": latency,
+    }
+    return found | _schedule(start, space, sizes, settings, out)
+
+
+def _schedule(
+    start: _Start, space: Space, sizes: Mapping[str, int], settings: Recipe, out: Path | None
+) -> dict[str, Any]:
+    """Return the rounds that lead to these sizes, what would hinder serving, and notes; write the recipe where one is wanted."""
+    grid = _grid(settings)
     stages = stages_for(
         start.living,
         sizes,
@@ -119,23 +125,19 @@ def plan(
         grid=grid,
     )
     check_stages(start.config, stages, settings.tensor_parallel)
-    latency = _latency(start, stated, watch, budget.limit) if option == "--latency-ms" else None
+    warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
     if out is not None:
         _write(out, settings.model_copy(update={"stages": stages, "shrink": None}))
     return {
-        "model": model,
-        "model_type": start.config.model_type,
-        "dtype": str(dtype_of(start.config)).removeprefix("torch."),
-        "budget": {"option": option, "asked": value, "limit": budget.limit},
-        "axes": _axes(start, stated, wishes),
-        "costs": _costs(start, stated, latency),
-        "answer": {"tokens": start.now.tokens, "prompt": start.now.prompt, "reason": start.now.reason},
-        "latency": latency,
         "rounds": _rounds(start, stages),
         "warnings": warnings,
-        "notes": [*start.notes, *grid.notes(start.living), *_followers(sizes, stated)],
+        "notes": [*start.notes, *grid.notes(start.living), *_followers(sizes, space.stated(sizes))],
         "out": None if out is None else str(out),
     }
+
+
+def _grid(settings: Recipe) -> Grid:
+    return Grid(multiples=settings.multiples, tensor_parallel=settings.tensor_parallel)
 
 
 def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Path | None) -> tuple[str, float]:
@@ -163,6 +165,8 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
     notes = [
         "vocabulary counted whole, steps for one row a picture; compress trims it to its rows. Give --data to plan with yours."
     ]
+    if refusal := describe(config).axes["vocab"].refusal:
+        notes = [f"the vocabulary of this model cannot be trimmed ({refusal}): take unused_tokens out of the recipe."]
     if source is not None:
         processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
         splits = data.load(source, max_bad_share=settings.data.max_bad_share, seed=settings.seed)
@@ -222,10 +226,9 @@ def _chosen(start: _Start, space: Space, asked: tuple[str, float], watch: Stopwa
     return budget, sizes
 
 
-def _axes(start: _Start, stated: Mapping[str, int], wishes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+def _axes(start: _Start, stated: Mapping[str, int], given: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return size now and planned of every axis that can be cut; `given` names the option that stated it."""
     after = describe(resized(start.living, stated)).sizes
-    given = dict.fromkeys(wishes["floors"], "--floor") | dict.fromkeys(wishes["fixes"], "--fix")
     found = []
     for name, now in describe(start.config).sizes.items():
         planned = after.get(name, stated.get(name, now))
