@@ -34,7 +34,7 @@ UNITS: Mapping[str, Mapping[str, float]] = {
 #: generated tokens that FLOPs and times are told for
 TOKENS = 8
 #: timed answers of a candidate, after untimed ones
-CALLS, WARMUP = 9, 2
+CALLS, WARMUP = 15, 3
 #: bytes that a random model in float32 takes while it answers, over those of its weights
 ROOM = 1.3
 
@@ -132,7 +132,7 @@ def by_latency(config: Any, limit: float, asked: str, watch: Stopwatch) -> Budge
         limit=limit,
         cost=lambda sizes: ms if (ms := watch.timed(config, sizes).ms) is not None else math.inf,
         said=lambda ms: f"{ms:.3g} ms" if ms < math.inf else "more memory than there is",
-        again=lambda ms: f"--latency-ms {ms:.3g} or more" if ms < math.inf else "another budget",
+        again=lambda ms: f"--latency-ms {math.ceil(10 * ms) / 10:g} or more" if ms < math.inf else "another budget",
     )
 
 
