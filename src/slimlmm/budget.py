@@ -138,7 +138,7 @@ def by_latency(config: Any, limit: float, asked: str, watch: Stopwatch) -> Budge
 
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that are free on the device, or in main memory."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device.index)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def answer_seconds(configs: Sequence[Any], device: torch.device, n: int) -> list[list[float]]:
@@ -169,7 +169,7 @@ def _seconds(model: Any, batch: Mapping[str, torch.Tensor], device: torch.device
 def _random(config: Any, device: torch.device) -> Any:
     """Return a model with the random weights that the stock class begins with, made on the device itself."""
     config = copy.deepcopy(config)  # the number format is written into it
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+    with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return stock_class(config).from_config(config, dtype=torch.float32).eval()
 

@@ -93,7 +93,7 @@ def plan(
     least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
     space = space_of(start.living, _grid(settings), floors=least, fixes=given)
     watch = Stopwatch(
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"),
         tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
     )
     budget, sizes = _chosen(start, space, (option, value), watch)
