@@ -396,6 +396,38 @@ def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1)
         raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
 
 
+def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
+    """Return half of a cut: of each axis the legal size nearest to sqrt(present x wanted) between the two, where there is one.
+
+    A cut of several axes none of which has a size between gives up the later half of its axes; {} where nothing lies between.
+    """
+    half: dict[str, int] = {}
+    anatomy = describe(config)
+    for name, size in sizes.items():
+        axis = anatomy.axis(name)
+        middle = math.sqrt(axis.size * size)
+        between = [n for n in grid.sizes(config, axis) if size < n < axis.size]
+        between = between or [n for n in axis.choices() if size < n < axis.size]
+        for found in sorted(between, key=lambda n: abs(math.log(n / middle))):
+            try:
+                resized(config, follow_width(anatomy, {**half, name: found}, half))
+            except UserError:
+                continue
+            half[name] = found
+            break
+    first = list(sizes)[: len(sizes) // 2]
+    return half or {name: sizes[name] for name in first}
+
+
+def restated(anatomy: Anatomy, sizes: Mapping[str, int], planned: Mapping[str, int]) -> dict[str, int]:
+    """Restate FFN sizes that the config holds as a whole number of the width, where the width is another than was planned."""
+    stated = dict(sizes)
+    for name, size in sizes.items():
+        if (width := _leader(anatomy, name)) and planned[width.name] != width.size:
+            stated[name] = size // planned[width.name] * width.size
+    return stated
+
+
 def choose(scores: Mapping[str, torch.Tensor], anatomy: Anatomy, axis: str, size: int) -> Keep:
     """Return for every group of the axis its best-scored units, as many as `size` asks for, ascending."""
     keep = {}
