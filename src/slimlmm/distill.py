@@ -45,6 +45,7 @@ from slimlmm.losses import (
     combine,
 )
 from slimlmm.recipe import Training
+from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache
 
 Progress = Callable[[dict[str, float]], None]
@@ -54,16 +55,27 @@ class TrainResult(BaseModel):
     """What a training took and gave.
 
     Losses are means per answer token; `history` holds one record per logging interval. `flops` are those of the student's
-    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it).
+    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it). `looks` are
+    (step, validation loss), `kept_step` is the step whose weights stayed.
     """
 
     steps: int
     row_visits: int
     seconds: float
     flops: float
-    first_loss: float | None
-    last_loss: float | None
     history: list[dict[str, float]]
+    looks: list[tuple[int, float]]
+    kept_step: int
+
+    @property
+    def first_loss(self) -> float | None:
+        """Mean loss of the first logging interval, None where there was none."""
+        return self.history[0]["loss"] if self.history else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Mean loss of the last logging interval, None where there was none."""
+        return self.history[-1]["loss"] if self.history else None
 
 
 class _Groups(Dataset[list[Row]]):
@@ -195,20 +207,22 @@ def train(
     *,
     teacher: TeacherCache | None = None,
     taught: Taught = None,
+    validation: Sequence[Row] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone, and
-    not at all in a training that has no such loss.
+    not at all in a training that has no such loss. `validation` are the rows that ``settings.validate_every`` looks at.
 
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
-    _check_settings(settings, rows, teacher)
+    _check_settings(settings, rows, teacher, validation)
     anatomy, report = describe(model.config), _Report(progress)
     groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teacher, taught)
+    keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
@@ -219,21 +233,30 @@ def train(
         teacher=teacher,
         readouts=readouts,
         temperature=settings.temperature,
-        callbacks=[report],
+        callbacks=[report, *keeper],
     )
     row_flops = _row_flops(trainer, model, collate([groups[0]]))
     began = time.perf_counter()
     _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
-    history = report.history
     return TrainResult(
         steps=trainer.state.global_step,
         row_visits=trainer.row_visits,
         seconds=time.perf_counter() - began,
         flops=row_flops * trainer.row_visits,
-        first_loss=history[0]["loss"] if history else None,
-        last_loss=history[-1]["loss"] if history else None,
-        history=history,
+        history=report.history,
+        looks=[look for one in keeper for look in one.looks],
+        kept_step=keeper[0].kept if keeper else trainer.state.global_step,
     )
+
+
+def _keeper(model: PreTrainedModel, processor: Any, rows: Sequence[Row], settings: Training) -> list[KeepBest]:
+    """Return the callback that looks at the validation rows, none where the recipe wants no look."""
+    if settings.validate_every is None:
+        return []
+    collator = Collator(processor, packed=can_pack(model, processor, rows))
+    groups = by_picture(rows, settings.questions_per_picture)
+    batches = [collator(groups[at : at + 16]) for at in range(0, len(groups), 16)]
+    return [KeepBest(model, batches, settings.validate_every, settings.stop_after)]
 
 
 def _lessons(
@@ -268,9 +291,17 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
                 teacher.flush()
 
 
-def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCache | None) -> None:
+def _check_settings(
+    settings: Training, rows: Sequence[Row], teacher: TeacherCache | None, validation: Sequence[Row]
+) -> None:
     if not rows:
         raise UserError("no rows to train on.")
+    if settings.validate_every and not validation:
+        raise UserError("train.validate_every needs validation rows, and there are none.")
+    if settings.validate_every and set(settings.losses) == {"picture_states"}:
+        raise UserError(
+            "train.validate_every looks at answers, which picture_states alone does not train; leave it out."
+        )
     if settings.pictures_per_step % settings.accumulate:
         raise UserError(
             f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}."

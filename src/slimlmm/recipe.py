@@ -78,6 +78,15 @@ class Training(Settings):
         description="Temperature of the five divergences: logits of student and teacher are divided by it, the loss is "
         "multiplied by its square.",
     )
+    validate_every: int | None = Field(
+        None,
+        gt=0,
+        description="Optimizer steps between two looks at the validation rows (cross-entropy of their answers); the weights of "
+        "the least one are kept. null: no look, the last weights.",
+    )
+    stop_after: int = Field(
+        4, gt=0, description="Looks in a row without a new best after which a training with `validate_every` stops."
+    )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
 

@@ -179,6 +179,7 @@ def _train(
         folder / "training",
         teacher=job.cache,
         taught=job.taught,
+        validation=job.validation,
         seed=job.recipe.seed + place.number + 1000 * part,
         progress=lambda facts: job.tell.step(
             f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
