@@ -290,6 +290,11 @@ def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(part["text"] for part in content if part.get("type") == "text" and part.get("text"))
 
 
+def rows_per_picture(rows: Sequence[Row]) -> int:
+    """Return how many rows share a picture, on average."""
+    return round(len(rows) / len({row.picture_key() for row in rows}))
+
+
 def by_picture(rows: Sequence[Row], most: int) -> list[list[Row]]:
     """Group rows that share a picture, at most `most` rows a group, in order of first appearance."""
     groups: dict[str, list[Row]] = {}

@@ -13,8 +13,7 @@ import torch
 
 from slimlmm import checkpoint, data, plan, report, results, vocab
 from slimlmm.anatomy import describe
-from slimlmm.collate import Collator
-from slimlmm.deployable import unsplittable
+from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
@@ -23,11 +22,11 @@ from slimlmm.labels import labelled
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
-from slimlmm.resizing import dead_blocks, predict_parameters, resized
+from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results
-from slimlmm.rounds import Done, Job, Place, attempts, texts_of
+from slimlmm.rounds import Done, Job, Place, attempts
 from slimlmm.runfolder import RunFolder
-from slimlmm.selfcheck import self_check, shallow
+from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import model_record
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 
@@ -80,11 +79,11 @@ def _prepared(
     )
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     if wanted != "given":
-        _check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
+        plan.check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
         file = RunFolder.open(out, identity).path / "teacher-answers.json"
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
     stages = _stages(loaded, rows, recipe)
-    _check_stages(loaded.model.config, stages, recipe.tensor_parallel)
+    plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
         tell.say(note)
     folder = RunFolder.open(out, identity)
@@ -114,14 +113,12 @@ def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recip
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
     model = loaded.model
     texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
-    kept = vocab.needed(model, loaded.processor, texts)
+    kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
     fixed = {"vocab": sum(token < describe(model.config).axis("vocab").size for token in kept)}
-    fixed |= {
-        axis: describe(model.config).axis(axis).size - len(dead) for axis, dead in dead_blocks(model.config).items()
-    }
+    fixed |= plan.living_blocks(model.config)
     grid = _grid(recipe)
     final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed, grid)
-    per_picture = round(len(rows["train"]) / len({row.picture_key() for row in rows["train"]}))
+    per_picture = data.rows_per_picture(rows["train"])
     living = resized(model.config, fixed)
     return plan.stages_for(
         living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
@@ -130,33 +127,6 @@ def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recip
 
 def _grid(recipe: Recipe) -> Grid:
     return Grid(multiples=recipe.multiples, tensor_parallel=recipe.tensor_parallel)
-
-
-def _check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
-    """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
-    anatomy, problems = describe(config), []
-    blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
-    config = shallow(config)  # sizes other than those of blocks do not depend on the depth
-    turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
-    for stage, number, turn in turns:
-        for name, size in turn.sizes.items():
-            try:
-                if anatomy.axis(name).kind == "tokens":
-                    raise UserError(
-                        f"{name} changes the prompt, and the teacher would read another one than the student: "
-                        f"cut it first (slimlmm cut MODEL --set {name}={size}) and compress what comes out."
-                    )
-                if name not in blocks:
-                    config = resized(config, {name: size})
-                elif not 0 < size <= blocks[name]:
-                    raise UserError(f"{name}={size}: the axis has {blocks[name]} by then; give 1 to {blocks[name]}.")
-                else:
-                    blocks[name] = size
-            except UserError as error:
-                problems.append(f"stages.{stage}.rounds.{number}.sizes: {error}")
-    problems += unsplittable(config, tensor_parallel)
-    if problems:
-        raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
 
 
 def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from slimlmm import checkpoint, data, importance, plan, repair, results, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
-from slimlmm.collate import Batch, Collator, Prompter
+from slimlmm.collate import Batch, Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
@@ -306,10 +306,3 @@ def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score
         f"  {what}: {100 * overall.accuracy:.1f} % of {overall.n}", **({} if lost is None else {"points_lost": lost})
     )
     return overall
-
-
-def texts_of(processor: Any, rows: Sequence[data.Row]) -> list[str]:
-    """Return every prompt and answer of the rows as the model sees them, once."""
-    prompter = Prompter(processor)
-    pairs = {(row.question, row.answer) for row in rows}
-    return sorted({text for pair in pairs for text in prompter.turns(*pair)})
