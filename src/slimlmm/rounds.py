@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import checkpoint, data, importance, plan, repair, results, surgery, vocab
+from slimlmm import bridging, checkpoint, data, importance, plan, repair, results, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.collate import Batch, Collator, texts_of
@@ -234,7 +234,9 @@ def _cut(
             model, anatomy, [axis], _criterion(turn, axis), batches, _calibration_loss(job), seed=job.recipe.seed
         )
         keep = plan.choose(scores, anatomy, axis, size)
-    if scores and turn.repair == "best":
+    if found.kind == "blocks" and turn.repair == "best":
+        student, tries = bridging.bridge_best(model, anatomy, axis, keep, batches, _calibration_loss(job))
+    elif scores and turn.repair == "best":
         statistics = repair.collect(model, anatomy, axis, batches)
         student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
     else:
