@@ -1,8 +1,8 @@
 """What repair wins back right after a cut, before any training: python benchmarks/repair.py OUT.json.
 
-The bundled teacher on AdReview: each cut is made twice with the same units, sliced and repaired (`repair.fold_best`,
-`bridging.bridge_best`), and both models answer the same validation rows. Won back is (repaired - sliced) / (whole - sliced).
-Seconds are those of the repairs alone: moments, trials and their calibration losses.
+The bundled teacher on AdReview: each cut is made with the same units, sliced, repaired axis by axis (`repair.fold_best`,
+`bridging.bridge_best`), and then settled (`settling.settle_best`); all of them answer the same validation rows. Won back is
+(repaired - sliced) / (whole - sliced). Seconds are those of the repairs alone: moments, trials and their calibration losses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from slimlmm import adreview, bridging, checkpoint, data, importance, measure, plan, repair, surgery
+from slimlmm import adreview, bridging, checkpoint, data, importance, measure, plan, repair, settling, surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import noun_of
 from slimlmm.collate import Collator
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     loaded = checkpoint.load(bundled("teacher"))
     with tempfile.TemporaryDirectory() as parent:
@@ -54,8 +55,8 @@ def main() -> None:
         batches = [collator(groups[at : at + 4]) for at in range(0, len(groups), 4)]
         whole = evaluate(model, loaded.processor, rows.validation)
         found: dict[str, Any] = {"whole": whole.accuracy, "n": len(rows.validation), "cases": {}}
-        for name, sizes in CASES.items():
-            found["cases"][name] = case(model, loaded.processor, sizes, batches, cache, (whole, rows.validation))
+        for name in options.cases:
+            found["cases"][name] = case(model, loaded.processor, CASES[name], batches, cache, (whole, rows.validation))
             print(name, json.dumps(found["cases"][name]), flush=True)
     found |= {"calibration_rows": CALIBRATION, "seed": options.seed, "environment": measure.environment().model_dump()}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -87,28 +88,39 @@ def case(
 
     sliced = repaired = model
     spent, tried = 0.0, {}
+    kept: dict[str, list[int]] = {}
     for axis, size in sizes.items():
         anatomy = describe(repaired.config)
         keep = chosen(repaired, anatomy, axis, size, batches, loss)
         sliced = surgery.cut(sliced, anatomy, axis, keep)
         began = time.perf_counter()
         if noun_of(axis) == "blocks":
+            kept[axis] = keep[axis].tolist()
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, batches, loss)
         else:
             statistics = repair.collect(repaired, anatomy, axis, batches)
             repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, batches, loss)
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
+    began = time.perf_counter()
+    after, tries = settling.settle_best(repaired, model, kept, batches, loss)
+    tried["settling"] = {one.name: one.loss for one in tries}
+    settle_seconds = time.perf_counter() - began
     whole, rows = against
-    answers = {name: evaluate(one, processor, rows) for name, one in (("sliced", sliced), ("repaired", repaired))}
+    models = {"sliced": sliced, "repaired": repaired, "settled": after}
+    answers = {name: evaluate(one, processor, rows) for name, one in models.items()}
     lost = whole.accuracy - answers["sliced"].accuracy
     return {
         "sizes": sizes,
         "parameters": repaired.num_parameters(),
         **{name: one.accuracy for name, one in answers.items()},
-        "gain": drop(answers["repaired"], answers["sliced"]).model_dump(),
-        "won_back": (answers["repaired"].accuracy - answers["sliced"].accuracy) / lost if lost > 0 else None,
+        "gain": drop(answers["settled"], answers["sliced"]).model_dump(),
+        "won_back": {
+            name: (answers[name].accuracy - answers["sliced"].accuracy) / lost if lost > 0 else None
+            for name in ("repaired", "settled")
+        },
         "repair_seconds": spent,
+        "settle_seconds": settle_seconds,
         "calibration_losses": tried,
     }
 

@@ -34,7 +34,7 @@ def outputs(model, path, batches):
     """Return what a block gives out over all batches, and what enters the FFN's last linear of it."""
     seen = []
     handle = model.get_submodule(path).register_forward_hook(
-        lambda *call: seen.append(bridging._stream(call[-1]).detach())
+        lambda *call: seen.append(bridging.stream(call[-1]).detach())
     )
     with torch.no_grad():
         for batch in batches:
@@ -76,7 +76,8 @@ def test_the_patch_is_the_ridge_regression_of_what_the_block_added(case, monkeyp
     monkeypatch.setattr(bridging, "RIDGES", (1e-2,))
     layers, trial = anatomy.axis(axis).layers, copy.deepcopy(model)
     (gap,) = bridged(trial, anatomy, axis, keep, batches)
-    writer = model.get_submodule(gap.writer)
+    name = next(name for name, module in trial.named_modules() if module is gap.writer)
+    writer = model.get_submodule(name)
     heard = []
     handle = writer.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].detach().flatten(0, -2)))
     start, end = outputs(model, f"{layers}.0", batches), outputs(model, f"{layers}.1", batches)
@@ -91,11 +92,11 @@ def test_the_patch_is_the_ridge_regression_of_what_the_block_added(case, monkeyp
     ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     wanted = torch.linalg.solve(gram + ridge, neurons.T @ added / len(neurons)).T
     scale = next((p for n, p in model.named_parameters() if n.startswith(f"{layers}.0.layer_scale2")), None)
-    got = trial.get_submodule(gap.writer).weight.double() - writer.weight.double()
+    got = gap.writer.weight.double() - writer.weight.double()
     got = got if scale is None else scale.double()[:, None] * got
     assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
     if biased:
-        shift = (trial.get_submodule(gap.writer).bias - writer.bias).double() * (1 if scale is None else scale.double())
+        shift = (gap.writer.bias - writer.bias).double() * (1 if scale is None else scale.double())
         assert torch.allclose(shift, means[1] - wanted @ means[0], atol=1e-3 * float(means[1].abs().max()))
 
 
@@ -130,5 +131,5 @@ def test_a_norm_behind_the_ffn_is_no_factor():
     batch = picture_prompt(model.config)
     (gap,) = gaps(model, anatomy, "text.blocks", keep)
     with pytest.raises(NoBridgeError, match="normed"), torch.no_grad():
-        bridging._gain(model, model.get_submodule(f"{axis.layers}.0"), model.get_submodule(gap.writer), batch)
+        bridging.gain(model, model.get_submodule(f"{axis.layers}.0"), gap.writer, batch)
     assert bridged(model, anatomy, "text.blocks", keep, [batch]) == []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm import surgery
+from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.collate import Batch
 from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
@@ -43,7 +44,7 @@ class Gap:
 
     first: int
     last: int
-    writer: str
+    writer: nn.Linear
 
 
 def bridge_best(
@@ -82,53 +83,61 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     layers = anatomy.axis(axis).layers
     for gap in gaps(model, anatomy, axis, keep):
         before, after = (model.get_submodule(f"{layers}.{number}") for number in (gap.first - 1, gap.last))
-        writer = model.get_submodule(gap.writer)
-        assert isinstance(writer, nn.Linear)
         with evaluating(model), torch.no_grad():
             try:
-                gain_H = _gain(model, before, writer, next(at_least_one(batches, f"bridging {axis}")))
+                gain_H = gain(model, before, gap.writer, next(at_least_one(batches, f"bridging {axis}")))
             except NoBridgeError:
                 continue
-            moments = _moments(model, writer, before, after, batches)
-        _fold(writer, gain_H, moments)
-        done.append(gap)
+            moments = _moments(model, gap.writer, before, after, batches)
+        if fold(gap.writer, gain_H, moments):
+            done.append(gap)
     return done
 
 
 def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[Gap]:
     """Yield the runs of dropped blocks behind a kept one whose FFN ends in a linear."""
-    found, ffn = anatomy.axis(axis), anatomy.axes.get(f"{axis.partition('.')[0]}.ffn")
+    found = anatomy.axis(axis)
     (group,) = found.groups
     kept = {int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)}
-    modules = dict(model.named_modules())
     for first in range(1, found.size):
         if first in kept or first - 1 not in kept:
             continue
         last = next((number - 1 for number in range(first, found.size) if number in kept), found.size - 1)
-        inside = f"{found.layers}.{first - 1}."
-        writers = {
-            owner(slot.parameter)
-            for one in (ffn.groups if ffn else ())
-            for slot in linear_consumers(modules, one)
-            if slot.parameter.startswith(inside)
-        }
-        if len(writers) == 1:
-            yield Gap(first=first, last=last, writer=writers.pop())
+        writer = writer_of(model, f"{found.layers}.{first - 1}")
+        if writer is not None:
+            yield Gap(first=first, last=last, writer=writer)
 
 
-def _stream(output: Any) -> Tensor:
+def writer_of(model: PreTrainedModel, block: str) -> nn.Linear | None:
+    """Return the linear by which the FFN of a block ends, None where there is not just one."""
+    modules = dict(model.named_modules())
+    writers = {
+        owner(slot.parameter)
+        for axis in describe(model.config).axes.values()
+        if axis.noun == "ffn"
+        for group in axis.groups
+        for slot in linear_consumers(modules, group)
+        if slot.parameter.startswith(f"{block}.")
+    }
+    found = modules[writers.pop()] if len(writers) == 1 else None
+    assert found is None or isinstance(found, nn.Linear)
+    return found
+
+
+def stream(output: Any) -> Tensor:
+    """Return the residual stream of what a block gives out, alone or first of a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
-def _gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Batch) -> Tensor:
+def gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Batch) -> Tensor:
     """Return g [H]: how much of each channel of the writer's output reaches the block's; refuse where that is no plain factor."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     forward(model, batch)
     handle.remove()
     args, kwargs = calls[0]
-    plain_BTH = _stream(block(*args, **kwargs))
+    plain_BTH = stream(block(*args, **kwargs))
     generator = torch.Generator().manual_seed(0)
     gains = []
     for _ in range(2):
@@ -136,7 +145,7 @@ def _gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Ba
         pushed_H = size * (1 + torch.rand(writer.out_features, generator=generator)).to(plain_BTH)
         push: Callable[..., Tensor] = lambda _module, _inputs, output, pushed_H=pushed_H: output + pushed_H  # noqa: E731
         handle = writer.register_forward_hook(push)
-        moved_BTH = _stream(block(*args, **kwargs)) - plain_BTH
+        moved_BTH = stream(block(*args, **kwargs)) - plain_BTH
         handle.remove()
         if moved_BTH.shape[-1] != len(pushed_H):
             raise NoBridgeError("the FFN does not write the stream itself")
@@ -156,12 +165,12 @@ def _moments(
     seen: dict[str, Tensor] = {}
 
     def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        added_BTH = _stream(output) - seen["stream"]
+        added_BTH = stream(output) - seen["stream"]
         moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1))
 
     with ExitStack() as stack:
         stack.callback(writer.register_forward_pre_hook(lambda _, inputs: seen.update(neurons=inputs[0])).remove)
-        stack.callback(before.register_forward_hook(lambda *call: seen.update(stream=_stream(call[-1]))).remove)
+        stack.callback(before.register_forward_hook(lambda *call: seen.update(stream=stream(call[-1]))).remove)
         stack.callback(after.register_forward_hook(measure).remove)
         for batch in batches:
             forward(model, batch)
@@ -169,17 +178,22 @@ def _moments(
 
 
 @torch.no_grad()
-def _fold(writer: nn.Linear, gain_H: Tensor, moments: Moments) -> None:
-    """Add the prediction to the writer; channels that it does not reach are left alone."""
-    neurons, channels = writer.in_features, writer.out_features
-    kept = torch.arange(neurons, device=writer.weight.device)
-    dropped = torch.arange(neurons, neurons + channels, device=writer.weight.device)
-    read = torch.zeros(channels, neurons + channels, dtype=torch.float64, device=writer.weight.device)
-    read[:, neurons:] = torch.eye(channels, dtype=torch.float64)
+def fold(writer: nn.Linear, gain_H: Tensor, moments: Moments) -> bool:
+    """Add what the neurons tell of the lacking stream to the writer, where that lowers the held-out error; return whether it did.
+
+    Channels that the writer does not reach are left alone.
+    """
+    neurons, channels, device = writer.in_features, writer.out_features, writer.weight.device
+    kept, dropped = torch.arange(neurons + channels, device=device).split([neurons, channels])
+    read = torch.zeros(channels, neurons + channels, dtype=torch.float64, device=device)
+    read[:, neurons:].fill_diagonal_(1.0)
     bias = writer.bias if isinstance(writer.bias, Tensor) else None
     found = predict(moments, kept, dropped, read, bias=bias is not None, ridges=RIDGES)
+    if found.error >= found.plain_error:
+        return False
     reached = gain_H.abs() > LINEAR * gain_H.abs().max()
     share = torch.where(reached, 1 / gain_H.double(), torch.zeros_like(gain_H, dtype=torch.float64))
     writer.weight += (share[:, None] * found.matrix).to(writer.weight)
     if bias is not None:
         bias.add_((share * found.offset).to(bias))
+    return True

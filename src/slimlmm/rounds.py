@@ -28,6 +28,7 @@ from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
 from slimlmm.resizing import dead_blocks, predict_parameters
 from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.settling import settle_best
 from slimlmm.teacher import TeacherCache
 
 CALIBRATION_LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
@@ -125,8 +126,7 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     before, counted = describe(model.config).sizes, model.num_parameters()
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
-    for axis, size in turn.sizes.items():
-        model = _cut(job, model, processor, turn, (axis, size), folder)
+    model = _smaller(job, model, processor, turn, folder)
     after = describe(model.config).sizes
     cut_score = _score(job, model, processor, f"{place.name} after the cut")
     trained, score = _recovered(job, model, processor, turn, place, folder)
@@ -214,17 +214,33 @@ def _drop(what: str, job: Job, model: PreTrainedModel, processor: Any) -> tuple[
     return model, processor
 
 
+def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> PreTrainedModel:
+    """Cut all axes of the round in turn, then settle the stream of the result; returns `model` itself where nothing is cut."""
+    student, kept = model, {}
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration)) if turn.sizes else None
+    groups = _chunks(data.by_picture(job.calibration, 16), 4)
+    batches = [to_device(collator(group), model.device) for group in groups] if collator else []
+    for axis, size in turn.sizes.items():
+        if size == describe(student.config).axis(axis).size:
+            continue
+        student, keep = _cut(job, student, turn, (axis, size), batches, folder)
+        if noun_of(axis) in ("blocks", "decoder_blocks"):
+            kept[axis] = keep[axis].tolist()
+    if student is model or turn.repair == "none":
+        return student
+    student, tries = settle_best(student, model, kept, batches, _calibration_loss(job))
+    job.tell.say("  settling", **{one.name: one.loss for one in tries})
+    write_json(folder / "settling.json", {one.name: one.loss for one in tries})
+    return student
+
+
 def _cut(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, what: tuple[str, int], folder: Path
-) -> PreTrainedModel:
+    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch], folder: Path
+) -> tuple[PreTrainedModel, Keep]:
     """Choose the units of one axis, repair, cut, and write the plan with its scores."""
     axis, size = what
     anatomy = describe(model.config)
     found = anatomy.axis(axis)
-    if size == found.size:
-        return model
-    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
     scores: dict[str, Tensor] = {}
     tries: list[repair.Choice] = []
     if found.kind == "blocks":
@@ -260,7 +276,7 @@ def _cut(
         },
     )
     job.tell.say(f"  {axis} {found.size} -> {size}", **{one.name: one.loss for one in tries})
-    return student
+    return student, keep
 
 
 def _blocks(job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]) -> Tensor:

@@ -1,0 +1,136 @@
+"""Closed-form local distillation: after a cut, block by block, the residual stream is fitted back to what it was before.
+
+A refit (`repair.refit`) mends each matrix against inputs of the uncut model, so that errors add up from block to block. Here the
+cut model runs: what its stream lacks behind a block is predicted from that block's own FFN activations and folded into the FFN's
+output matrix, first block first, so that each next block sees the mended stream.
+
+Shape legend: B sequences, T tokens, H residual channels, I FFN neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlmm.anatomy import describe
+from slimlmm.bridging import NoBridgeError, fold, gain, stream, writer_of
+from slimlmm.collate import Batch
+from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
+from slimlmm.moments import Moments
+from slimlmm.repair import Choice
+
+
+class _ReachedError(Exception):
+    """The block was reached; what lies behind it need not run."""
+
+
+def settle_best(
+    student: PreTrainedModel,
+    before: PreTrainedModel,
+    kept: Mapping[str, Sequence[int]],
+    batches: Sequence[Batch],
+    loss: Loss,
+) -> tuple[PreTrainedModel, list[Choice]]:
+    """Settle a cut model (`settled`); return it or the model as it is, whichever has less calibration loss, and both losses.
+
+    Neither input is touched. Holds one more copy of the student.
+    """
+    trial = copy.deepcopy(student)
+    if not settled(trial, before, kept, batches):
+        return student, []
+    tries = []
+    for name, model in (("cut", student), ("settled", trial)):
+        with evaluating(model):
+            tries.append(Choice(name=name, loss=mean_loss(model, batches, loss)))
+    return (trial if tries[1].loss < tries[0].loss else student), tries
+
+
+def settled(
+    student: PreTrainedModel, before: PreTrainedModel, kept: Mapping[str, Sequence[int]], batches: Sequence[Batch]
+) -> list[str]:
+    """Fit the stream of `student` to that of `before` in place; return the blocks that were mended, by name.
+
+    With h [I] the inputs of a block's last FFN matrix W, d [H] the stream of `before` less that of `student` behind it, and
+    g [H] what the block makes of its writer's output: W' = W + diag(1/g) A for the ridge regression d ~ A h (+ c with a bias),
+    taken where it lowers the held-out error. Towers whose stream has another width than before are left alone, for there its
+    basis is another; so are blocks whose FFN does not write the stream as it is.
+
+    Args:
+        student: the cut model.
+        before: the model that it was cut from.
+        kept: numbers of the blocks that stayed, by block axis, where blocks were cut.
+        batches: calibration batches.
+    """
+    mended = []
+    with evaluating(student), evaluating(before), torch.no_grad():
+        for place, wanted in _pairs(student, before, kept):
+            block, writer = student.get_submodule(place), writer_of(student, place)
+            if writer is None:
+                continue
+            try:
+                gain_H = gain(student, block, writer, next(at_least_one(batches, "settling")))
+            except NoBridgeError:
+                continue
+            moments = _lacking(student, before, writer, (block, before.get_submodule(wanted)), batches)
+            if fold(writer, gain_H, moments):
+                mended.append(place)
+    return mended
+
+
+def _pairs(
+    student: PreTrainedModel, before: PreTrainedModel, kept: Mapping[str, Sequence[int]]
+) -> list[tuple[str, str]]:
+    """Return each block of the student with the block of `before` behind which the stream should be the same, inputs first."""
+    now, then = describe(student.config), describe(before.config)
+    pairs = []
+    for tower in ("vision", "qformer", "text"):
+        axis, width = now.axes.get(f"{tower}.blocks"), f"{tower}.width"
+        if axis is None or axis.refusal or now.sizes.get(width) != then.sizes.get(width):
+            continue
+        whole = then.axes[axis.name]
+        stays = [*kept.get(axis.name, range(whole.size)), whole.size]
+        for number in range(axis.size):  # what dropped blocks added is the task of the kept one before them
+            pairs.append((f"{axis.layers}.{number}", f"{whole.layers}.{stays[number + 1] - 1}"))
+    return pairs
+
+
+def _lacking(
+    student: PreTrainedModel,
+    before: PreTrainedModel,
+    writer: nn.Linear,
+    blocks: tuple[nn.Module, nn.Module],
+    batches: Sequence[Batch],
+) -> Moments:
+    """Return the moments of (h, d) [I + H] over the calibration tokens; both models stop behind the block."""
+    moments = Moments(writer.in_features + writer.out_features, student.device)
+    for batch in batches:
+        wanted_BTH = _until(before, blocks[1], batch)
+        neurons: list[Tensor] = []
+        handle = writer.register_forward_pre_hook(lambda _, inputs, heard=neurons: heard.append(inputs[0]))
+        lacking_BTH = wanted_BTH - _until(student, blocks[0], batch)
+        handle.remove()
+        moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1))
+    return moments
+
+
+def _until(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Tensor:
+    """Return what a block gives to the stream; the model stops there."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(stream(output))
+        raise _ReachedError
+
+    with ExitStack() as stack:
+        stack.callback(block.register_forward_hook(stop).remove)
+        try:
+            forward(model, batch)
+        except _ReachedError:
+            return seen[0]
+    raise RuntimeError(f"{type(model).__name__} never called the block {type(block).__name__}")

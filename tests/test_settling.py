@@ -1,0 +1,102 @@
+"""After a cut the residual stream is fitted back, block by block, to what it was."""
+
+import copy
+
+import pytest
+import torch
+
+from slimlmm import surgery
+from slimlmm.anatomy import describe
+from slimlmm.selfcheck import random_model, some_units
+from slimlmm.settling import _pairs, _until, settle_best, settled
+from test_bridging import batches_of, loss
+from tiny import tiny
+
+NAME = "llava-dinov2-llama"
+
+
+@pytest.fixture(scope="module")
+def whole():
+    model, _ = tiny(NAME)
+    model = random_model(model.config)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if "layer_scale" in part:
+                parameter.uniform_(0.2, 2.0)
+    return model, batches_of(NAME, model)
+
+
+def cut_to(model, sizes):
+    for axis, size in sizes.items():
+        anatomy = describe(model.config)
+        model = surgery.cut(model, anatomy, axis, some_units(anatomy.axis(axis), size))
+    return model
+
+
+def apart(student, before, kept, batches):
+    """Return the mean squared distance of the streams behind each pair of blocks."""
+    found = {}
+    with torch.no_grad():
+        for place, wanted in _pairs(student, before, kept):
+            one, other = student.get_submodule(place), before.get_submodule(wanted)
+            found[place] = sum(
+                float((_until(student, one, batch) - _until(before, other, batch)).square().mean()) for batch in batches
+            )
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"text.ffn": 32, "text.kv_groups": 1},
+        {"vision.ffn": 32, "vision.kv_groups": 2},
+        {"text.ffn": 24, "vision.ffn": 32},
+    ],
+)
+def test_the_stream_is_nearer_to_what_it_was_behind_every_mended_block(whole, sizes):
+    model, batches = whole
+    student = cut_to(model, sizes)
+    trial = copy.deepcopy(student)
+    mended = settled(trial, model, {}, batches)
+    before, after = apart(student, model, {}, batches), apart(trial, model, {}, batches)
+    assert mended
+    assert after[mended[-1]] < 0.9 * before[mended[-1]]
+    untouched = [place for place in before if before[place] < 1e-10]  # the tower that was not cut
+    assert all(after[place] < 1e-8 for place in untouched)
+
+
+def test_what_dropped_blocks_added_is_the_task_of_the_kept_one_before_them(whole):
+    model, batches = whole
+    anatomy = describe(model.config)
+    size = anatomy.axis("text.blocks").size
+    kept = {"text.blocks": [0, *range(2, size)]}
+    student = surgery.cut(model, anatomy, "text.blocks", {"text.blocks": torch.tensor(kept["text.blocks"])})
+    layers = anatomy.axis("text.blocks").layers
+    pairs = dict(_pairs(student, model, kept))
+    assert pairs[f"{layers}.0"] == f"{layers}.1"
+    assert pairs[f"{layers}.{size - 2}"] == f"{layers}.{size - 1}"
+    trial = copy.deepcopy(student)
+    settled(trial, model, kept, batches)
+    before, after = apart(student, model, kept, batches), apart(trial, model, kept, batches)
+    assert after[f"{layers}.0"] < 0.9 * before[f"{layers}.0"]
+
+
+def test_the_better_of_both_is_taken_and_no_input_is_touched(whole):
+    model, batches = whole
+    student = cut_to(model, {"text.ffn": 32, "vision.ffn": 32})
+    states = [{name: value.clone() for name, value in one.state_dict().items()} for one in (model, student)]
+    found, tries = settle_best(student, model, {}, batches, loss)
+    assert [one.name for one in tries] == ["cut", "settled"]
+    measured = sum(float(loss(found, batch).detach()) for batch in batches) / len(batches)
+    assert measured == pytest.approx(min(one.loss for one in tries), rel=1e-5)
+    for one, state in zip((model, student), states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+def test_a_model_that_was_not_cut_and_a_stream_of_another_width_are_left_alone(whole):
+    model, batches = whole
+    same = copy.deepcopy(model)
+    assert settled(same, model, {}, batches) == []
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+    narrow = cut_to(model, {"text.width": 24})
+    assert not any("language_model" in place for place, _ in _pairs(narrow, model, {}))
