@@ -34,7 +34,7 @@ from slimlmm.resizing import dead_blocks, predict_parameters, resized
 from slimlmm.results import Results
 from slimlmm.runfolder import RunFolder, write_json
 from slimlmm.selfcheck import self_check, shallow
-from slimlmm.snapshot import model_record
+from slimlmm.snapshot import evaluated, model_record
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 
 CALIBRATION_LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
@@ -75,8 +75,11 @@ def run(
     command: str | None = None,
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
+    cache: Path | None = None,
 ) -> Results:
     """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; resumes at the last finished round.
+
+    What the teacher said is kept in `cache`, which several runs may share (one after the other), else in the run folder.
 
     Raises:
         UserError: bad model, data or recipe, a budget or an axis that cannot be met, or a folder of another run.
@@ -87,8 +90,8 @@ def run(
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
     splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed)
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
-    stages = _stages(loaded, rows, recipe)
-    _check_stages(loaded.model.config, stages, recipe.tensor_parallel)
+    stages = schedule(loaded, rows, recipe)
+    check_stages(loaded.model.config, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
         tell.say(note)
     facts = results.Dataset(
@@ -98,12 +101,10 @@ def run(
         notes=tuple(splits.notes),
     )
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
-    folder = RunFolder.open(out, identity, dump(recipe.model_copy(update={"stages": stages})))
+    folder = RunFolder.open(out, identity, dump(recipe.model_copy(update={"stages": stages})), cache)
     job = _job(folder, recipe, rows, tell)
     _prove(loaded.model.config, stages, tell)
-    job.teacher_validation = _evaluation(
-        folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
-    )
+    job.teacher_validation = evaluated(folder, loaded, job.validation, tell, "teacher-validation")
     done = _rounds(job, loaded, stages)
     _hand_over(job, done, loaded.stored)
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
@@ -128,26 +129,34 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the recipe's stages, or the default schedule for its shrink."""
+def schedule(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the recipe's stages, or the default schedule for its shrink.
+
+    Raises:
+        UserError: neither is said, or the shrink cannot be reached.
+    """
     if recipe.stages:
         return recipe.stages
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
-    model = loaded.model
-    texts = _texts(loaded.processor, rows["train"] + rows["validation"])
-    kept = vocab.needed(model, loaded.processor, texts)
-    fixed = {"vocab": sum(token < describe(model.config).axis("vocab").size for token in kept)}
-    fixed |= {
-        axis: describe(model.config).axis(axis).size - len(dead) for axis, dead in dead_blocks(model.config).items()
-    }
+    model, fixed = loaded.model, lossless_sizes(loaded, rows)
     grid = _grid(recipe)
-    final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed, grid)
+    whole = predict_parameters(model.config, {})
+    final = plan.sizes_for(model.config, recipe.shrink, whole, fixed, grid, recipe.order)
     per_picture = round(len(rows["train"]) / len({row.picture_key() for row in rows["train"]}))
     living = resized(model.config, fixed)
     return plan.stages_for(
         living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
     )
+
+
+def lossless_sizes(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]) -> dict[str, int]:
+    """Return the sizes after the lossless cuts: tokens that the rows use, blocks that reach the output."""
+    anatomy = describe(loaded.model.config)
+    kept = vocab.needed(loaded.model, loaded.processor, _texts(loaded.processor, rows["train"] + rows["validation"]))
+    dead = dead_blocks(loaded.model.config)
+    fixed = {"vocab": sum(token < anatomy.axis("vocab").size for token in kept)}
+    return fixed | {axis: anatomy.axis(axis).size - len(gone) for axis, gone in dead.items()}
 
 
 def _grid(recipe: Recipe) -> Grid:
@@ -161,7 +170,7 @@ def _texts(processor: Any, rows: Sequence[data.Row]) -> list[str]:
     return sorted({text for pair in pairs for text in prompter.turns(*pair)})
 
 
-def _check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
+def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
     """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
     anatomy, problems = describe(config), []
     blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
@@ -436,30 +445,12 @@ def _score(job: _Job, model: PreTrainedModel, processor: Any, what: str) -> Scor
     return overall
 
 
-def _evaluation(path: Path, loaded: checkpoint.Loaded, rows: list[data.Row], tell: Reporter, what: str) -> Evaluation:
-    """Evaluate once; afterwards read the result from the run folder."""
-    if path.exists():
-        return Evaluation.model_validate_json(path.read_bytes())
-    found = evaluate(
-        loaded.model,
-        loaded.processor,
-        rows,
-        progress=lambda done, total: tell.step(f"evaluating the {what}", done, total),
-    )
-    temporary = path.with_suffix(".part")
-    temporary.write_text(found.model_dump_json(), encoding="utf-8")
-    temporary.replace(path)
-    tell.say(f"{what}: {100 * found.accuracy:.1f} % of {found.summary.overall.n}")
-    return found
-
-
 def _finish(
     job: _Job, teacher: checkpoint.Loaded, student: checkpoint.Loaded, done: list[_Done], test: list[data.Row]
 ) -> Results:
     """Evaluate both on the test split, time them in turns, and gather the record."""
-    folder = job.folder.path
     evaluations = [
-        _evaluation(folder / f"{name}-test.json", side, test, job.tell, f"{name}, test")
+        evaluated(job.folder, side, test, job.tell, f"{name}-test")
         for name, side in (("teacher", teacher), ("student", student))
     ]
     job.tell.say("timing teacher and student in turns")
@@ -473,7 +464,7 @@ def _finish(
     kept = [one for one in done if one.kept_promise]
     notes = () if len(kept) == len(done) else (f"Stopped: round {done[-1].record.number} broke the promised floor.",)
     return Results(
-        name=folder.name,
+        name=job.folder.path.name,
         seed=job.recipe.seed,
         environment=environment(),
         data=results.Dataset(name="", rows={}),

@@ -31,9 +31,14 @@ FIRST_RATE, RATE_RISE = 1e-4, 8
 
 
 def sizes_for(
-    config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None, grid: Grid | None = None
+    config: Any,
+    shrink: float,
+    whole: int,
+    fixed: Mapping[str, int] | None = None,
+    grid: Grid | None = None,
+    levels: Sequence[Level] = LEVELS,
 ) -> dict[str, int]:
-    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level.
+    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level of `levels`.
 
     FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
 
@@ -46,6 +51,7 @@ def sizes_for(
         whole: parameters of the original model.
         fixed: sizes that other cuts will have reached (the trimmed vocabulary, living blocks).
         grid: which legal sizes to choose from.
+        levels: the levels that may be cut.
 
     Raises:
         UserError: the smallest sizes still have too many parameters; the message says how far one can go.
@@ -53,13 +59,19 @@ def sizes_for(
     config = resized(config, fixed) if fixed else config
     target = whole / shrink
     anatomy = describe(config)
-    axes = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.noun in SHARES}
+    axes = {
+        name: axis
+        for name, axis in anatomy.axes.items()
+        if not axis.refusal and axis.noun in SHARES and axis.kind in levels
+    }
     choices = _choices(config, axes, grid or Grid())
     least = _count(config, _fit(config, _scaled(axes, choices, 0.0), choices))
     if least > target:
+        where = "" if set(levels) == set(LEVELS) else f" in {', '.join(levels)}"
         raise UserError(
             f"--shrink {shrink:g} needs {target:,.0f} parameters or fewer, but the smallest shape that the axes of "
-            f"{anatomy.model_type!r} allow has {least:,} ({whole / least:.1f}x). Ask for --shrink {whole / least:.1f} or less."
+            f"{anatomy.model_type!r} allow{where} has {least:,} "
+            f"({whole / least:.1f}x). Ask for --shrink {whole / least:.1f} or less."
         )
     low, high = 0.0, 1.0
     for _ in range(30):

@@ -29,40 +29,45 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def claim(path: Path, identity: dict[str, Any]) -> bool:
+    """Create the folder and sign it with ``run.json``, or find that it has that signature; return whether it is new.
+
+    Raises:
+        UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
+    """
+    record = path / "run.json"
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [key for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
+            raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
+        return False
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(record, identity)
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """One run on disk."""
+    """One run on disk; `shared` is a cache that it has in common with other runs."""
 
     path: Path
+    shared: Path | None = None
 
     @classmethod
-    def open(cls, path: Path, identity: dict[str, Any], recipe: str) -> RunFolder:
-        """Create the folder, or take it up again if it belongs to the same run.
-
-        Raises:
-            UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
-        """
-        record = path / "run.json"
-        if record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            changed = [key for key, value in identity.items() if before.get(key) != value]
-            if changed:
-                told = "; ".join(
-                    f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed
-                )
-                raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
-            return cls(path)
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        write_json(record, identity)
-        return cls(path)
+    def open(cls, path: Path, identity: dict[str, Any], recipe: str, shared: Path | None = None) -> RunFolder:
+        """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` does."""
+        if claim(path, identity) or not (path / "recipe.yaml").exists():
+            (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        return cls(path, shared)
 
     @property
     def cache(self) -> Path:
         """Where the teacher's hidden states are kept."""
-        return self.path / "cache"
+        return self.shared or self.path / "cache"
 
     @property
     def final(self) -> Path:
