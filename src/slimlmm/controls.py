@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,8 @@ def untrained(
 
 
 def rows_a_step(rows: Sequence[data.Row], pictures: int, questions: int) -> float:
-    """Return the mean row visits of one optimizer step over `pictures` pictures with at most `questions` rows each."""
-    return pictures * len(rows) / len(data.by_picture(rows, questions))
+    """Return the mean row visits of a step over `pictures` pictures with at most `questions` rows each; epochs end in a part."""
+    return len(rows) / math.ceil(len(data.by_picture(rows, questions)) / pictures)
 
 
 def _last_training(settings: Recipe, run: Path) -> Training:

@@ -59,11 +59,8 @@ def sizes_for(
     config = resized(config, fixed) if fixed else config
     target = whole / shrink
     anatomy = describe(config)
-    axes = {
-        name: axis
-        for name, axis in anatomy.axes.items()
-        if not axis.refusal and axis.noun in SHARES and axis.kind in levels
-    }
+    usable = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in levels}
+    axes = {name: axis for name, axis in usable.items() if axis.noun in SHARES}
     choices = _choices(config, axes, grid or Grid())
     least = _count(config, _fit(config, _scaled(axes, choices, 0.0), choices))
     if least > target:
@@ -176,19 +173,19 @@ def stages_for(
     anatomy = describe(config)
     start = {name: anatomy.axis(name).size for name in final}
     current = dict(start)
-    plans: list[tuple[str, dict[str, int]]] = []
+    plans: list[tuple[str, dict[str, int], dict[str, int]]] = []  # level, sizes at the first width, at that round's
     for level in order:
         for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}, grid):
-            plans.append((level, sizes))
+            plans.append((level, sizes, follow_width(anatomy, sizes, current)))
             current |= sizes
     if not plans:
         raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
-    visits = _visits(config, start, [sizes for _, sizes in plans], row_visits)
+    visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in order:
         rounds = [
-            Round(sizes=sizes, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
-            for index, ((name, sizes), share) in enumerate(zip(plans, visits, strict=True))
+            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
+            for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
         stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []

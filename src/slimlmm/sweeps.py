@@ -49,12 +49,20 @@ class Comparison:
     x_label: str = ""
 
 
-def expand(study: Study, train_rows: int) -> tuple[dict[str, Wanted], tuple[Comparison, ...]]:
+@dataclass(frozen=True, slots=True)
+class TrainRows:
+    """How many train rows the data has, and how many of them a picture has in the mean."""
+
+    count: int
+    per_picture: float
+
+
+def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comparison, ...]]:
     """Return all arms by name (the base first, if anything refers to it) and all comparisons of a study.
 
     Args:
         study: the settings.
-        train_rows: train rows of the data, which shares are shares of.
+        rows: the train rows of the data, which shares are shares of.
 
     Raises:
         UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not.
@@ -65,7 +73,7 @@ def expand(study: Study, train_rows: int) -> tuple[dict[str, Wanted], tuple[Comp
     if study.sweeps or BASE in referred:
         arms = {BASE: Wanted(description="the base recipe"), **arms}
     for sweep in study.sweeps:
-        made, group = SWEEPS[sweep](study, train_rows)
+        made, group = SWEEPS[sweep](study, rows)
         if taken := sorted(set(made) & set(study.arms)):
             raise UserError(f"arms.{taken[0]}: the sweep {sweep!r} makes an arm of that name; choose another.")
         arms |= made
@@ -94,14 +102,16 @@ def _listed(group: Group) -> Comparison:
 
 def everywhere(stages: Stages, rounds: Mapping[str, Any], train: Mapping[str, Any]) -> Stages:
     """Return the stages with these keys set in every round, and those in every training."""
-    return _each(
+    return each(
         stages,
         lambda turn: Round.model_validate({**turn.model_dump(), **rounds}),
         lambda one: Training.model_validate({**one.model_dump(), **train}),
     )
 
 
-def _each(stages: Stages, turned: Callable[[Round], Round], trained: Callable[[Training], Training]) -> Stages:
+def each(stages: Stages, turned: Callable[[Round], Round], trained: Callable[[Training], Training]) -> Stages:
+    """Return the stages with every training changed, then every round."""
+
     def changed(turn: Round) -> Round:
         return turned(turn.model_copy(update={"train": tuple(map(trained, turn.train))}))
 
@@ -124,7 +134,7 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
         return Training.model_validate({**one.model_dump(), "losses": {**wanted, **rest}})
 
-    return _each(stages, lambda turn: turn, trained)
+    return each(stages, lambda turn: turn, trained)
 
 
 def one_round_per_level(stages: Stages) -> Stages:
@@ -161,7 +171,7 @@ def _set(**keys: str) -> Change:
     return lambda stages: everywhere(stages, keys, {})
 
 
-def _orders(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _orders(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"order-{'-'.join(order)}": Wanted(description=", then ".join(order), recipe={"order": list(order)})
         for order in itertools.permutations(LEVELS)
@@ -169,14 +179,14 @@ def _orders(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Compariso
     return made, Comparison(title="Order of the levels", arms=tuple(made))
 
 
-def _criteria(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _criteria(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"criterion-{name}": Wanted(description=f"units by {name}", change=_set(criterion=name)) for name in CRITERIA
     }
     return made, Comparison(title="Criterion", arms=tuple(made))
 
 
-def _losses(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     def only(*names: str) -> Change:
         return lambda stages: answered_by(stages, lambda had: {name: had.get(name, 1.0) for name in names})
 
@@ -187,27 +197,19 @@ def _losses(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Compariso
         return {name: weight for name, weight in had.items() if name != "pairwise_margin"}
 
     alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",)}
-    made = {
-        "losses-margin": Wanted(
-            description="with the pairwise margin", change=lambda stages: answered_by(stages, margin)
-        ),
-        "losses-no-margin": Wanted(
-            description="without the pairwise margin", change=lambda stages: answered_by(stages, no_margin)
-        ),
-        "losses-ce": Wanted(description="answers by cross-entropy only", change=only("cross_entropy")),
-        "losses-kl": Wanted(description="answers by forward KL only", change=only("forward_kl")),
-        "losses-ce-kl": Wanted(
-            description="answers by cross-entropy and forward KL", change=only("cross_entropy", "forward_kl")
-        ),
-        "losses-no-teacher": Wanted(
-            description="cross-entropy in every training, no teacher",
-            change=lambda stages: everywhere(stages, {}, alone),
-        ),
+    ways: dict[str, tuple[str, Change]] = {
+        "margin": ("with the pairwise margin", lambda stages: answered_by(stages, margin)),
+        "no-margin": ("without the pairwise margin", lambda stages: answered_by(stages, no_margin)),
+        "ce": ("answers by cross-entropy only", only("cross_entropy")),
+        "kl": ("answers by forward KL only", only("forward_kl")),
+        "ce-kl": ("answers by cross-entropy and forward KL", only("cross_entropy", "forward_kl")),
+        "no-teacher": ("cross-entropy in every training, no teacher", lambda stages: everywhere(stages, {}, alone)),
     }
+    made = {f"losses-{name}": Wanted(description=told, change=change) for name, (told, change) in ways.items()}
     return made, Comparison(title="Losses", arms=tuple(made))
 
 
-def _repairs(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "repair-best": Wanted(description="repair of least calibration loss", change=_set(repair="best")),
         "repair-none": Wanted(description="no repair", change=_set(repair="none")),
@@ -215,7 +217,7 @@ def _repairs(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparis
     return made, Comparison(title="Repair", arms=tuple(made))
 
 
-def _rounds(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _rounds(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "rounds-planned": Wanted(description="all rounds, each recovered"),
         "rounds-per-level": Wanted(description="one round per level", change=one_round_per_level),
@@ -226,27 +228,32 @@ def _rounds(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Compariso
     return made, Comparison(title="Stages", arms=tuple(made))
 
 
-def _samples(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _samples(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     used = study.base.data.train_rows
-    whole, made, x = min(used or train_rows, train_rows), {}, {}
+    whole, made = min(used or rows.count, rows.count), {}
+    x = {BASE: float(whole)}
     for share in study.shares:
-        name, count = f"samples-{100 * share:g}", max(1, round(share * whole))
-        rows = used if share == 1 else count
-        made[name] = Wanted(description=f"{100 * share:g} % of the train rows", recipe={"data": {"train_rows": rows}})
+        name = f"samples-{100 * share:g}"
+        count = min(whole, round(max(1, round(share * whole / rows.per_picture)) * rows.per_picture))  # whole pictures
+        train_rows = used if share == 1 else count
+        made[name] = Wanted(
+            description=f"{100 * share:g} % of the train rows", recipe={"data": {"train_rows": train_rows}}
+        )
         x[name] = float(count)
     return made, Comparison(title="Train rows", arms=tuple(made), x=x, x_label="train rows")
 
 
-def _frontier(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _frontier(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"frontier-{shrink:g}": Wanted(description=f"{shrink:g}x fewer parameters", recipe={"shrink": shrink})
         for shrink in study.shrinks
     }
     x = {name: float(shrink) for name, shrink in zip(made, study.shrinks, strict=True)}
+    x |= {BASE: study.base.shrink} if study.base.shrink else {}
     return made, Comparison(title="Frontier", arms=tuple(made), x=x, x_label="times fewer parameters")
 
 
-def _controls(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Comparison]:
+def _controls(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "control-scratch": Wanted(description=controls.DESCRIPTIONS["scratch"], kind="scratch", like=BASE),
         "control-random-init": Wanted(description=controls.DESCRIPTIONS["random-init"], kind="random-init", like=BASE),
@@ -255,7 +262,7 @@ def _controls(study: Study, train_rows: int) -> tuple[dict[str, Wanted], Compari
     return made, Comparison(title="Controls", arms=(BASE, *made), reference=BASE)
 
 
-SWEEPS: dict[str, Callable[[Study, int], tuple[dict[str, Wanted], Comparison]]] = {
+SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparison]]] = {
     "orders": _orders,
     "criteria": _criteria,
     "losses": _losses,
