@@ -453,12 +453,14 @@ def _finish(
         evaluated(job.folder, side, test, job.tell, f"{name}-test")
         for name, side in (("teacher", teacher), ("student", student))
     ]
-    job.tell.say("timing teacher and student in turns")
-    calls = job.recipe.bench_calls
-    latency = compare(teacher, student, test, n=calls)
-    throughput = compare(teacher, student, test, batch_size=32, n=max(3, calls // 6), warmup=1)
+    latency = throughput = None
+    if calls := job.recipe.bench_calls:
+        job.tell.say("timing teacher and student in turns")
+        latency = compare(teacher, student, test, n=calls)
+        throughput = compare(teacher, student, test, batch_size=32, n=max(3, calls // 6), warmup=1)
     records = [
-        model_record(side, evaluation, test) for side, evaluation in zip((teacher, student), evaluations, strict=True)
+        model_record(side, evaluation, test, memory=calls > 0)
+        for side, evaluation in zip((teacher, student), evaluations, strict=True)
     ]
     rounds = tuple(one.record for one in done)
     kept = [one for one in done if one.kept_promise]

@@ -152,7 +152,11 @@ class Recipe(Settings):
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
-    bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
+    bench_calls: int = Field(
+        30,
+        ge=0,
+        description="Timed calls at batch 1 and a sixth of it at batch 32; 0 to measure neither times nor memory.",
+    )
 
     @field_validator("multiples", mode="before")
     @classmethod

@@ -55,8 +55,10 @@ def _write(found: Evaluation, path: Path) -> None:
     temporary.replace(path)
 
 
-def model_record(side: checkpoint.Loaded, evaluation: Evaluation | None, rows: Sequence[Row]) -> results.Model:
-    """Return the record of one model; memory is that of a new process which loads the folder and answers one row."""
+def model_record(
+    side: checkpoint.Loaded, evaluation: Evaluation | None, rows: Sequence[Row], *, memory: bool = True
+) -> results.Model:
+    """Return the record of one model; `memory` is that of a new process which loads the folder and answers one row."""
     limit = answer_limit(side.processor, rows)
     return results.Model(
         name=side.path.name,
@@ -67,5 +69,5 @@ def model_record(side: checkpoint.Loaded, evaluation: Evaluation | None, rows: S
         accuracy=evaluation.summary if evaluation else None,
         flops=measure.flops(side.model, side.processor, encode(side.processor, rows[:1]), ANSWER_TOKENS),
         flops_answer_tokens=ANSWER_TOKENS,
-        memory=measure.answering_memory(side.path, rows[0], max_new_tokens=limit),
+        memory=measure.answering_memory(side.path, rows[0], max_new_tokens=limit) if memory else None,
     )

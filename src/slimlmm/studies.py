@@ -65,7 +65,10 @@ class Study(Settings):
 
     model: str = Field(description="Local folder or hub id of the model, as for compress.")
     data: str = Field(description="Folder or file of rows, as for compress.")
-    base: Recipe = Field(Recipe(), description="Recipe that all arms share, with the keys of docs/recipes.md.")
+    base: Recipe = Field(
+        Recipe(),
+        description="Recipe that all arms share, with the keys of docs/recipes.md; bench_calls is 0 here unless it is said.",
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds; every arm is run once with each.")
     arms: dict[str, Arm] = Field({}, description="Arms by name, or a list of arms with their `name`.")
     groups: tuple[Group, ...] = Field((), description="Comparisons for the report; sweeps add theirs.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.measure import environment
 from slimlmm.progress import Quiet, Reporter
-from slimlmm.recipe import Recipe, Stage, Training
+from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.runfolder import claim, write_json
 from slimlmm.studies import BASE, Group, Study, merged
@@ -59,26 +59,29 @@ class Planned:
 
 @dataclass(slots=True)
 class _Planner:
-    """The model and rows that plans are made for."""
+    """The model and rows that plans are made for; what arms have in common is planned once."""
 
     loaded: checkpoint.Loaded
     rows: dict[str, list[data.Row]]
     lossless: dict[str, int]
+    schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
+    shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
 
     def recipe(self, base: Recipe, wanted: Wanted) -> Recipe:
         """Return the arm's recipe with its schedule written out.
 
         Raises:
-            UserError: its keys do not fit together, its size cannot be reached, or its sizes cannot be said.
+            UserError: its keys do not fit together, or its size cannot be reached.
         """
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
         whole = merged(base, wanted.recipe)
-        stages = self._as_many_visits(pipeline.schedule(self.loaded, self.rows, whole), base, whole)
-        stages = wanted.change(stages)
-        pipeline.check_stages(self.loaded.model.config, stages, whole.tensor_parallel)
         plain = Recipe()
         spent = {key: getattr(plain, key) for key in ("shrink", "order", "multiples", "row_visits", "seed")}
+        asked = recipe.dump(whole.model_copy(update={"data": plain.data}))
+        if asked not in self.schedules:
+            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
+        stages = wanted.change(self._as_many_visits(self.schedules[asked], base, whole))
         return whole.model_copy(update={**spent, "stages": stages})
 
     def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
@@ -94,14 +97,16 @@ class _Planner:
         return sweeps.each(stages, lambda turn: turn, trained)
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
-        """Return final sizes, parameters, rounds and planned row visits."""
-        config = self.loaded.model.config
+        """Return final sizes, parameters, rounds and planned row visits.
+
+        Raises:
+            UserError: its sizes cannot be said by the config, or not split.
+        """
         turns = [turn for stage in settings.stages for turn in stage.rounds]
-        if any(turn.drop for turn in turns):
-            config = resized(config, self.lossless)
-        for turn in turns:
-            for axis, size in turn.sizes.items():
-                config = resized(config, {axis: size})
+        cuts = repr([(turn.drop, turn.sizes) for turn in turns]) + str(settings.tensor_parallel)
+        if cuts not in self.shapes:
+            self.shapes[cuts] = self._shape(settings, turns)
+        sizes, parameters = self.shapes[cuts]
         rows = data.sample(self.rows["train"], settings.data.train_rows, 0)
         visits = sum(
             one.steps * controls.rows_a_step(rows, one.pictures_per_step, one.questions_per_picture)
@@ -109,11 +114,22 @@ class _Planner:
             for one in turn.train
         )
         return {
-            "sizes": describe(config).sizes,
-            "planned_parameters": predict_parameters(config, {}),
+            "sizes": sizes,
+            "planned_parameters": parameters,
             "rounds": len(turns),
             "planned_row_visits": round(visits),
         }
+
+    def _shape(self, settings: Recipe, turns: Sequence[Round]) -> tuple[dict[str, int], int]:
+        """Return final sizes and parameters, after checking that every round can be carried out."""
+        config = self.loaded.model.config
+        pipeline.check_stages(config, settings.stages, settings.tensor_parallel)
+        if any(turn.drop for turn in turns):
+            config = resized(config, self.lossless)
+        for turn in turns:
+            for axis, size in turn.sizes.items():
+                config = resized(config, {axis: size})
+        return describe(config).sizes, predict_parameters(config, {})
 
 
 def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
@@ -135,9 +151,11 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
     arms: dict[str, Arm] = {}
     recipes: dict[str, Recipe] = {}
+    timed = "bench_calls" in study.base.model_fields_set
+    base = study.base if timed else study.base.model_copy(update={"bench_calls": 0})
     for number, (name, one) in enumerate(wanted.items(), 1):
         tell.step("planning arms", number, len(wanted))
-        arms[name] = _arm(name, one, study.base, planner, arms, recipes)
+        arms[name] = _arm(name, one, base, planner, arms, recipes)
     everything = [row for part in rows.values() for row in part]
     return Planned(
         study=study,

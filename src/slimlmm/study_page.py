@@ -13,7 +13,7 @@ from slimlmm.study_results import Arm, Compared, Spread, StudyResults
 
 #: row visits that differ by more than this share are said to differ
 EQUAL = 0.02
-TEACHER, ARM, REFERENCE, SEED = "0.4", "tab:blue", "tab:orange", "0.65"
+TEACHER, ARM, REFERENCE, SEED = "0.4", "tab:blue", "tab:orange", "0.3"
 
 
 def write(found: StudyResults, page: Path) -> Path:
@@ -120,7 +120,7 @@ def _notes(found: StudyResults, group: Compared) -> list[str]:
         low, high = group.row_visits
         apart = high / low - 1 if low else float(high > 0)
         told = f"from {low:,} to {high:,}"
-        same = f"are equal within {100 * apart:.1f} %" if apart <= EQUAL else "are **not equal**"
+        same = f"are equal within {100 * apart:.1f} %" if apart <= EQUAL else f"**differ by {100 * apart:.1f} %**"
         lines.append(f"- Row visits {same} ({told}).")
     for arm in _arms(found, group):
         if arm.reason:
@@ -155,7 +155,7 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
         told = arm.drop_interval
         assert told is not None
         colour = REFERENCE if arm.name == group.reference else ARM
-        axes.scatter([100 * run.drop for run in arm.runs], [place] * len(arm.runs), s=14, color=SEED, zorder=2)
+        axes.scatter([100 * run.drop for run in arm.runs], [place - 0.22] * len(arm.runs), s=12, color=SEED)
         errors = [[100 * (told.mean - told.low)], [100 * (told.high - told.mean)]]
         axes.errorbar(100 * told.mean, place, xerr=errors, fmt="o", color=colour, capsize=3, markersize=6, zorder=3)
         if arm.name == group.reference:
@@ -163,7 +163,7 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
     axes.axvline(0, color=TEACHER, linewidth=1, zorder=1)
     axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)], fontsize=9)
     axes.set_ylim(-0.6, len(arms) - 0.4)
-    axes.set_xlabel("drop against the teacher, points (95 % interval; grey: seeds; orange: reference)", fontsize=9)
+    axes.set_xlabel("drop against the teacher, points (95 % interval; small: seeds; orange: reference)", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -174,7 +174,7 @@ def _curve(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm])
     order = sorted(arms, key=lambda arm: group.x[arm.name])
     xs = [group.x[arm.name] for arm in order]
     for arm, x in zip(order, xs, strict=True):
-        axes.scatter([x] * len(arm.runs), [100 * run.accuracy for run in arm.runs], s=14, color=SEED, zorder=2)
+        axes.scatter([x] * len(arm.runs), [100 * run.accuracy for run in arm.runs], s=9, color=SEED, zorder=5)
     means = [100 * arm.accuracy.mean for arm in order if arm.accuracy]
     errors = [100 * (arm.accuracy.sd or 0.0) for arm in order if arm.accuracy]
     axes.errorbar(xs, means, yerr=errors, fmt="o-", color=ARM, capsize=3, zorder=3, label="mean ± SD over seeds")

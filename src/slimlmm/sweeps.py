@@ -81,8 +81,11 @@ def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comp
     lost = [f"groups: no arm {name!r}" for group in groups for name in group.arms if name not in arms]
     if lost:
         raise UserError(f"{'; '.join(lost)}. Known: {', '.join(arms)}.")
-    if not groups:
-        groups = [Comparison(title="Arms", arms=tuple(arms), reference=next(iter(arms)))]
+    alone = [name for name in study.arms if not any(name in group.arms for group in groups)]
+    if alone:
+        reference = BASE if BASE in arms else alone[0]
+        names = tuple(alone) if reference in alone else (reference, *alone)
+        groups.append(Comparison(title="Other arms" if groups else "Arms", arms=names, reference=reference))
     return arms, tuple(groups)
 
 
