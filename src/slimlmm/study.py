@@ -81,18 +81,24 @@ class _Planner:
         asked = recipe.dump(whole.model_copy(update={"data": plain.data}))
         if asked not in self.schedules:
             self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
-        stages = wanted.change(self._as_many_visits(self.schedules[asked], base, whole))
+        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
         return whole.model_copy(update={**spent, "stages": stages})
 
     def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
-        """Return the stages with steps for as many row visits on the arm's train rows as on those of the base."""
-        if base.data == changed.data:
-            return stages
+        """Return the stages with steps for as many row visits on the arm's train rows as were meant.
+
+        A schedule is planned as if all steps were full, but epochs end in a part, which counts where pictures are few. Listed
+        stages mean what they take on the train rows of the base.
+        """
         rows = [data.sample(self.rows["train"], one.data.train_rows, 0) for one in (base, changed)]
 
         def trained(one: Training) -> Training:
-            a, b = (controls.rows_a_step(part, one.pictures_per_step, one.questions_per_picture) for part in rows)
-            return one.model_copy(update={"steps": max(1, round(one.steps * a / b))})
+            pictures, questions = one.pictures_per_step, one.questions_per_picture
+            meant = controls.rows_a_step(rows[0], pictures, questions)
+            if not changed.stages:
+                meant = pictures * controls.rows_a_step(rows[0], 1, questions)
+            steps = round(one.steps * meant / controls.rows_a_step(rows[1], pictures, questions))
+            return one.model_copy(update={"steps": max(1, steps)})
 
         return sweeps.each(stages, lambda turn: turn, trained)
 
