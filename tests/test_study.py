@@ -209,6 +209,14 @@ def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monk
     assert base["sizes"]["text.ffn"] == 32
     assert base["rounds"] == ["lossless.1: unused_tokens", "inner.1: text.ffn=32"]
     assert base["row_visits"] == 240
+    code, told, _ = call(
+        monkeypatch, capsys, "study", path, "--arms", "scratch", "plain", "--dry-run", "--json", "--quiet"
+    )
+    assert code == 0
+    assert [arm["name"] for arm in json.loads(told)["arms"]] == ["base", "plain", "scratch"]
+    code, _, err = call(monkeypatch, capsys, "study", path, "more")
+    assert code == 2
+    assert "arms come after --arms" in err
     code, _, err = call(monkeypatch, capsys, "study", path)
     assert code == 2
     assert "--out DIR" in err

@@ -203,12 +203,17 @@ def compress(
     _report(found.model_dump(mode="json"), json_out, lambda: Console().print(report.final_table(found)))
 
 
-@app.command(epilog="Example: `slimlmm study STUDY.yaml --out runs/study --dry-run`")
+@app.command(
+    epilog="Example: `slimlmm study STUDY.yaml --out runs/study --dry-run`",
+    context_settings={"allow_extra_args": True},  # --arms a b
+)
 def study(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study; with --page, the folder of one.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
     arms: Annotated[
-        list[str] | None, typer.Option("--arms", help="Arms to run, with commas between or repeated; all by default.")
+        list[str] | None,
+        typer.Option("--arms", help="Arms to run: names with spaces or commas between; all by default."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List arms, sizes, rounds and row visits only.")] = False,
     page: Annotated[
@@ -222,7 +227,9 @@ def study(
     from slimlmm import commands
     from slimlmm.progress import reporter
 
-    only = [name for text in arms or () for name in text.replace(",", " ").split()]
+    if context.args and not arms:
+        raise UserError(f"unexpected {' '.join(context.args)!r}: one STUDY at a time; arms come after --arms.")
+    only = [name for text in (*(arms or ()), *context.args) for name in text.replace(",", " ").split()]
     with reporter(quiet) as tell:
         found, shown = commands.study(
             source,

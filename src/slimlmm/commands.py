@@ -303,7 +303,7 @@ def study(
         raise UserError("say where the runs go: --out DIR; or --dry-run to see what would run.")
     planned = studying.plan(settings, trust_remote_code=trust_remote_code, tell=tell)
     if out is None or dry_run:
-        found = studying.dry(planned)
+        found = studying.dry(planned, only)
         return found, Lines(study_plan(found))
     done = studying.run(planned, out, only=only, command=command, trust_remote_code=trust_remote_code, tell=tell)
     where = f"{out / 'study.json'}, {out / 'README.md'}"

@@ -270,7 +270,7 @@ first round that is not finished. An arm that cannot be carried out is reported 
 
 ```
 slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; trains nothing
-slimlmm study STUDY.yaml --out DIR --arms base,fast  # these arms only, and those whose shape they take
+slimlmm study STUDY.yaml --out DIR --arms base fast  # these arms only, and those whose shape they take
 slimlmm study DIR --page docs/results.md             # the page and its plots again, from DIR/study.json alone
 ```
 

@@ -322,10 +322,12 @@ def rounds_of(stages: Sequence[Stage]) -> Iterator[str]:
             yield f"{stage.name}.{number}: {cuts or 'nothing'}"
 
 
-def dry(planned: Planned) -> dict[str, Any]:
-    """Return what `--dry-run` tells: every arm with final sizes, parameters, rounds and row visits."""
-    arms = []
+def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits."""
+    arms, todo = [], planned.todo(only)
     for name, arm in planned.arms.items():
+        if only and name not in (*only, *todo):
+            continue
         found = planned.recipes.get(name)
         arms.append(
             {
@@ -342,5 +344,5 @@ def dry(planned: Planned) -> dict[str, Any]:
                 "rounds": list(rounds_of(found.stages)) if found else [],
             }
         )
-    runs = len(planned.todo()) * len(planned.study.seeds)
+    runs = len(todo) * len(planned.study.seeds)
     return {"seeds": list(planned.study.seeds), "runs": runs, "arms": arms, "groups": [g.title for g in planned.groups]}
