@@ -186,6 +186,13 @@ def test_a_study_killed_inside_an_arm_and_between_arms_runs_nothing_twice(
     assert len(started) == 4
     assert sum("was done" in text for text in again.said) == 3
 
+    # another recipe under the name of a finished arm: refused, and its old figures are not shown
+    settings["arms"]["plain"]["rounds"] = {"criterion": "random"}
+    changed = study.run(study.plan(studies.parse(settings, "s")), out, only=["plain"])
+    assert "belongs to another run (recipe" in changed.arms[1].failures[4]
+    assert changed.arms[1].runs == ()
+    assert changed.arms[0].runs
+
 
 def test_a_study_of_other_data_or_another_recipe_is_not_mixed_in(settings, tmp_path):
     planned = study.plan(studies.parse(settings, "s"))

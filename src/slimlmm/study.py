@@ -43,6 +43,24 @@ class Planned:
         """Return the arm that is run for this one: itself, or the first one of equal recipe."""
         return self.arms[name].same_as or name
 
+    def signature(self, name: str, seed: int) -> dict[str, Any]:
+        """Return what the ``run.json`` of an arm with a seed says if its folder belongs to this plan; {} where none can."""
+        arm = self.arms[name]
+        run = self.run_of(arm.like) if arm.like else name
+        if run not in self.recipes:
+            return {}
+        settings = recipe.dump(self.recipes[run].model_copy(update={"seed": seed}))
+        return {"kind": arm.kind, "like": run, "recipe": settings} if arm.like else {"recipe": settings}
+
+    def finished(self, out: Path, name: str, seed: int) -> bool:
+        """Tell whether an arm with a seed is finished, by the recipe that it has in this plan."""
+        folder, signed = study_results.folder_of(out, name, seed), self.signature(name, seed)
+        last = folder / ("control.json" if self.arms[name].like else "results.json")
+        if not signed or not last.exists() or not (folder / "run.json").exists():
+            return False
+        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return all(told.get(key) == value for key, value in signed.items())
+
     def todo(self, only: Sequence[str] = ()) -> list[str]:
         """Return the arms to run, in order: all, or those in `only` with the arms whose shape they take; untrained ones last.
 
@@ -234,11 +252,13 @@ def run(
 
 def gathered(planned: Planned, out: Path, command: str | None = None) -> StudyResults:
     """Return the record of what is finished in the folder."""
+    runs = {planned.run_of(name) for name in planned.arms}
     return study_results.gather(
         out,
         planned.study,
         planned.arms,
         planned.groups,
+        {name: [seed for seed in planned.study.seeds if planned.finished(out, name, seed)] for name in runs},
         command=command,
         environment=environment().model_copy(update={"git": None}),
     )
@@ -257,61 +277,47 @@ class _Work:
     def settle(self, name: str, seed: int, place: str) -> None:
         """Run one arm with one seed unless it is finished; a UserError becomes its recorded reason."""
         failed = study_results.failure_of(self.out, name, seed)
+        if self.planned.finished(self.out, name, seed):
+            failed.unlink(missing_ok=True)
+            self.tell.say(f"{place} was done")
+            return
+        self.tell.say(place)
         try:
-            (self._compress if self.planned.arms[name].kind == "compress" else self._control)(name, seed, place)
+            (self._compress if self.planned.arms[name].kind == "compress" else self._control)(name, seed)
             failed.unlink(missing_ok=True)
         except UserError as error:
             self.tell.say(f"{place} failed: {error}")
             failed.parent.mkdir(parents=True, exist_ok=True)
             write_json(failed, {"reason": str(error)})
 
-    def _compress(self, name: str, seed: int, place: str) -> None:
-        folder = study_results.folder_of(self.out, name, seed)
-        settings = self.planned.recipes[name].model_copy(update={"seed": seed})
-        if _finished(folder, recipe.dump(settings)):
-            self.tell.say(f"{place} was done")
-            return
-        self.tell.say(place)
+    def _compress(self, name: str, seed: int) -> None:
         pipeline.run(
             self.planned.study.model,
             self.planned.study.data,
-            folder,
-            settings,
+            study_results.folder_of(self.out, name, seed),
+            self.planned.recipes[name].model_copy(update={"seed": seed}),
             command=self.command,
             trust_remote_code=self.trust_remote_code,
             tell=self.tell,
             cache=self.out / "cache",
         )
 
-    def _control(self, name: str, seed: int, place: str) -> None:
-        """Train an untrained control of a finished arm, unless that is done."""
+    def _control(self, name: str, seed: int) -> None:
+        """Train an untrained control of a finished arm."""
         arm, study, cache = self.planned.arms[name], self.planned.study, self.out / "cache"
         assert arm.like is not None
         assert arm.kind != "compress"
         like = self.planned.run_of(arm.like)
         if reason := self.planned.arms[like].reason:
             raise UserError(f"its shape is that of {like}, which cannot be planned: {reason}")
-        settings = recipe.dump(self.planned.recipes[like].model_copy(update={"seed": seed}))
-        run, folder = (study_results.folder_of(self.out, one, seed) for one in (like, name))
-        if not _finished(run, settings):
+        if not self.planned.finished(self.out, like, seed):
             raise UserError(f"its shape is that of {like} with seed {seed}, which is not finished.")
-        claim(folder, {"kind": arm.kind, "like": like, "recipe": settings})
-        if (folder / "control.json").exists():
-            self.tell.say(f"{place} was done")
-            return
-        self.tell.say(place)
+        run, folder = (study_results.folder_of(self.out, one, seed) for one in (like, name))
+        claim(folder, self.planned.signature(name, seed))
         done = controls.untrained(arm.kind, run, study.model, study.data, folder, tell=self.tell, cache=cache)
         (folder / "student-test.json").write_text(done.answers.model_dump_json(), encoding="utf-8")
         facts = {"parameters": done.parameters, "row_visits": done.row_visits, "seconds": done.seconds}
         write_json(folder / "control.json", facts)
-
-
-def _finished(folder: Path, settings: str) -> bool:
-    """Tell whether a run folder is finished and was started with this recipe."""
-    record = folder / "run.json"
-    if not (folder / "results.json").exists() or not record.exists():
-        return False
-    return bool(json.loads(record.read_text(encoding="utf-8")).get("recipe") == settings)
 
 
 def rounds_of(stages: Sequence[Stage]) -> Iterator[str]:

@@ -146,11 +146,12 @@ def gather(
     study: Study,
     arms: Mapping[str, Arm],
     groups: Sequence[Group],
+    finished: Mapping[str, Sequence[int]],
     *,
     command: str | None,
     environment: Environment,
 ) -> StudyResults:
-    """Return the record of what is finished in the folder of a study."""
+    """Return the record of what is `finished` (seeds by arm that was run) in the folder of a study."""
     answers: dict[str, Answers] = {}
     filled: dict[str, Arm] = {}
     first: Results | None = None
@@ -158,9 +159,9 @@ def gather(
         run = arm.same_as or name
         if run not in answers:
             like = arms[arm.like].same_as or arm.like if arm.like else run
-            answers[run] = _answers(out, run, like, study.seeds)
-        filled[name] = summarised(arm, answers[run], _costs(out, run, study.seeds), _failures(out, run, study.seeds))
-        first = first or _first(out, run, study.seeds)
+            answers[run] = _answers(out, run, like, finished[run])
+        filled[name] = summarised(arm, answers[run], _costs(out, run, finished[run]), _failures(out, run, study.seeds))
+        first = first or _first(out, run, finished[run])
     by_name = {name: answers[arm.same_as or name] for name, arm in arms.items()}
     teachers = {seed: one.accuracy for each in answers.values() for seed, one in sorted(each.teachers.items())}
     return StudyResults(
@@ -182,11 +183,9 @@ def _answers(out: Path, arm: str, like: str, seeds: Sequence[int]) -> Answers:
     """Read the answers of the finished seeds; the teacher's lie beside those of the arm whose shape was taken."""
     students, teachers = {}, {}
     for seed in seeds:
-        folder = folder_of(out, arm, seed)
-        if (folder / "results.json").exists() or (folder / "control.json").exists():
-            students[seed] = Evaluation.model_validate_json((folder / "student-test.json").read_bytes())
-            told = folder_of(out, like, seed) / "teacher-test.json"
-            teachers[seed] = Evaluation.model_validate_json(told.read_bytes())
+        folder, beside = folder_of(out, arm, seed), folder_of(out, like, seed)
+        students[seed] = Evaluation.model_validate_json((folder / "student-test.json").read_bytes())
+        teachers[seed] = Evaluation.model_validate_json((beside / "teacher-test.json").read_bytes())
     return Answers(students=students, teachers=teachers)
 
 
@@ -200,7 +199,7 @@ def _costs(out: Path, arm: str, seeds: Sequence[int]) -> dict[int, tuple[int, in
             assert one.student is not None
             assert one.totals is not None
             found[seed] = (one.student.parameters["total"], one.totals.row_visits, one.totals.seconds)
-        elif (folder / "control.json").exists():
+        else:
             told = json.loads((folder / "control.json").read_text(encoding="utf-8"))
             found[seed] = (told["parameters"], told["row_visits"], told["seconds"])
     return found
