@@ -7,7 +7,7 @@ import pytest
 from slimlmm import checkpoint, cli
 from tiny import tiny
 
-VERBS = ("inspect", "cut", "finetune", "compress", "study", "evaluate", "bench", "adreview", "demo")
+VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "adreview", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,14 @@ def test_inspect_counts_a_cut_model_as_the_cut_itself_does(teacher, tmp_path, mo
     assert told == checkpoint.load(tmp_path / "small").model.num_parameters()
 
 
+def test_plan_reports_json(teacher, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "plan", teacher, "--parameters", "30K", "--fix", "text.width=24", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["costs"]["parameters"]["planned"] <= 30_000
+    assert {"axis": "text.width", "now": 48, "planned": 24, "kept": 0.5, "given": "--fix"} in found["axes"]
+
+
 def test_cut_saves_a_plain_checkpoint(teacher, tmp_path, monkeypatch, capsys):
     code, out, _ = call(
         monkeypatch,
@@ -91,10 +99,30 @@ def test_cut_saves_a_plain_checkpoint(teacher, tmp_path, monkeypatch, capsys):
         (["compress", "TEACHER", "--data", "nowhere", "--out", "OUT", "--shrink", "2"], "no such file"),
         (["evaluate", "TEACHER", "--data", "ADS", "--split", "exam"], "'exam'"),
         (["adreview", "ADS"], "not empty"),
+        (["plan", "TEACHER"], "exactly one budget of --shrink, --parameters"),
+        (["plan", "TEACHER", "--shrink", "2", "--bytes", "1MB"], "not --shrink and --bytes"),
+        (["plan", "TEACHER", "--shrink", "1"], "--shrink 1: give a number above 1"),
+        (["plan", "TEACHER", "--latency-ms", "nan"], "--latency-ms nan: give a number above 0"),
+        (["plan", "TEACHER", "--parameters", "3Q"], "--parameters '3Q': give a number"),
+        (["plan", "TEACHER", "--bytes", "-1"], "--bytes '-1': give a number"),
+        (["plan", "TEACHER", "--parameters", "1B"], "nothing has to be cut"),
+        (["plan", "TEACHER", "--flops", "1T"], "nothing has to be cut"),
+        (["plan", "TEACHER", "--latency-ms", "1e9"], "nothing has to be cut"),
+        (["plan", "TEACHER", "--parameters", "10"], "Ask for --parameters"),
+        (["plan", "TEACHER", "--bytes", "1KB"], "Ask for --bytes"),
+        (["plan", "TEACHER", "--flops", "1"], "Ask for --flops"),
+        (["plan", "TEACHER", "--latency-ms", "0.001"], "smallest shape that the axes of 'llava' allow takes"),
+        (["plan", "TEACHER", "--shrink", "2", "--fix", "text.ffn"], "--fix:\n  'text.ffn' is not axis=size"),
+        (["plan", "TEACHER", "--shrink", "2", "--floor", "text.fnn=3"], "Did you mean 'text.ffn'"),
+        (["plan", "TEACHER", "--shrink", "2", "--data", "nowhere"], "no such file"),
+        (["plan", "TEACHER", "--shrink", "2", "--recipe", "nowhere"], "cannot read the recipe"),
+        (["plan", "TEACHER", "--recipe", "STAGES"], "lists stages, so there is nothing to plan"),
+        (["plan", "TEACHER", "--shrink", "2", "--out", "STAGES"], "exists; give a file that does not"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(words, message, teacher, ads, tmp_path, monkeypatch, capsys):
-    places = {"TEACHER": teacher, "OUT": tmp_path / "out", "ADS": ads}
+    places = {"TEACHER": teacher, "OUT": tmp_path / "out", "ADS": ads, "STAGES": tmp_path / "stages.yaml"}
+    places["STAGES"].write_text("stages: [{name: inner, rounds: [{sizes: {text.ffn: 32}}]}]")
     code, _, err = call(monkeypatch, capsys, *[places.get(word, word) for word in words])
     assert code == 2
     assert message in err

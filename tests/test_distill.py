@@ -7,6 +7,7 @@ from slimlmm.data import by_picture
 from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until
+from slimlmm.losses import DIVERGENCES, LOSSES, MATCHES, NEEDS_TEACHER
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 from tiny import tiny
@@ -18,13 +19,66 @@ def settings(**changes):
     return Training(**({"steps": 4, "pictures_per_step": 4, "log_every": 1} | changes))
 
 
-def test_distilling_a_model_from_itself_starts_at_zero_loss(tmp_path, rows):
+@pytest.fixture(scope="module")
+def itself(tmp_path_factory, rows):
+    """A teacher's cache, shared by what only reads it, and its processor."""
     model, processor = tiny(NAME)
-    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
+    return TeacherCache(model, Collator(processor, packed=True), tmp_path_factory.mktemp("cache")), processor
+
+
+def student_of(cache, noise=0.0):
+    """A copy of the teacher, its matrices disturbed by `noise` of their size."""
     student, _ = tiny(NAME)
-    student.load_state_dict(model.state_dict())
-    result = train(student, processor, rows.train, settings(losses={"forward_kl": 1.0}), tmp_path, teacher=cache)
-    assert result.first_loss == pytest.approx(0, abs=1e-4)
+    student.load_state_dict(cache.model.state_dict())
+    torch.manual_seed(1)
+    for parameter in student.parameters():
+        if noise and parameter.ndim > 1:
+            parameter.data.add_(noise * parameter.std(correction=0) * torch.randn_like(parameter))
+    return student
+
+
+def test_distilling_a_model_from_itself_starts_at_zero_of_all_divergences(tmp_path, rows, itself):
+    cache, processor = itself
+    every = settings(steps=1, losses=dict.fromkeys(DIVERGENCES, 1.0), temperature=2.0)
+    result = train(student_of(cache), processor, rows.train, every, tmp_path, teacher=cache)
+    assert result.first_loss == pytest.approx(0, abs=2e-4)
+    assert {f"loss/{name}" for name in DIVERGENCES} < result.history[0].keys()
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "picture_states"])  # that one is pulled below
+def test_training_on_one_loss_alone_lowers_it(tmp_path, rows, itself, loss):
+    cache, processor = itself
+    alone = settings(steps=8, learning_rate=3e-3, losses={loss: 1.0}, temperature=1.5)
+    result = train(student_of(cache, 1.0), processor, rows.train, alone, tmp_path, teacher=cache)
+    assert 0 < result.last_loss < 0.95 * result.first_loss
+    assert result.flops > 0
+
+
+def test_a_hot_training_sees_one_quadratic_in_every_divergence(tmp_path, rows, itself):
+    """For close distributions KL is four times the Jensen-Shannon divergence; heat brings them close."""
+    cache, processor = itself
+    ratios = []
+    for temperature in (1.0, 30.0):
+        losses = settings(steps=1, losses={"forward_kl": 1.0, "jensen_shannon": 1.0}, temperature=temperature)
+        result = train(student_of(cache, 1.0), processor, rows.train, losses, tmp_path, teacher=cache)
+        ratios.append(result.history[0]["loss/forward_kl"] / result.history[0]["loss/jensen_shannon"])
+    assert ratios[0] > 4.2
+    assert ratios[1] == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("losses", [["answer_states"], ["answer_states", "picture_states", "cross_entropy"]])
+def test_states_of_a_model_match_its_own(tmp_path, rows, itself, losses):
+    cache, processor = itself
+    result = train(
+        student_of(cache),
+        processor,
+        rows.train,
+        settings(steps=1, losses=dict.fromkeys(losses, 1.0)),
+        tmp_path,
+        teacher=cache,
+    )
+    for name in MATCHES.keys() & losses:
+        assert result.history[0][f"loss/{name}"] < 0.02, name  # the ridge of the readout alone
 
 
 def test_picture_states_of_a_model_match_its_own_and_pull_another_tower_towards_them(tmp_path, rows):
@@ -64,12 +118,11 @@ def test_only_picture_states_stops_at_the_language_model_with_the_same_loss_and_
     assert len(ran) == 2
 
 
-def test_a_readout_alone_stays_at_its_optimum(tmp_path, rows):
-    """Gradients of the readout, which the Trainer does not own, must not pile up from step to step."""
-    model, processor = tiny(NAME)
-    cache = TeacherCache(model, Collator(processor, packed=True), tmp_path / "cache")
-    student, _ = tiny(NAME)
-    torch.manual_seed(1)
+@pytest.mark.parametrize("losses", [["picture_states"], ["answer_states", "picture_states"]])
+def test_readouts_alone_stay_at_their_optimum(tmp_path, rows, itself, losses):
+    """Gradients of the readouts, which the Trainer does not own, must not pile up from step to step."""
+    cache, processor = itself
+    student = student_of(cache)
     for parameter in student.model.vision_tower.parameters():
         parameter.data.add_(parameter.std(correction=0) * torch.randn_like(parameter))
     frozen = settings(
@@ -77,7 +130,7 @@ def test_a_readout_alone_stays_at_its_optimum(tmp_path, rows):
         log_every=10,
         learning_rate=3e-3,
         schedule="constant_with_warmup",
-        losses={"picture_states": 1.0},
+        losses=dict.fromkeys(losses, 1.0),
         freeze=("vision", "text", "projector"),
     )
     history = train(student, processor, rows.train, frozen, tmp_path, teacher=cache).history
@@ -135,10 +188,14 @@ def test_the_patch_embedding_is_frozen_by_default(tmp_path, rows):
     assert torch.equal(model.state_dict()[name], before)
 
 
-def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path, rows):
+def test_losses_that_need_a_teacher_are_refused_by_name_without_one(tmp_path, rows):
     model, processor = tiny(NAME)
     with pytest.raises(UserError, match="forward_kl needs a teacher"):
         train(model, processor, rows.train, settings(), tmp_path)
+    every = settings(losses=dict.fromkeys(LOSSES, 1.0))
+    with pytest.raises(UserError) as refusal:
+        train(model, processor, rows.train, every, tmp_path)
+    assert all(name in str(refusal.value).partition(" needs ")[0] for name in NEEDS_TEACHER)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, rows):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimlmm import pipeline, plan, recipe
+from slimlmm import plan, recipe
 from slimlmm.anatomy import describe
 from slimlmm.checkpoint import load_config
 from slimlmm.demo import bundled
@@ -64,9 +64,9 @@ def test_heads_that_no_size_can_split_are_refused_with_the_numbers():
 
 def test_stages_that_devices_cannot_split_are_refused():
     stages = (Stage(name="inner", rounds=(Round(sizes={"text.ffn": 1023}),)),)
-    pipeline.check_stages(real(), stages)
+    plan.check_stages(real(), stages)
     with pytest.raises(UserError, match="1023 neurons cannot be shared by 2 devices"):
-        pipeline.check_stages(real(), stages, 2)
+        plan.check_stages(real(), stages, 2)
 
 
 def test_the_published_plan_can_be_made_again():

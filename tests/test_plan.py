@@ -3,10 +3,57 @@ import torch
 
 from slimlmm import plan
 from slimlmm.anatomy import describe
+from slimlmm.checkpoint import load_config
+from slimlmm.demo import bundled
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
 from slimlmm.resizing import predict_parameters, resized
-from tiny import NAMES, tiny
+from tiny import NAMES, tiny, tiny_config
+
+#: sizes that were chosen before other budgets than `shrink` came: (model, shrink) -> sizes in the order of the axes
+CHOSEN = {
+    (
+        "llava-clip-llama",
+        2.5,
+    ): "2 68 3 24 3 44 16",
+    (
+        "llava-siglip-qwen2",
+        2.5,
+    ): "2 68 2 24 3 40 16",
+    (
+        "llava-dinov2-llama",
+        2.5,
+    ): "2 48 3 30 2 64 3 20",
+    (
+        "smolvlm",
+        2.5,
+    ): "2 48 3 30 3 44 16",
+    (
+        "idefics3",
+        2.5,
+    ): "2 48 3 24 2 44 24",
+    ("qwen2_5_vl", 2.5): "2 48 32 2 32 16",
+    (
+        "blip2-opt",
+        2.5,
+    ): "2 48 32 2 40 16 4 36 12",
+    (
+        "teacher",
+        2.5,
+    ): "2 1152 3 360 6 1152 6 256",
+    (
+        "teacher",
+        18,
+    ): "2 512 2 144 4 1152 3 64",
+}
+
+
+@pytest.mark.parametrize(("name", "shrink"), CHOSEN)
+def test_the_same_shrink_gives_the_same_sizes(name, shrink):
+    teacher = name == "teacher"
+    config = load_config(bundled("teacher")) if teacher else tiny_config(name)
+    sizes = plan.sizes_for(config, shrink, predict_parameters(config, {}), {"vocab": 1092} if teacher else None)
+    assert " ".join(map(str, sizes.values())) == CHOSEN[name, shrink]
 
 
 @pytest.mark.parametrize("name", NAMES)

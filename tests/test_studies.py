@@ -143,8 +143,8 @@ def test_fewer_rows_and_fewer_rounds_take_as_many_visits_to_the_same_size(planne
 
 
 def test_what_cannot_be_reached_is_skipped_with_the_numbers(planned):
-    assert "--shrink 1000 needs" in planned.arms["frontier-1000"].reason
-    assert "allow in blocks has" in planned.arms["only-blocks"].reason
+    assert "--shrink 1000 allows" in planned.arms["frontier-1000"].reason
+    assert "allow in blocks takes" in planned.arms["only-blocks"].reason
     assert not {"frontier-1000", "only-blocks"} & set(planned.todo())
     told = {arm["name"]: arm for arm in study.dry(planned)["arms"]}
     assert told["only-blocks"]["skipped"]

@@ -37,6 +37,18 @@ def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows)
     assert torch.equal(again.of(batch), first.of(batch))
 
 
+def test_picture_states_alone_do_not_run_the_language_model(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    batch = collator(by_picture(rows.train[:30], 16))
+    wanted = TeacherCache(model, collator, tmp_path / "whole").pictures(batch)
+    cache = TeacherCache(model, collator, tmp_path / "states")
+    live, cache.live = cache.live, None  # a call would fail
+    assert torch.equal(cache.pictures(batch, answers=False), wanted)
+    cache.live = live
+    assert len(cache.of(batch)) == int((batch["shift_labels"] != -100).sum())
+
+
 def test_a_second_run_reads_from_disk_and_never_runs_the_teacher(tmp_path, rows, monkeypatch):
     model, processor = tiny(NAME)
     collator = Collator(processor, packed=True)

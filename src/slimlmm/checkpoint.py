@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from slimlmm import __version__
@@ -129,6 +129,24 @@ def load_config(model_id: str | Path, *, trust_remote_code: bool = False) -> Any
     except _BROKEN as error:
         place = "" if local else f"There is no folder {model_id}, and as a hub id: "
         raise UserError(f"{model_id}: its configuration cannot be read. {place}{_first_line(error)}") from error
+
+
+def load_processor(model_id: str | Path, config: Any, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return the processor and the generation config of a local folder (never online) or a hub id; no weights are read.
+
+    Raises:
+        UserError: the processor cannot be built; the message says why.
+    """
+    local = _local_folder(model_id)
+    where, only = str(local or model_id), local is not None
+    processor, note = _load_processor(where, {"local_files_only": only, "trust_remote_code": trust_remote_code})
+    if processor is None:
+        raise UserError(f"{model_id}: has no processor that can be loaded. {note}")
+    try:
+        generation = GenerationConfig.from_pretrained(where, local_files_only=only)
+    except OSError:  # none beside the weights: what the stock class does without
+        generation = GenerationConfig.from_model_config(config)
+    return processor, generation
 
 
 def folder_of(model_id: str | Path) -> Path:

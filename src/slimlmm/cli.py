@@ -203,6 +203,51 @@ def compress(
     _report(found.model_dump(mode="json"), json_out, lambda: Console().print(report.final_table(found)))
 
 
+@app.command(epilog="Example: `slimlmm plan MODEL --latency-ms 30 --fix text.width=512 --out recipe.yaml`")
+def plan(
+    model: Model,
+    shrink: Annotated[float | None, typer.Option(help="Budget: parameters now over those planned.")] = None,
+    parameters: Annotated[str | None, typer.Option(help="Budget: parameters, such as 300M or 0.3B.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--bytes", help="Budget: bytes in the config's number format, such as 600MB.")
+    ] = None,
+    flops: Annotated[
+        str | None, typer.Option(help="Budget: FLOPs of an answer as inspect counts, such as 500G.")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Budget: milliseconds an answer, measured here with random models.")
+    ] = None,
+    floor: Annotated[list[str] | None, typer.Option(help="axis=size: the least size of an axis; repeat.")] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="axis=size: a given size, the rest is chosen; repeat.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe for order, multiples, tensor_parallel, row_visits.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows: count the vocabulary trimmed to them.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write the recipe for compress to.")] = None,
+    quiet: Quiet = False,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the shape chosen for a budget, its predicted cost and its rounds; nothing is cut or trained."""
+    from slimlmm import planning
+    from slimlmm.progress import reporter
+
+    values = (shrink, parameters, size, flops, latency_ms)
+    with reporter(quiet) as tell:
+        found = planning.plan(
+            model,
+            dict(zip(planning.BUDGETS, values, strict=True)),
+            floors=floor or (),
+            fixes=fix or (),
+            recipe=recipe,
+            source=data,
+            out=out,
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+        )
+    _report(found, json_out, lambda: Console().print(planning.view(found), highlight=False))
+
+
 @app.command(
     epilog="Example: `slimlmm study STUDY.yaml --out runs/study --dry-run`",
     context_settings={"allow_extra_args": True},  # --arms a b

@@ -65,6 +65,13 @@ class Prompter:
         return prompt, text[: text.index(end) + len(end)] if end in text else text.rstrip() + end
 
 
+def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
+    """Return every prompt and answer of the rows as the model sees them, once."""
+    prompter = Prompter(processor)
+    pairs = {(row.question, row.answer) for row in rows}
+    return sorted({text for pair in pairs for text in prompter.turns(*pair)})
+
+
 @dataclass(slots=True)
 class _Encoded:
     """One row as tokens: prompt ids (picture placeholders expanded), answer ids, and the prompt's other per-token tensors."""

@@ -215,6 +215,7 @@ def finetune(
             rows,
             phase,
             out.parent / f".{out.name}.training",
+            validation=validation,
             seed=seed,
             progress=lambda facts: tell.step("fine-tuning", facts["step"], facts["steps"], loss=facts["loss"]),
         )

@@ -19,9 +19,12 @@ from slimlmm.collate import Collator
 from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
+from slimlmm.labels import file_of, labelled
+from slimlmm.lessons import asked_of
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Stage, Training, read
 from slimlmm.results import Results
+from slimlmm.runfolder import RunFolder
 from slimlmm.teacher import TeacherCache
 
 Untrained = Literal["scratch", "random-init"]
@@ -71,23 +74,25 @@ def untrained(
     """
     settings, found = read(run / "recipe.yaml"), Results.load(run / "results.json")
     last = _last_training(settings, run)
-    splits = data.load(source, max_bad_share=settings.data.max_bad_share, seed=settings.seed)
-    rows = data.sample(splits.need("train", source), settings.data.train_rows, settings.seed)
+    folder = RunFolder(run, cache)
+    rows, test = _rows(folder, settings, model, source, tell)
     torch.manual_seed(settings.seed)
     processor = checkpoint.load(run / "final").processor
     # trained in full precision as the student was, whatever format its files are in
     config = AutoConfig.from_pretrained(run / "final")
     student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(_device())
-    asked = found.totals.row_visits if found.totals else 0
+    visits = found.totals.row_visits if found.totals else 0
     training = Training(
-        steps=max(1, round(asked / rows_a_step(rows, 16, last.questions_per_picture))),
+        steps=max(1, round(visits / rows_a_step(rows, 16, last.questions_per_picture))),
         pictures_per_step=16,
         questions_per_picture=last.questions_per_picture,
         learning_rate=RATE,
         freeze=(),
         losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
+        temperature=last.temperature,
     )
-    teacher = None if kind == "scratch" else _teacher(run, model, settings, rows, cache or run / "cache")
+    asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
+    teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)
     done = train(
         student,
         processor,
@@ -95,10 +100,10 @@ def untrained(
         training,
         out / "training",
         teacher=teacher,
+        taught=taught,
         seed=settings.seed,
         progress=lambda facts: tell.step(f"{kind} training", facts["step"], facts["steps"], loss=facts["loss"]),
     )
-    test = data.sample(splits.need("test", source), settings.data.test_rows, settings.seed)
     answers = evaluate(student.eval(), processor, test)
     return Trained(answers, student.num_parameters(), done.row_visits, done.seconds)
 
@@ -116,6 +121,21 @@ def _last_training(settings: Recipe, run: Path) -> Training:
             f"{run} trained nothing, so an untrained control has no row visits to match; give it a training."
         )
     return trainings[-1]
+
+
+def _rows(
+    folder: RunFolder, settings: Recipe, model: str | Path, source: str | Path, tell: Reporter
+) -> tuple[list[data.Row], list[data.Row]]:
+    """Return train and test rows as that run had them, with the answers that it has from the teacher."""
+    used, seed = settings.data, settings.seed
+    bare = used.answers != "given"
+    splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare)
+    rows = splits.need("train", source)
+    if bare:
+        loaded = checkpoint.load(model, device=_device())
+        rows = labelled(loaded, rows, file_of(folder, loaded, rows), tell, every=used.answers == "teacher")
+    test = splits.need("test", source)
+    return data.sample(rows, used.train_rows, seed), data.sample(test, used.test_rows, seed)
 
 
 def _teacher(run: Path, model: str | Path, settings: Recipe, rows: list[data.Row], cache: Path) -> TeacherCache:

@@ -207,15 +207,20 @@ def _zero_model(config: Any) -> Any:
 def _counted(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, float]:
     """Return FLOPs of one answer by module, each without what its children spent."""
     outputs, seen = model.get_output_embeddings(), [0]
-    inputs = {key: value for key, value in batch.items() if key != "decoder_input_ids"}
     with _no_head(outputs, seen), torch.no_grad(), flop_counter() as counter, _by_module(model, counter) as spent:
-        model.generate(
-            **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0
-        )
+        generate(model, batch, tokens)
     if isinstance(outputs, nn.Linear):
         head = next(name for name, module in model.named_modules() if module is outputs)
         spent[head] = 2.0 * outputs.weight.numel() * seen[0]
     return {name: flops for name, flops in spent.items() if flops > 0}
+
+
+def generate(model: Any, batch: Mapping[str, torch.Tensor], tokens: int) -> None:
+    """Answer a picture prompt greedily, with a cache, by exactly `tokens` tokens."""
+    inputs = {key: value for key, value in batch.items() if key != "decoder_input_ids"}
+    model.generate(
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0
+    )
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import io
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,14 @@ class Splits:
         return rows
 
 
-def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0) -> Splits:
+def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0, unlabelled: bool = False) -> Splits:
     """Read all splits of a folder or file, check every row, and split validation off train when it is missing.
 
     Args:
         source: a folder with ``train/validation/test`` files or sub-folders, a ``datasets`` folder, or one file (= train).
         max_bad_share: the share of rows in [0, 1] that may be skipped as broken before the run is refused.
         seed: of the split into train and validation.
+        unlabelled: whether train rows may lack an answer (it is then empty); those never go to validation.
 
     Raises:
         UserError: nothing readable, no rows, or more broken rows than allowed (with the counts and the first of each kind).
@@ -93,7 +94,13 @@ def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0) -> S
     splits = Splits()
     for split, tables in _tables(source).items():
         raw = [record for table in tables for record in _records(table)]
-        rows = check(raw, name=f"{source}: {split}", max_bad_share=max_bad_share, notes=splits.notes)
+        rows = check(
+            raw,
+            name=f"{source}: {split}",
+            max_bad_share=max_bad_share,
+            notes=splits.notes,
+            unlabelled=unlabelled and split == "train",
+        )
         setattr(splits, split, rows)
     if not (splits.train or splits.validation or splits.test):
         raise UserError(f"{source}: no rows found in any split.")
@@ -104,7 +111,9 @@ def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0) -> S
 
 def _split_validation_off(splits: Splits, seed: int) -> None:
     """Move about a tenth of the train pictures (with all their rows) to validation, and say so."""
-    pictures = sorted({row.picture_key() for row in splits.train})
+    pictures = sorted(
+        {row.picture_key() for row in splits.train} - {row.picture_key() for row in splits.train if not row.answer}
+    )
     random.Random(seed).shuffle(pictures)
     taken = set(pictures[: max(1, int(len(pictures) * VALIDATION_SHARE))]) if len(pictures) > 1 else set()
     splits.validation = [row for row in splits.train if row.picture_key() in taken]
@@ -163,7 +172,12 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
 
 
 def check(
-    raw: Sequence[Mapping[str, Any]], *, name: str, max_bad_share: float = 0.01, notes: list[str] | None = None
+    raw: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    max_bad_share: float = 0.01,
+    notes: list[str] | None = None,
+    unlabelled: bool = False,
 ) -> list[Row]:
     """Turn raw records into rows, decoding every picture once; broken ones are counted, named and skipped.
 
@@ -180,7 +194,7 @@ def check(
 
     for number, record in enumerate(raw):
         try:
-            rows.append(parse(record, number))
+            rows.append(parse(record, number, unlabelled=unlabelled))
         except ValueError as error:
             bad(str(error), str(record.get("id") or f"row {number + 1}"))
     broken = _broken_pictures(rows)
@@ -224,12 +238,15 @@ def _broken_pictures(rows: Sequence[Row]) -> dict[str, str]:
         return {key: verdict for key, verdict in zip(distinct, verdicts, strict=True) if verdict}
 
 
-def parse(record: Mapping[str, Any], number: int) -> Row:
-    """Turn one raw record (short or conversational form) into a row; ValueError says what is missing."""
+def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False) -> Row:
+    """Turn one raw record (short or conversational form) into a row; ValueError says what is missing.
+
+    With `unlabelled` an answer may be, and is then empty.
+    """
     question: Any
     answer: Any
     if record.get("messages"):
-        question, answer = _turns(record["messages"])
+        question, answer = _turns(record["messages"], unlabelled)
         images = record.get("images") or [record.get("image")]
         if len(images) != 1:
             raise ValueError(f"{len(images)} pictures in one row (one is supported)")
@@ -238,8 +255,9 @@ def parse(record: Mapping[str, Any], number: int) -> Row:
         question, answer, image = record.get("question"), record.get("answer"), record.get("image")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("empty question")
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError("empty answer")
+    answer = answer if isinstance(answer, str) else ""
+    if not answer.strip() and not unlabelled:
+        raise ValueError("empty answer (of train rows the teacher can give them: data.answers: filled in the recipe)")
     identity = str(record.get("id") or f"row-{number + 1}")
     picture = _picture(image, Path(record.get("_folder") or "."))
     return Row(identity, picture, question.strip(), answer.strip(), str(record.get("task") or ""))
@@ -257,8 +275,10 @@ def _picture(image: object, folder: Path) -> Path | bytes:
     return folder / image
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def _turns(messages: Sequence[Mapping[str, Any]], unlabelled: bool) -> tuple[str, str]:
     roles = [message.get("role") for message in messages]
+    if unlabelled and roles == ["user"]:
+        return _text(messages[0]["content"]), ""
     if roles != ["user", "assistant"]:
         raise ValueError(f"messages must be one user and one assistant turn, not {roles}")
     return _text(messages[0]["content"]), _text(messages[1]["content"])
@@ -268,6 +288,11 @@ def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(content, str):
         return content.replace("<image>", "")
     return "\n".join(part["text"] for part in content if part.get("type") == "text" and part.get("text"))
+
+
+def rows_per_picture(rows: Sequence[Row]) -> int:
+    """Return how many rows share a picture, on average."""
+    return round(len(rows) / len({row.picture_key() for row in rows}))
 
 
 def by_picture(rows: Sequence[Row], most: int) -> list[list[Row]]:
@@ -290,11 +315,6 @@ def sample(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
         if len(taken) == count:
             break
     return taken
-
-
-def relabel(rows: Sequence[Row], answers: Callable[[Row], str]) -> list[Row]:
-    """Return the rows with other answers (the teacher's)."""
-    return [replace(row, answer=answers(row)) for row in rows]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """Recovery training and fine-tuning: a `transformers.Trainer` whose loss sees answer tokens only.
 
-With a teacher cache the loss is distillation (cross-entropy + forward KL + pairwise margin), without one it is fine-tuning.
+With a teacher cache the losses may be those of distillation (divergences, matches of states), without one it is fine-tuning.
 accelerate, FSDP, DeepSpeed, loggers and checkpoints come with the Trainer.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,23 @@ from transformers import (
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
-from slimlmm.collate import IGNORE, Batch, Collator
+from slimlmm.collate import Batch, Collator
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
-from slimlmm.losses import NEEDS_TEACHER, Seen, combine, fitted_readout
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
+from slimlmm.losses import (
+    DIVERGENCES,
+    MATCHES,
+    NEEDS_TEACHER,
+    TEACHER_ENTRIES,
+    Match,
+    Seen,
+    combine,
+)
 from slimlmm.recipe import Training
+from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache
 
 Progress = Callable[[dict[str, float]], None]
@@ -47,16 +55,27 @@ class TrainResult(BaseModel):
     """What a training took and gave.
 
     Losses are means per answer token; `history` holds one record per logging interval. `flops` are those of the student's
-    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it).
+    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it). `looks` are
+    (step, validation loss), `kept_step` is the step whose weights stayed.
     """
 
     steps: int
     row_visits: int
     seconds: float
     flops: float
-    first_loss: float | None
-    last_loss: float | None
     history: list[dict[str, float]]
+    looks: list[tuple[int, float]]
+    kept_step: int
+
+    @property
+    def first_loss(self) -> float | None:
+        """Mean loss of the first logging interval, None where there was none."""
+        return self.history[0]["loss"] if self.history else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Mean loss of the last logging interval, None where there was none."""
+        return self.history[-1]["loss"] if self.history else None
 
 
 class _Groups(Dataset[list[Row]]):
@@ -72,14 +91,6 @@ class _Groups(Dataset[list[Row]]):
         return self.groups[index]
 
 
-@dataclass(slots=True)
-class PictureMatch:
-    """The picture_states loss of one training: where the student's states are looked up, and their readout."""
-
-    block: nn.Module
-    readout: nn.Linear
-
-
 class DistillTrainer(Trainer):
     """Trainer with the summed answer-token losses divided by the global answer-token count."""
 
@@ -88,13 +99,15 @@ class DistillTrainer(Trainer):
         *args: Any,
         weights: Mapping[Any, float],
         teacher: TeacherCache | None,
-        pictures: PictureMatch | None = None,
+        readouts: Readouts,
+        temperature: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.weights = weights
         self.teacher = teacher
-        self.pictures = pictures
+        self.readouts = readouts
+        self.temperature = temperature
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
@@ -118,30 +131,30 @@ class DistillTrainer(Trainer):
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
-        loss = parts["total"] / count * self.accelerator.num_processes
+        total = parts["total"]
+        if self.accelerator.num_processes > 1 and self.weights.keys() <= MATCHES.keys():
+            # these leave the logits alone, and DDP waits for a gradient of everything that its outputs come from
+            total = total + 0 * shown.student_AV.sum()
+        loss = total / count * self.accelerator.num_processes
         return (loss, {"logits": shown.student_AV}) if return_outputs else loss
 
     def seen(self, model: Any, inputs: Batch) -> Seen:
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
-        pictures, alone = self.pictures, self.accelerator.num_processes == 1
-        if pictures and alone and set(self.weights) == {"picture_states"}:
-            seen = [states_until(model, pictures.block, inputs)]
-            labels_A = inputs["shift_labels"][inputs["shift_labels"] != IGNORE]
-            logits_AV = seen[0].new_empty(len(labels_A), 0)
-        else:
-            looking: AbstractContextManager[list[Tensor]] = (
-                states_into(pictures.block, inputs["picture_tokens"]) if pictures else nullcontext([])
-            )
-            with looking as seen:
-                logits_AV, labels_A, _ = answer_logits(model, inputs)
-        hidden_AH = inputs.get("teacher_hidden")
+        stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
+        logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
+        teacher_AV = None
+        if self.teacher and not DIVERGENCES.keys().isdisjoint(self.weights):
+            teacher_AV = self.teacher.logits(inputs["teacher_hidden"])
         return Seen(
             logits_AV.float(),
             labels_A,
-            teacher_AV=self.teacher.logits(hidden_AH) if self.teacher and hidden_AH is not None else None,
-            student_NS=seen[0].float() if pictures else None,
-            teacher_NH=inputs.get("teacher_pictures"),
-            readout=pictures.readout if pictures else None,
+            teacher_AV,
+            {
+                name: Match(matched_tokens(inputs, name, states[name]).float(), inputs[TEACHER_ENTRIES[name]], readout)
+                for name, readout in self.readouts.maps.items()
+            },
+            self.temperature,
+            inputs.get("taught_answers"),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,43 +206,77 @@ def train(
     out: Path,
     *,
     teacher: TeacherCache | None = None,
+    taught: Taught = None,
+    validation: Sequence[Row] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
+    `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone, and
+    not at all in a training that has no such loss. `validation` are the rows that ``settings.validate_every`` looks at.
+
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
-    _check_settings(settings, rows, teacher)
-    collate = _collator(model, processor, rows, teacher, settings.losses)
-    anatomy = describe(model.config)
-    groups, report = _Groups(rows, settings.questions_per_picture), _Report(progress)
-    pictures = _picture_match(model, anatomy, settings, teacher, collate, groups)
+    _check_settings(settings, rows, teacher, validation)
+    anatomy, report = describe(model.config), _Report(progress)
+    groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teacher, taught)
+    keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed),
         data_collator=collate,
         train_dataset=groups,
-        optimizers=(_optimizer(model, anatomy, settings, pictures), None),
+        optimizers=(_optimizer(model, anatomy, settings, readouts), None),
         weights=dict(settings.losses),
         teacher=teacher,
-        pictures=pictures,
-        callbacks=[report],
+        readouts=readouts,
+        temperature=settings.temperature,
+        callbacks=[report, *keeper],
     )
     row_flops = _row_flops(trainer, model, collate([groups[0]]))
     began = time.perf_counter()
     _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
-    history = report.history
     return TrainResult(
         steps=trainer.state.global_step,
         row_visits=trainer.row_visits,
         seconds=time.perf_counter() - began,
         flops=row_flops * trainer.row_visits,
-        first_loss=history[0]["loss"] if history else None,
-        last_loss=history[-1]["loss"] if history else None,
-        history=history,
+        history=report.history,
+        looks=[look for one in keeper for look in one.looks],
+        kept_step=keeper[0].kept if keeper else trainer.state.global_step,
     )
+
+
+def _keeper(model: PreTrainedModel, processor: Any, rows: Sequence[Row], settings: Training) -> list[KeepBest]:
+    """Return the callback that looks at the validation rows, none where the recipe wants no look."""
+    if settings.validate_every is None:
+        return []
+    collator = Collator(processor, packed=can_pack(model, processor, rows))
+    groups = by_picture(rows, settings.questions_per_picture)
+    batches = [collator(groups[at : at + 16]) for at in range(0, len(groups), 16)]
+    return [KeepBest(model, batches, settings.validate_every, settings.stop_after)]
+
+
+def _lessons(
+    model: PreTrainedModel,
+    processor: Any,
+    anatomy: Anatomy,
+    rows: Sequence[Row],
+    settings: Training,
+    teacher: TeacherCache | None,
+    taught: Taught,
+) -> tuple[_Groups, Collate, Readouts]:
+    """Return what a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
+    known = [row for row in rows if taught is None or row.picture_key() in taught]
+    packed = can_pack(model, processor, rows)
+    collate = collator_for(processor, packed=packed, teacher=teacher, losses=settings.losses, taught=taught)
+    few = _Groups(known, settings.questions_per_picture)
+    readouts = fitted_readouts(model, anatomy, settings, collate, few.groups[:32])
+    if set(settings.losses) <= NEEDS_TEACHER:  # the other rows would teach nothing
+        return few, collate, readouts
+    return _Groups(rows, settings.questions_per_picture), collate, readouts
 
 
 def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teacher: TeacherCache | None) -> None:
@@ -244,9 +291,17 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
                 teacher.flush()
 
 
-def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCache | None) -> None:
+def _check_settings(
+    settings: Training, rows: Sequence[Row], teacher: TeacherCache | None, validation: Sequence[Row]
+) -> None:
     if not rows:
         raise UserError("no rows to train on.")
+    if settings.validate_every and not validation:
+        raise UserError("train.validate_every needs validation rows, and there are none.")
+    if settings.validate_every and set(settings.losses) == {"picture_states"}:
+        raise UserError(
+            "train.validate_every looks at answers, which picture_states alone does not train; leave it out."
+        )
     if settings.pictures_per_step % settings.accumulate:
         raise UserError(
             f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}."
@@ -258,50 +313,6 @@ def _check_settings(settings: Training, rows: Sequence[Row], teacher: TeacherCac
         )
 
 
-def _collator(
-    model: PreTrainedModel,
-    processor: Any,
-    rows: Sequence[Row],
-    teacher: TeacherCache | None,
-    losses: Mapping[Any, float],
-) -> Callable[[list[list[Row]]], Batch]:
-    """Return the Trainer's collator: a packed batch where the model allows it, with what the losses ask of the teacher."""
-    collator = Collator(processor, packed=can_pack(model, processor, rows))
-
-    def collate(groups: list[list[Row]]) -> Batch:
-        batch = collator(groups)
-        batch["labels"] = batch["shift_labels"]
-        batch["row_count"] = torch.tensor(len(batch["rows"]))
-        if teacher and "picture_states" in losses:
-            batch["teacher_pictures"] = teacher.pictures(batch)
-        if teacher and "forward_kl" in losses:
-            batch["teacher_hidden"] = teacher.of(batch)
-        del batch["rows"], batch["heads"]
-        return batch
-
-    return collate
-
-
-def _picture_match(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    settings: Training,
-    teacher: TeacherCache | None,
-    collate: Callable[[list[list[Row]]], Batch],
-    groups: _Groups,
-) -> PictureMatch | None:
-    """Return the picture_states loss with its readout fitted on 32 pictures; None where the recipe does not weigh it."""
-    if teacher is None or "picture_states" not in settings.losses:
-        return None
-    block, student, wanted = first_text_block(model, anatomy), [], []
-    with torch.inference_mode():
-        for start in range(0, min(32, len(groups)), 8):
-            batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
-            student.append(states_until(model, block, batch))
-            wanted.append(batch["teacher_pictures"])
-    return PictureMatch(block, fitted_readout(torch.cat(student), torch.cat(wanted)))
-
-
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
     """Return floating-point operations per row of one forward and backward pass, as far as the losses look."""
     counter = flop_counter()
@@ -309,8 +320,7 @@ def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) ->
     with counter:
         combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)
-    if trainer.pictures:
-        trainer.pictures.readout.zero_grad(set_to_none=True)
+    trainer.readouts.clear()
     return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
@@ -365,7 +375,7 @@ def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
 
 
 def _optimizer(
-    model: PreTrainedModel, anatomy: Anatomy, settings: Training, pictures: PictureMatch | None
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts
 ) -> torch.optim.Optimizer:
     """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -375,8 +385,8 @@ def _optimizer(
         scale = _rate_scale(name, anatomy, settings)
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
-    if pictures:
-        groups.setdefault((1.0, 0.0), []).extend(pictures.readout.parameters())
+    if readouts.maps:
+        groups.setdefault((1.0, 0.0), []).extend(readouts.parameters())
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
@@ -385,20 +395,19 @@ def _optimizer(
         betas=(0.9, 0.98),
         fused=True,
     )
-    if pictures:
-        _own(optimizer, pictures.readout)
+    _own(optimizer, readouts)
     return optimizer
 
 
-def _own(optimizer: torch.optim.Optimizer, readout: nn.Linear) -> None:
-    """Share out and clear the readout's gradients at every step: the Trainer does so for its model, and that has no readout."""
+def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:
+    """Share out and clear the readouts' gradients at every step: the Trainer does so for its model, and that has no readout."""
 
     def share(*_: Any) -> None:
-        for parameter in readout.parameters():
+        for parameter in readouts.parameters():
             parameter.grad = reduce(parameter.grad, "mean")
 
     optimizer.register_step_pre_hook(share)
-    optimizer.register_step_post_hook(lambda *_: readout.zero_grad())
+    optimizer.register_step_post_hook(lambda *_: readouts.clear())
 
 
 def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:

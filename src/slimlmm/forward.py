@@ -25,6 +25,8 @@ NOT_INPUTS = (
     "picture_tokens",
     "teacher_hidden",
     "teacher_pictures",
+    "taught_answers",
+    "taught_pictures",
 )
 
 

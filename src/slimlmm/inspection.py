@@ -71,8 +71,8 @@ def inspect(
     }
 
 
-def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
-    """Parse ``axis=size`` words; all problems at once."""
+def sizes_of(texts: Iterable[str], anatomy: Anatomy, option: str = "--set") -> dict[str, int]:
+    """Parse the ``axis=size`` words of an option; all problems at once."""
     sizes, problems = {}, []
     for text in texts:
         name, _, value = text.partition("=")
@@ -94,7 +94,7 @@ def sizes_of(texts: Iterable[str], anatomy: Anatomy) -> dict[str, int]:
             problems.append(f"{text}: the axis has {axis.size}; give 1 to {axis.size}")
         sizes[name] = int(value)
     if problems:
-        raise UserError("--set:\n  " + "\n  ".join(problems))
+        raise UserError(f"{option}:\n  " + "\n  ".join(problems))
     return sizes
 
 
@@ -109,7 +109,7 @@ class _Measured:
     def __init__(self, config: Any, answer: Answer, ask: Callable[[Any], Answer]) -> None:
         self.config, self.answer, self.ask = config, answer, ask
         self.others: dict[tuple[tuple[str, int], ...], Answer] = {}
-        self.dtype: torch.dtype = _dtype(config)
+        self.dtype: torch.dtype = dtype_of(config)
         self.weights = frozenset(skeleton(config).weights)
         self.part = parts_of(config)
 
@@ -173,7 +173,7 @@ class _Measured:
         return tree
 
 
-def _dtype(config: Any) -> torch.dtype:
+def dtype_of(config: Any) -> torch.dtype:
     """Return the number format that the configuration states, on top or for its text part; float32 where it states none."""
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and isinstance(part.dtype, torch.dtype):

@@ -1,12 +1,15 @@
 """Distillation losses as pure functions: sums over answer tokens, divided by the caller by the global token count.
 
-Shape legend: A answer tokens, V vocabulary, N picture tokens, S and H hidden size of student and teacher.
+Shape legend: A answer tokens, V vocabulary, N tokens whose states are matched (answer or picture tokens), S and H hidden size of
+student and teacher. p_s = softmax(student logits), p_t = softmax(teacher logits).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -24,10 +27,67 @@ def cross_entropy(student_AV: Tensor, labels_A: Tensor) -> Tensor:
 
 
 def forward_kl(student_AV: Tensor, teacher_AV: Tensor) -> Tensor:
-    """Return sum over A of KL(teacher || student) = sum_v p_t (log p_t - log p_s), temperature 1; nats, 0 for equal logits."""
+    """Return sum over A of KL(teacher || student) = sum_v p_t (log p_t - log p_s); nats, 0 for equal logits."""
     student = functional.log_softmax(student_AV, -1)
     teacher = functional.log_softmax(teacher_AV, -1)
     return functional.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def reverse_kl(student_AV: Tensor, teacher_AV: Tensor) -> Tensor:
+    """Return the divergence that forgives a student what it leaves out, not what it makes up.
+
+    Sum over A of KL(student || teacher) = sum_v p_s (log p_s - log p_t); nats, 0 for equal logits. Source: MiniLLM,
+    arXiv 2306.08543 (there on the student's own answers).
+    """
+    return forward_kl(teacher_AV, student_AV)
+
+
+def jensen_shannon(student_AV: Tensor, teacher_AV: Tensor, beta: float = 0.5) -> Tensor:
+    """Return the generalised Jensen-Shannon divergence, which lies between both directions of KL and is bounded.
+
+    Sum over A of beta KL(p_t || m) + (1 - beta) KL(p_s || m) with m = beta p_t + (1 - beta) p_s; nats, 0 for equal logits, at
+    most log 2 a token for beta = 0.5. Source: GKD, arXiv 2306.13649.
+    """
+    student, teacher = functional.log_softmax(student_AV, -1), functional.log_softmax(teacher_AV, -1)
+    return beta * _kl_to_mixture(teacher, student, beta) + (1 - beta) * _kl_to_mixture(student, teacher, 1 - beta)
+
+
+def skew_kl(student_AV: Tensor, teacher_AV: Tensor, alpha: float = 0.1) -> Tensor:
+    """Return the forward KL to a student into which a little of the teacher is mixed, so that no token costs without bound.
+
+    Sum over A of KL(p_t || alpha p_t + (1 - alpha) p_s); nats, 0 for equal logits, at most -log alpha a token. Source:
+    DistiLLM, arXiv 2402.03898.
+    """
+    student, teacher = functional.log_softmax(student_AV, -1), functional.log_softmax(teacher_AV, -1)
+    return _kl_to_mixture(teacher, student, alpha)
+
+
+def _kl_to_mixture(log_p_AV: Tensor, log_q_AV: Tensor, share: float) -> Tensor:
+    """Return sum over A of KL(p || share p + (1 - share) q) = -sum_v p log(share + (1 - share) q / p), from log-probabilities.
+
+    The ratio stays a difference of logarithms: neither a tiny p nor a tiny q is ever divided by, or rounded to 0 and logged.
+    """
+    log_ratio_AV = torch.logaddexp(log_p_AV.new_tensor(math.log(share)), math.log1p(-share) + log_q_AV - log_p_AV)
+    return -(log_p_AV.exp() * log_ratio_AV).sum()
+
+
+def top_k_kl(student_AV: Tensor, teacher_AV: Tensor, k: int = 20) -> Tensor:
+    """Return the forward KL over the teacher's k most probable tokens and one bucket for all others.
+
+    Sum over A of KL(b(p_t) || b(p_s)), b(p) [k + 1] = (p at the teacher's top k, 1 - sum of these); nats, 0 for equal logits, at
+    most `forward_kl` (data-processing inequality) and equal to it from k = V - 1. Without the bucket the loss is no divergence:
+    it is biased towards the teacher's likeliest tokens (arXiv 2503.16870).
+    """
+    if k >= teacher_AV.shape[-1]:
+        return forward_kl(student_AV, teacher_AV)
+    top_Ak = teacher_AV.topk(k, dim=-1).indices
+    return forward_kl(_bucketed(student_AV, top_Ak), _bucketed(teacher_AV, top_Ak))
+
+
+def _bucketed(logits_AV: Tensor, top_Ak: Tensor) -> Tensor:
+    """Return logits [A, k + 1] of the tokens at `top_Ak` and of all others as one, whose logit is their log-sum-exp."""
+    rest_A1 = logits_AV.scatter(-1, top_Ak, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((logits_AV.gather(-1, top_Ak), rest_A1), -1)
 
 
 def pairwise_margin(student_AV: Tensor, labels_A: Tensor) -> Tensor:
@@ -69,17 +129,27 @@ def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) 
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """States of the same tokens in student [N, S] and teacher [N, H], and the throw-away map that is trained between them."""
+
+    student_NS: Tensor
+    teacher_NH: Tensor
+    readout: nn.Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
-    """What one batch shows to the losses; None where nobody asked for it."""
+    """What one batch shows to the losses; None or absent where nobody asked for it."""
 
     student_AV: Tensor
     labels_A: Tensor
     teacher_AV: Tensor | None = None
-    student_NS: Tensor | None = None
-    """states that enter the student's language model at picture tokens"""
-    teacher_NH: Tensor | None = None
-    readout: nn.Linear | None = None
-    """throw-away map from S to H, trained beside the student"""
+    matches: Mapping[str, Match] = field(default_factory=dict)
+    """states by the name of the loss that matches them"""
+    temperature: float = 1.0
+    """of the divergences"""
+    taught_A: Tensor | None = None
+    """which answer tokens the teacher was asked about; None for all"""
 
 
 def _needed(value: T | None, loss: str) -> T:
@@ -88,23 +158,46 @@ def _needed(value: T | None, loss: str) -> T:
     return value
 
 
-def _picture_states(seen: Seen) -> Tensor:
-    student, teacher, readout = (
-        _needed(seen.student_NS, "picture_states"),
-        _needed(seen.teacher_NH, "picture_states"),
-        _needed(seen.readout, "picture_states"),
-    )
-    return seen.labels_A.numel() * state_match(student, teacher, readout)
+#: divergence of the student's distribution from the teacher's, by name
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skew_kl": skew_kl,
+    "top_k_kl": top_k_kl,
+}
 
 
-#: name -> loss as a sum over answer tokens; picture_states counts its mean once per answer token, so that weights compare
+def _divergence(name: str, seen: Seen) -> Tensor:
+    """Return T^2 D(student / T, teacher / T): the factor keeps gradients of one size at all temperatures (arXiv 1503.02531)."""
+    teacher_AV, by = _needed(seen.teacher_AV, name), seen.temperature
+    student_AV = seen.student_AV if seen.taught_A is None else seen.student_AV[seen.taught_A]
+    return by * by * DIVERGENCES[name](student_AV / by, teacher_AV / by)
+
+
+def _matched(name: str, seen: Seen) -> Tensor:
+    """Return a match of states, whose mean counts once per answer token, so that its weight compares with the others'."""
+    match = _needed(seen.matches.get(name), name)
+    if not len(match.teacher_NH):  # a batch without any picture that the teacher was asked about
+        nothing: Tensor = match.readout(match.student_NS).sum()
+        return nothing
+    count = seen.labels_A.numel() if seen.taught_A is None else int(seen.taught_A.sum())
+    return count * state_match(match.student_NS, match.teacher_NH, match.readout)
+
+
+#: match of states -> the batch entry with the teacher's: at answer tokens its last ones, at picture tokens those that enter its
+#: language model
+MATCHES = {"answer_states": "teacher_hidden", "picture_states": "teacher_pictures"}
+#: loss -> the batch entry of the teacher that it is computed from; the teacher's logits are its head's on its hidden states
+TEACHER_ENTRIES: dict[str, str] = dict.fromkeys(DIVERGENCES, "teacher_hidden") | MATCHES
+#: name -> loss as a sum over answer tokens
 LOSSES: dict[str, Callable[[Seen], Tensor]] = {
     "cross_entropy": lambda seen: cross_entropy(seen.student_AV, seen.labels_A),
-    "forward_kl": lambda seen: forward_kl(seen.student_AV, _needed(seen.teacher_AV, "forward_kl")),
     "pairwise_margin": lambda seen: pairwise_margin(seen.student_AV, seen.labels_A),
-    "picture_states": _picture_states,
+    **{name: partial(_divergence, name) for name in DIVERGENCES},
+    **{name: partial(_matched, name) for name in MATCHES},
 }
-NEEDS_TEACHER = frozenset({"forward_kl", "picture_states"})
+NEEDS_TEACHER = frozenset(TEACHER_ENTRIES)
 
 
 def combine(weights: Mapping[str, float], seen: Seen) -> dict[str, Tensor]:

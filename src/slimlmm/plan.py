@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
+from slimlmm.budget import Budget, by_shrink
+from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
 from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.resizing import dead_blocks, predict_parameters, resized
+from slimlmm.selfcheck import shallow
 
 #: axis -> sizes that the planner may choose
 Choices = Mapping[str, list[int]]
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
 SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
+#: halvings of the interval in which the scale of all axes is sought
+BISECTIONS = 30
 #: most that one round may divide the parameters by
 ROUND_RATIO = 1.8
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
@@ -30,6 +36,96 @@ STATES_SHARE = 0.5
 FIRST_RATE, RATE_RISE = 1e-4, 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What may be chosen for one configuration: axes with their sizes, ascending; a given size is the only one of its axis.
+
+    `least`: the size that an axis must not fall below, where one was asked for; `levels`: those that may be cut.
+    """
+
+    config: Any
+    axes: Mapping[str, Axis]
+    choices: Choices
+    least: Mapping[str, int]
+    levels: Sequence[Level] = LEVELS
+
+    def stated(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes as a model that was cut to all of them has them (`follow_width`)."""
+        return follow_width(describe(self.config), sizes, sizes)
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise a UserError unless the stock config takes all these sizes at once."""
+        resized(self.config, self.stated(sizes))
+
+    def whole(self, sizes: Mapping[str, int]) -> bool:
+        """Tell whether nothing is cut at these sizes."""
+        return all(size == self.axes[name].size for name, size in sizes.items())
+
+
+def space_of(
+    config: Any,
+    grid: Grid | None = None,
+    levels: Sequence[Level] = LEVELS,
+    *,
+    floors: Mapping[str, int] | None = None,
+    fixes: Mapping[str, int] | None = None,
+) -> Space:
+    """Return what the planner may choose for `config`: sizes of the grid, none below `floors`, the `fixes` as they are given.
+
+    Only axes of `levels` are cut. Floors and given sizes are those in the end. An FFN that the config holds as a whole number of
+    the width follows the width, so that it takes a floor or a given size only together with a given width.
+
+    Raises:
+        UserError: axes that no round cuts, and sizes that they do not have; all problems at once.
+    """
+    anatomy, floors, fixes, grid = describe(config), floors or {}, fixes or {}, grid or Grid()
+    problems: list[str] = []
+    told: dict[str, dict[str, int]] = {"--floor": {}, "--fix": {}}
+    for option, wishes, other in (("--floor", floors, fixes), ("--fix", fixes, floors)):
+        for name, size in wishes.items():
+            try:
+                told[option][name] = _wish(anatomy, option, (name, size), fixes, levels)
+                if name in other:
+                    raise UserError("has a floor and a given size; leave one of the two out.")
+            except UserError as error:
+                problems.append(f"{option} {name}={size}: {error}")
+    if problems:
+        raise UserError("not possible:\n  " + "\n  ".join(problems))
+    least, given = told["--floor"], told["--fix"]
+    usable = {name: axis for name, axis in anatomy.axes.items() if axis.kind in levels and not axis.refusal}
+    axes = {
+        name: axis for name, axis in anatomy.axes.items() if name in given or (name in usable and axis.noun in SHARES)
+    }
+    choices = {name: [given[name]] if name in given else grid.sizes(config, axis) for name, axis in axes.items()}
+    choices |= {
+        name: [one for one in choices[name] if one >= size] or [axes[name].size] for name, size in least.items()
+    }
+    return Space(config=config, axes=axes, choices=choices, least=least | given, levels=levels)
+
+
+def _wish(
+    anatomy: Anatomy, option: str, wish: tuple[str, int], fixes: Mapping[str, int], levels: Sequence[Level]
+) -> int:
+    """Return a floor or a given size as the planner counts it, or refuse it."""
+    name, size = wish
+    axis = anatomy.axis(name)
+    if axis.kind not in levels:
+        raise UserError(f"no round of a plan cuts it; cut it first (slimlmm cut MODEL --set {name}={size}).")
+    if option == "--floor" and axis.noun not in SHARES:
+        raise UserError("the planner leaves this axis as it is; leave the floor out.")
+    if (width := _leader(anatomy, name)) and width.kind in levels:
+        if width.name not in fixes:
+            raise UserError(f"it is a whole number of the width and follows it; give --fix {width.name}=SIZE too.")
+        count = size / fixes[width.name]
+        size = (math.ceil(count) if option == "--floor" else round(count)) * width.size
+        if size not in axis.choices() or (option == "--fix" and count != round(count)):
+            raise UserError(f"must be 1 to {axis.size // width.size} times the width {fixes[width.name]}.")
+    elif option == "--fix" and size not in axis.choices():
+        near = sorted(sorted(axis.choices(), key=lambda one: abs(one - wish[1]))[:2])
+        raise UserError(f"no size of this axis; the nearest: {', '.join(map(str, near))}.")
+    return size
+
+
 def sizes_for(
     config: Any,
     shrink: float,
@@ -38,12 +134,7 @@ def sizes_for(
     grid: Grid | None = None,
     levels: Sequence[Level] = LEVELS,
 ) -> dict[str, int]:
-    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level of `levels`.
-
-    FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
-
-    An axis keeps the fraction s^share of its noun, rounded to the nearest legal size; the largest s in (0, 1] that fits is
-    found by bisection, then the left-over budget goes to the axes that rounding left furthest below their share.
+    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level of `levels` (`sizes_within`).
 
     Args:
         config: configuration of the model that will be cut.
@@ -57,103 +148,128 @@ def sizes_for(
         UserError: the smallest sizes still have too many parameters; the message says how far one can go.
     """
     config = resized(config, fixed) if fixed else config
-    target = whole / shrink
-    anatomy = describe(config)
-    usable = {name: axis for name, axis in anatomy.axes.items() if not axis.refusal and axis.kind in levels}
-    axes = {name: axis for name, axis in usable.items() if axis.noun in SHARES}
-    choices = _choices(config, axes, grid or Grid())
-    least = _count(config, _fit(config, _scaled(axes, choices, 0.0), choices))
-    if least > target:
-        where = "" if set(levels) == set(LEVELS) else f" in {', '.join(levels)}"
+    return sizes_within(space_of(config, grid, levels), by_shrink(config, shrink, whole))
+
+
+def sizes_within(space: Space, budget: Budget) -> dict[str, int]:
+    """Return the sizes of `scaled_within`; what is left of the budget goes to the axes furthest below their share.
+
+    FFN sizes that the config holds as a whole number of the width are given at the *present* width (`follow_width`).
+    """
+    scale, sizes = scaled_within(space, budget)
+    return _grown(space, budget, sizes, max(scale, 0.5**BISECTIONS))
+
+
+def scaled_within(space: Space, budget: Budget) -> tuple[float, dict[str, int]]:
+    """Return the largest scale s in (0, 1] whose sizes fit the budget, by bisection, and these sizes.
+
+    An axis keeps the fraction s^share of its noun, rounded to the nearest legal size.
+
+    Raises:
+        UserError: the smallest sizes cost too much still; the message says how much.
+    """
+    least = budget.cost(space.stated(_fit(space, _scaled(space, 0.0))))
+    if least > budget.limit:
+        asked = "" if set(space.levels) == set(LEVELS) else f" in {', '.join(space.levels)}"
+        asked += " with these --floor and --fix" if space.least else ""
         raise UserError(
-            f"--shrink {shrink:g} needs {target:,.0f} parameters or fewer, but the smallest shape that the axes of "
-            f"{anatomy.model_type!r} allow{where} has {least:,} "
-            f"({whole / least:.1f}x). Ask for --shrink {whole / least:.1f} or less."
+            f"{budget.asked} allows {budget.said(budget.limit)}, but the smallest shape that the axes of "
+            f"{space.config.model_type!r} allow{asked} takes {budget.said(least)}. Ask for {budget.again(least)}."
         )
     low, high = 0.0, 1.0
-    for _ in range(30):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high)
-            if _count(config, _fit(config, _scaled(axes, choices, middle), choices)) <= target
-            else (low, middle)
-        )
-    return _grown(config, axes, choices, _fit(config, _scaled(axes, choices, low), choices), low, target)
+        fits = budget.cost(space.stated(_fit(space, _scaled(space, middle)))) <= budget.limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low, _fit(space, _scaled(space, low))
 
 
 def _count(config: Any, sizes: Mapping[str, int]) -> int:
     return predict_parameters(config, follow_width(describe(config), sizes, sizes))
 
 
-def _scaled(axes: Mapping[str, Axis], choices: Choices, scale: float) -> dict[str, int]:
+def _scaled(space: Space, scale: float) -> dict[str, int]:
     """Return for every axis the legal size nearest (in ratio) to its share of the scale."""
     sizes = {}
-    for name, axis in axes.items():
-        wanted, legal = _wanted(axis, scale), choices[name]
+    for name, axis in space.axes.items():
+        wanted, legal = _wanted(axis, scale), space.choices[name]
         sizes[name] = min(legal, key=lambda size: abs(math.log(size / wanted))) if wanted else legal[0]
     return sizes
 
 
 def _wanted(axis: Axis, scale: float) -> float:
-    return axis.size * scale ** SHARES[axis.noun] if scale > 0 else 0.0
+    return axis.size * scale ** SHARES.get(axis.noun, 0.0) if scale > 0 else 0.0
+
+
+def _leader(anatomy: Anatomy, name: str) -> Axis | None:
+    """Return the width that an FFN is a whole number of; None where it is a number of its own."""
+    axis, width = anatomy.axes[name], anatomy.axes.get(f"{name.partition('.')[0]}.width")
+    follows = axis.kind == "inner" and name.endswith(".ffn") and width and axis.multiple == width.size > 1
+    return width if follows else None
 
 
 def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str, int]) -> dict[str, int]:
     """Restate FFN sizes that the config holds as a whole number of the width: the same number of the widths in `widths`."""
     stated = dict(sizes)
     for name in sizes:
-        axis, width = anatomy.axes[name], anatomy.axes.get(f"{name.partition('.')[0]}.width")
-        if axis.kind == "inner" and name.endswith(".ffn") and width and axis.multiple == width.size > 1:
+        if width := _leader(anatomy, name):
             stated[name] = sizes[name] // width.size * widths.get(width.name, width.size)
     return stated
 
 
-def _choices(config: Any, axes: Mapping[str, Axis], grid: Grid) -> Choices:
-    return {name: grid.sizes(config, axis) for name, axis in axes.items()}
-
-
-def _fit(config: Any, sizes: dict[str, int], choices: Choices) -> dict[str, int]:
-    """Lower widths until the stock config accepts all sizes at once (heads must divide the hidden size, for one)."""
-    anatomy = describe(config)
+def _fit(space: Space, sizes: dict[str, int]) -> dict[str, int]:
+    """Lower widths, then groups, until the stock config accepts all sizes at once (heads must divide the width, for one)."""
     sizes = dict(sizes)
     for _ in range(64):
         try:
-            resized(config, follow_width(anatomy, sizes, sizes))
+            space.check(sizes)
         except UserError:
-            name = "text.width" if "text.width" in sizes else next(iter(sizes))
-            smaller = [size for size in choices[name] if size < sizes[name]]
-            smaller = smaller or [size for size in anatomy.axis(name).choices() if size < sizes[name]]
-            if not smaller:
+            lowered = _lowered(space, sizes)
+            if not lowered:
                 raise
-            sizes[name] = smaller[-1]
+            sizes |= lowered
             continue
         return sizes
-    raise UserError(f"no sizes near {sizes} are accepted by the stock {config.model_type!r} config.")
+    raise UserError(f"no sizes near {sizes} are accepted by the stock {space.config.model_type!r} config.")
 
 
-def _grown(
-    config: Any, axes: Mapping[str, Axis], choices: Choices, sizes: dict[str, int], scale: float, target: float
-) -> dict[str, int]:
+def _lowered(space: Space, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the next smaller size of the first axis that has one; nothing where none has."""
+    for name in ("text.width", "text.kv_groups") if "text.width" in sizes else sizes:
+        for legal in (space.choices.get(name, ()), space.axes[name].choices() if name in space.axes else ()):
+            if smaller := [size for size in legal if space.least.get(name, 0) <= size < sizes[name]]:
+                return {name: smaller[-1]}
+    return {}
+
+
+def _grown(space: Space, budget: Budget, sizes: Mapping[str, int], scale: float) -> dict[str, int]:
     """Spend what is left of the budget, step by step on the axis that stays furthest below its share of the scale."""
     sizes = dict(sizes)
     while True:
-        options = []
-        for name, axis in axes.items():
-            larger = [size for size in choices[name] if size > sizes[name]]
-            if not larger:
-                continue
-            trial = {**sizes, name: larger[0]}
-            try:
-                resized(config, follow_width(describe(config), trial, trial))
-                count = _count(config, trial)
-            except UserError:
-                continue
-            if count <= target:
-                options.append((larger[0] / _wanted(axis, scale), name, larger[0]))
-        if not options:
+        steps = []
+        for name, axis in space.axes.items():
+            larger = [size for size in space.choices[name] if size > sizes[name]]
+            steps += [(larger[0] / _wanted(axis, scale), name, larger[0])] if larger else []
+        step = next(
+            ({name: size} for _, name, size in sorted(steps) if _fits(space, budget, {**sizes, name: size})), None
+        )
+        if step is None:
             return sizes
-        _, name, size = min(options)
-        sizes[name] = size
+        sizes |= step
+
+
+def _fits(space: Space, budget: Budget, sizes: Mapping[str, int]) -> bool:
+    """Tell whether the stock config takes the sizes, and the budget allows what they cost."""
+    try:
+        space.check(sizes)
+        return budget.cost(space.stated(sizes)) <= budget.limit
+    except UserError:
+        return False
+
+
+def living_blocks(config: Any) -> dict[str, int]:
+    """Return the sizes that are left of axes of blocks without those that never reach the output."""
+    return {axis: describe(config).axis(axis).size - len(dead) for axis, dead in dead_blocks(config).items()}
 
 
 def stages_for(
@@ -179,7 +295,7 @@ def stages_for(
             plans.append((level, sizes, follow_width(anatomy, sizes, current)))
             current |= sizes
     if not plans:
-        raise UserError("the wanted size needs no cut at all; ask for a larger --shrink.")
+        raise UserError("no axis has to be cut for that; ask for a smaller model.")
     visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in order:
@@ -240,7 +356,7 @@ def _steps(
     count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)), math.ceil(math.log2(steepest) - 1e-9))
     steps: list[dict[str, int]] = []
     last = dict(current)
-    legal = _choices(config, {name: anatomy.axis(name) for name in final}, grid or Grid())
+    legal = {name: (grid or Grid()).sizes(config, anatomy.axis(name)) for name in final}
     for index in range(1, count + 1):
         sizes = {}
         for name, size in final.items():
@@ -263,6 +379,73 @@ def _accepted(config: Any, whole: Mapping[str, int], sizes: dict[str, int], fina
     except UserError:
         return {name: final[name] for name in sizes}
     return sizes
+
+
+def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
+    """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
+    anatomy, problems = describe(config), []
+    blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
+    config = shallow(config)  # sizes other than those of blocks do not depend on the depth
+    turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
+    for stage, number, turn in turns:
+        for name, size in turn.sizes.items():
+            try:
+                if anatomy.axis(name).kind == "tokens":
+                    raise UserError(
+                        f"{name} changes the prompt, and the teacher would read another one than the student: "
+                        f"cut it first (slimlmm cut MODEL --set {name}={size}) and compress what comes out."
+                    )
+                if name not in blocks:
+                    config = resized(config, {name: size})
+                elif not 0 < size <= blocks[name]:
+                    raise UserError(f"{name}={size}: the axis has {blocks[name]} by then; give 1 to {blocks[name]}.")
+                else:
+                    blocks[name] = size
+            except UserError as error:
+                problems.append(f"stages.{stage}.rounds.{number}.sizes: {error}")
+    problems += unsplittable(config, tensor_parallel)
+    if problems:
+        raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
+
+
+def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
+    """Return half of a cut: of each axis the legal size nearest to sqrt(present x wanted) between the two, where there is one.
+
+    A cut of several axes none of which has a size between gives up the later half of its axes; {} where nothing lies between.
+    """
+    half: dict[str, int] = {}
+    planned = dict(describe(config).sizes)
+    for name, wanted in sizes.items():
+        anatomy = describe(config)
+        axis, size = anatomy.axis(name), restated(anatomy, {name: wanted}, planned)[name]
+        planned[name] = wanted
+        middle = math.sqrt(axis.size * size)
+        between = [n for n in grid.sizes(config, axis) if size < n < axis.size]
+        between = between or [n for n in axis.choices() if size < n < axis.size]
+        for found in sorted(between, key=lambda n: abs(math.log(n / middle))):
+            try:
+                config = resized(config, {name: found})
+            except UserError:
+                continue
+            half[name] = found
+            break
+    first = list(sizes)[: len(sizes) // 2]
+    return half or {name: sizes[name] for name in first}
+
+
+def restated(anatomy: Anatomy, sizes: Mapping[str, int], planned: Mapping[str, int]) -> dict[str, int]:
+    """Restate FFN sizes that the config holds as a whole number of the width, where the width is another than was planned.
+
+    `sizes` are those of one round, cut in this order; `planned` are those before it. A width that the round cuts first is then
+    as planned.
+    """
+    stated: dict[str, int] = {}
+    for name, size in sizes.items():
+        width = _leader(anatomy, name)
+        if width and width.name not in stated and planned[width.name] != width.size:
+            size = size // planned[width.name] * width.size
+        stated[name] = size
+    return stated
 
 
 def choose(scores: Mapping[str, torch.Tensor], anatomy: Anatomy, axis: str, size: int) -> Keep:

@@ -20,6 +20,17 @@ T = TypeVar("T")
 Level = Literal["blocks", "inner", "width"]
 #: levels in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
 LEVELS: tuple[Level, ...] = get_args(Level)
+LossName = Literal[
+    "cross_entropy",
+    "pairwise_margin",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "top_k_kl",
+    "answer_states",
+    "picture_states",
+]
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
 
@@ -53,11 +64,28 @@ class Training(Settings):
     freeze: tuple[Literal["vision", "text", "projector", "patch_embedding"], ...] = Field(
         ("patch_embedding",), description="Parts without gradient."
     )
-    losses: dict[Literal["cross_entropy", "forward_kl", "pairwise_margin", "picture_states"], float] = Field(
+    losses: dict[LossName, float] = Field(
         default={"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1},
         min_length=1,
-        description="Weight of each loss by name; picture_states (about 0 to 1 a token) is not weighed by default. Alone it "
-        "trains what comes before the language model, which then does not run.",
+        description="Weight of each loss by name: cross_entropy and pairwise_margin of the labels; forward_kl, reverse_kl, "
+        "jensen_shannon, skew_kl and top_k_kl from the teacher's distribution; answer_states (last hidden states at answers) and "
+        "picture_states (what enters the language model at pictures), both about 0 to 1 a token. picture_states alone trains "
+        "what comes before the language model, which then does not run.",
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature of the five divergences: logits of student and teacher are divided by it, the loss is "
+        "multiplied by its square.",
+    )
+    validate_every: int | None = Field(
+        None,
+        gt=0,
+        description="Optimizer steps between two looks at the validation rows (cross-entropy of their answers); the weights of "
+        "the least one are kept. null: no look, the last weights.",
+    )
+    stop_after: int = Field(
+        4, gt=0, description="Looks in a row without a new best after which a training with `validate_every` stops."
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
@@ -112,7 +140,18 @@ class DataSettings(Settings):
     """What of the data is used for what."""
 
     max_bad_share: float = Field(0.01, ge=0, lt=1, description="Share of broken rows in [0, 1) that may be skipped.")
+    answers: Literal["given", "filled", "teacher"] = Field(
+        "given",
+        description="Where the answers of train rows come from: all given; filled in by the teacher where a row has none; or all "
+        "from the teacher.",
+    )
     train_rows: int | None = Field(None, gt=0, description="Train rows used; null for all.")
+    teacher_rows: int | None = Field(
+        None,
+        gt=0,
+        description="Train rows that the teacher is asked about, whole pictures, drawn by the seed; null for all. The others "
+        "are learnt from their own answers (cross_entropy, pairwise_margin): asking costs more than a step of a small student.",
+    )
     calibration_rows: int = Field(256, gt=0, description="Train rows for scores, repairs and ablation.")
     validation_rows: int | None = Field(
         500, gt=0, description="Validation rows evaluated in every round; null for all."
@@ -148,8 +187,19 @@ class Recipe(Settings):
     max_drop: float | None = Field(
         None,
         ge=0,
-        description="Points of validation exact match that a round may lose against the teacher; null for no floor.",
+        description="Points of exact match that may be lost against the teacher: the floor of every round on validation rows, "
+        "and the margin of the test at the end; null for no floor. A round that misses it is recovered further, then rolled back "
+        "and half of it is tried; then the run stops at the smallest model that kept it.",
     )
+    patience: int = Field(
+        1,
+        ge=0,
+        description="Times that a round which misses `max_drop` makes its last training again before it is rolled back.",
+    )
+    max_task_drop: float = Field(
+        2.0, ge=0, description="Points that any one task may lose on test rows, where `max_drop` promises something."
+    )
+    spared_tasks: tuple[str, ...] = Field((), description="Tasks that may lose more than `max_task_drop`.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
     bench_calls: int = Field(

@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from slimlmm.evaluate import Interval, Score
 from slimlmm.measure import Comparison
-from slimlmm.results import Model, Results
+from slimlmm.results import Model, Promise, Results
 
 NOTHING = "-"
 #: what the terminal shows of the rounds; the page shows all
@@ -71,7 +71,9 @@ def markdown(results: Results) -> str:
     """Return the Markdown page of a run."""
     loader = jinja2.PackageLoader("slimlmm", "templates")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.globals.update(count=count, times=times, points=points, percent=percent, scored=scored)
+    environment.globals.update(
+        count=count, times=times, points=points, percent=percent, scored=scored, promised=promised
+    )
     accuracy = results.student.accuracy if results.student else None
     text: str = environment.get_template("model_card.md.j2").render(
         r=results,
@@ -95,7 +97,23 @@ def final_table(results: Results) -> RichTable:
         shown.add_row(f"exact match, {name}, %", teacher, student, change)
     if results.effect:
         shown.add_row("same answer (%)", NOTHING, NOTHING, percent(results.effect.agreement))
+    shown.caption = promised(results.promise)
     return shown
+
+
+def promised(promise: Promise | None) -> str | None:
+    """Return the verdict on the promised accuracy as a sentence, None where nothing was promised."""
+    if promise is None:
+        return None
+    by_verdict = {
+        verdict: [name for name, found in promise.tasks.items() if found == verdict]
+        for verdict in ("broken", "undecided")
+    }
+    tasks = "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in by_verdict.items() if names)
+    return (
+        f"Promise of at most {100 * promise.margin:g} points, on test rows: {promise.overall}. "
+        f"At most {100 * promise.task_margin:g} points in any task: {tasks or 'kept in all'}."
+    )
 
 
 def cost_table(results: Results) -> Table:
@@ -133,12 +151,12 @@ def rounds_table(results: Results) -> Table:
     """Return one line per round: what was cut, parameters, validation accuracy, cost of its training."""
     rows = [
         (
-            f"{one.number} {one.stage}.{one.round}",
+            f"{one.number} {one.stage}.{one.round}" + (" half" if one.half else ""),
             ",\n".join(f"{axis} {one.before[axis]}→{size}" for axis, size in one.after.items()),
             one.criterion or NOTHING,
             count(one.parameters),
             scored(one.after_cut),
-            scored(one.after_recovery),
+            scored(one.after_recovery) + ("" if one.kept_promise else "\nrolled back"),
             f"{one.losses['total']:.3f}" if "total" in one.losses else NOTHING,
             f"{one.row_visits:,}",
             duration(one.seconds),
@@ -319,7 +337,7 @@ def _time_rows(latency: Comparison | None, throughput: Comparison | None) -> lis
 
 def _path(results: Results) -> tuple[list[float], list[float]]:
     """Return the line from the teacher through cuts and recoveries in order: parameters, per cent."""
-    rounds = results.rounds
+    rounds = [one for one in results.rounds if one.kept_promise] or results.rounds[:1]
     points = [(rounds[0].parameters_before, results.teacher.validation)]
     points += [(one.parameters, score) for one in rounds for score in (one.after_cut, one.after_recovery)]
     known = [(float(x), 100 * score.accuracy) for x, score in points if score is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
 from slimlmm.measure import Comparison, Environment, Memory
+from slimlmm.recipe import Recipe
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -59,6 +61,11 @@ class Round(Record):
     after: dict[str, int] = Field(description="Sizes of the same axes after it.")
     parameters_before: int = Field(description="Parameters before the cut.")
     parameters: int = Field(description="Parameters after the cut.")
+    half: bool = Field(False, description="Whether this is half of a cut that missed the promise.")
+    kept_promise: bool = Field(
+        True, description="Whether validation stayed within `max_drop`; else it was rolled back."
+    )
+    trainings: int = Field(0, description="Trainings made, those repeated for a missed promise included.")
     after_cut: Score | None = Field(None, description="Validation score after cut and repair, before any training.")
     after_recovery: Score | None = Field(None, description="Validation score after training; null if there was none.")
     losses: dict[str, float] = Field({}, description="Last mean losses per answer token by name; `total` is weighted.")
@@ -85,6 +92,22 @@ class Effect(Record):
     drop: Interval = Field(description="Teacher's accuracy minus student's, 0 to 1, paired bootstrap over pictures.")
     drop_tasks: dict[str, Interval] = Field(description="The same per task.")
     agreement: float = Field(description="Share of rows that both answered alike, right or wrong.")
+
+
+Verdict = Literal["kept", "undecided", "broken"]
+
+
+class Promise(Record):
+    """Whether the test rows bear out what was promised: a non-inferiority test on the paired bootstrap of the drop.
+
+    kept: the upper end of the interval is within the margin; broken: its lower end is beyond it; undecided: the margin lies
+    inside, so that more rows are needed to tell.
+    """
+
+    margin: float = Field(description="Drop that was allowed over all rows, 0 to 1.")
+    overall: Verdict = Field(description="Verdict over all rows.")
+    task_margin: float = Field(description="Drop that was allowed in each task, 0 to 1.")
+    tasks: dict[str, Verdict] = Field(description="Verdict per task; tasks that were spared are left out.")
 
 
 class Control(Record):
@@ -120,6 +143,7 @@ class Results(Record):
     rounds: tuple[Round, ...] = Field((), description="One record per finished round, in order.")
     student: Model | None = Field(None, description="The compressed model; null while the run is not finished.")
     effect: Effect | None = Field(None, description="Accuracy of the student against the teacher, paired.")
+    promise: Promise | None = Field(None, description="Verdict on `max_drop`; null where nothing was promised.")
     latency: Comparison | None = Field(
         None, description="Batch 1, picture file to answer, teacher and student in turns."
     )
@@ -161,6 +185,33 @@ def effect(teacher: Evaluation, student: Evaluation, *, samples: int = 10_000, s
     )
 
 
+def promise(effect: Effect, recipe: Recipe) -> Promise | None:
+    """Return the verdict on the recipe's promise, None where it makes none."""
+    if recipe.max_drop is None:
+        return None
+
+    def verdict(drop: Interval, points: float) -> Verdict:
+        margin = points / 100
+        return "kept" if drop.high <= margin else "broken" if drop.low > margin else "undecided"
+
+    tasks = {name: drop for name, drop in effect.drop_tasks.items() if name not in recipe.spared_tasks}
+    return Promise(
+        margin=recipe.max_drop / 100,
+        overall=verdict(effect.drop, recipe.max_drop),
+        task_margin=recipe.max_task_drop / 100,
+        tasks={name: verdict(drop, recipe.max_task_drop) for name, drop in tasks.items()},
+    )
+
+
+def told(missed: Round) -> str:
+    """Return the note on a round that missed the promise."""
+    cut = ", ".join(f"{axis} {missed.before[axis]} -> {size}" for axis, size in missed.after.items())
+    what = "half of the cut" if missed.half else "the cut"
+    return (
+        f"Round {missed.number} {missed.stage}.{missed.round} ({what}: {cut}) missed the promise and was rolled back."
+    )
+
+
 def ratios(
     teacher: Model, student: Model, latency: Comparison | None = None, throughput: Comparison | None = None
 ) -> Ratios:
@@ -183,7 +234,7 @@ def ratios(
     )
 
 
-def totals(rounds: tuple[Round, ...], evaluation_seconds: float = 0.0) -> Totals:
+def totals(rounds: Sequence[Round], evaluation_seconds: float = 0.0) -> Totals:
     """Sum what the rounds cost; FLOPs are null if a trained round lacks them."""
     trained = [one.flops for one in rounds if one.steps]
     known = [flops for flops in trained if flops is not None]

@@ -29,8 +29,8 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def claim(path: Path, identity: dict[str, Any]) -> bool:
-    """Create the folder and sign it with ``run.json``, or find that it has that signature; return whether it is new.
+def claim(path: Path, identity: dict[str, Any]) -> None:
+    """Create the folder and sign it with ``run.json``, or find that it has that signature.
 
     Raises:
         UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
@@ -42,12 +42,11 @@ def claim(path: Path, identity: dict[str, Any]) -> bool:
         if changed:
             told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
             raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
-        return False
+        return
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
     path.mkdir(parents=True, exist_ok=True)
     write_json(record, identity)
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,14 @@ class RunFolder:
     shared: Path | None = None
 
     @classmethod
-    def open(cls, path: Path, identity: dict[str, Any], recipe: str, shared: Path | None = None) -> RunFolder:
+    def open(cls, path: Path, identity: dict[str, Any], shared: Path | None = None) -> RunFolder:
         """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` does."""
-        if claim(path, identity) or not (path / "recipe.yaml").exists():
-            (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        claim(path, identity)
         return cls(path, shared)
+
+    def keep_recipe(self, text: str) -> None:
+        """Write down what is carried out, all defaults and planned sizes included."""
+        (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
 
     @property
     def cache(self) -> Path:

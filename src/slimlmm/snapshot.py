@@ -24,7 +24,7 @@ def evaluated(folder: RunFolder, side: checkpoint.Loaded, rows: list[Row], tell:
     if path.exists():
         return Evaluation.model_validate_json(path.read_bytes())
     if folder.shared and name.startswith("teacher"):
-        shared = folder.shared / f"answers-{_key(side, rows)}.json"
+        shared = folder.shared / f"answers-{key_of(side, rows)}.json"
         if not shared.exists():
             folder.shared.mkdir(parents=True, exist_ok=True)
             _write(_answered(side, rows, tell, name), shared)
@@ -44,7 +44,7 @@ def _answered(side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: st
     return found
 
 
-def _key(side: checkpoint.Loaded, rows: list[Row]) -> str:
+def key_of(side: checkpoint.Loaded, rows: Sequence[Row]) -> str:
     """Return the content hash of model, processor and rows in order."""
     return hashlib.sha256(identity(side.model, side.processor) + data.fingerprint(rows).encode()).hexdigest()[:32]
 

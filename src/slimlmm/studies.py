@@ -276,7 +276,8 @@ slimlmm study DIR --page docs/results.md             # the page and its plots ag
 
 `DIR/study.json` holds for every arm mean and standard deviation over the seeds, and for every group the paired bootstrap by
 picture against its reference: rows of all seeds are pooled, pictures (each with its rows of all seeds) are drawn with
-replacement; 95 % interval and two-sided p-value. `DIR/README.md` shows one table and one plot per group.
+replacement; 95 % interval and two-sided p-value. So the interval is over pictures, with the seeds pooled: it leaves out the
+variation between seeds, which the standard deviation shows. `DIR/README.md` shows one table and one plot per group.
 
 ```yaml
 model: path/to/model
@@ -303,7 +304,8 @@ groups:
 
 The arm `base` is the base recipe. Arms equal in recipe are run once. The schedule of `shrink` is planned before `rounds` and
 `train` change it, so row visits stay equal; the report says how equal they were. `orders`, `frontier` and the arms of one level
-need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why.
+need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where `data.answers` lets
+the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
 """
 
 

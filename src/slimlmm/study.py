@@ -18,6 +18,7 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, st
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.measure import environment
+from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
@@ -147,7 +148,7 @@ class _Planner:
     def _shape(self, settings: Recipe, turns: Sequence[Round]) -> tuple[dict[str, int], int]:
         """Return final sizes and parameters, after checking that every round can be carried out."""
         config = self.loaded.model.config
-        pipeline.check_stages(config, settings.stages, settings.tensor_parallel)
+        check_stages(config, settings.stages, settings.tensor_parallel)
         if any(turn.drop for turn in turns):
             config = resized(config, self.lossless)
         for turn in turns:
@@ -167,7 +168,8 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     if loaded.processor is None:
         raise UserError(f"{study.model}: has no processor that can be loaded. {loaded.note}")
     settings = study.base.data
-    splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0])
+    bare = settings.answers != "given"
+    splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0], unlabelled=bare)
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
     planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
     train = rows["train"]

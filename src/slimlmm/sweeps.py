@@ -8,17 +8,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from slimlmm import controls
 from slimlmm.errors import UserError
-from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
+from slimlmm.recipe import LEVELS, LossName, Recipe, Round, Stage, Training
 from slimlmm.studies import BASE, Arm, Group, Kind, Study
 
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
-#: losses on answer tokens; picture_states is none of them
-ANSWERS = ("cross_entropy", "forward_kl", "pairwise_margin")
+#: losses on answer tokens
+ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
 CRITERIA = ("taylor", "activation", "magnitude", "random")
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
-from slimlmm.forward import answer_logits, first_text_block, states_into, to_device
+from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 
 VALUES_A_SHARD = 16_000_000
 PICTURES_A_BATCH = 16
@@ -105,16 +105,23 @@ class TeacherCache:
             self._add([self.key(row) for row in small["rows"]], self.live(small))
         return self._read_all(keys)
 
-    def pictures(self, batch: Batch) -> Tensor:
+    def pictures(self, batch: Batch, *, answers: bool = True) -> Tensor:
         """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence.
 
-        Where the teacher must run for them, its hidden states at answer tokens are kept too.
+        Where the teacher must run for them, its hidden states at answer tokens are kept too; without `answers` it stops
+        where its language model begins.
         """
-        missing = [row for row in batch["rows"] if not self._has(self.picture_key(row))]
+        missing = [row for row in batch["rows" if answers else "heads"] if not self._has(self.picture_key(row))]
+        block = first_text_block(self.model, describe(self.model.config)) if missing else None
         for small in self._batches(missing):
-            where_BT = small["picture_tokens"].to(self.model.device)
-            with states_into(first_text_block(self.model, describe(self.model.config)), where_BT) as seen:
-                self._add([self.key(row) for row in small["rows"]], self.live(small))
+            assert block is not None
+            where_BT = small["picture_tokens"]
+            if answers:
+                with states_into(block, where_BT.to(self.model.device)) as seen:
+                    self._add([self.key(row) for row in small["rows"]], self.live(small))
+            else:
+                with torch.inference_mode():
+                    seen = [states_until(self.model, block, to_device(small, self.model.device))]
             self._add([self.picture_key(row) for row in small["heads"]], seen[0].split(where_BT.sum(1).tolist()))
         return self._read_all([self.picture_key(row) for row in batch["heads"]])
 
@@ -132,6 +139,8 @@ class TeacherCache:
                 self._pending_values += value.numel()
 
     def _read_all(self, keys: Sequence[str]) -> Tensor:
+        if not keys:
+            return torch.empty(0, self.head.weight.shape[1], dtype=torch.float16)
         found = torch.cat([self._read(key) for key in keys])
         if self._pending_values >= VALUES_A_SHARD:
             self.flush()

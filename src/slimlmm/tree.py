@@ -57,16 +57,17 @@ def _title(found: dict[str, Any]) -> Text:
     return text
 
 
-def _plain(*heads: str) -> Table:
+def plain(*heads: str) -> Table:
+    """Return an empty table without lines: names to the left, figures to the right, sizes on as many lines as they need."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in heads:
-        left = head in ("part", "axis", "sizes", "cut")
+        left = head in ("part", "axis", "sizes", "cut", "cost", "round")
         table.add_column(head, justify="left" if left else "right", no_wrap=head != "sizes", overflow="fold")
     return table
 
 
 def _tree(found: dict[str, Any]) -> Table:
-    table = _plain("part", "parameters", "share", "bytes", "FLOPs", "share")
+    table = plain("part", "parameters", "share", "bytes", "FLOPs", "share")
     whole = found["parameters"], found["flops"]
 
     def row(label: str, amount: dict[str, Any], style: str = "") -> None:
@@ -94,7 +95,7 @@ def _share(value: float | None, whole: float | None) -> str:
 
 
 def _axes(found: dict[str, Any]) -> Table:
-    table = _plain("axis", "size", "sizes", "step", "parameters", "FLOPs", "at most", "cut")
+    table = plain("axis", "size", "sizes", "step", "parameters", "FLOPs", "at most", "cut")
     marks = _marks(found)
     for axis in found["axes"]:
         unit = axis["unit"] or {"size": None, "parameters": None, "flops": None}
@@ -136,21 +137,22 @@ def _notes(found: dict[str, Any]) -> list[Any]:
 def _after(found: dict[str, Any]) -> list[Any]:
     after = found["after"]
     sizes = ", ".join(f"{name}={size}" for name, size in after["sizes"].items())
-    table = _plain("part", "parameters", "fewer", "bytes", "FLOPs", "less")
+    table = plain("part", "parameters", "fewer", "bytes", "FLOPs", "less")
     rows = {tower["part"]: tower for tower in after["tree"]}
     for tower in [*found["tree"], {"part": "total", **{key: found[key] for key in ("parameters", "bytes", "flops")}}]:
         left = after if tower["part"] == "total" else rows.get(tower["part"], {"parameters": 0, "bytes": 0, "flops": 0})
         table.add_row(
             tower["part"],
             human(left["parameters"], "B"),
-            _ratio(tower["parameters"], left["parameters"]),
+            ratio(tower["parameters"], left["parameters"]),
             human(left["bytes"]),
             human(left["flops"]),
-            _ratio(tower["flops"], left["flops"]),
+            ratio(tower["flops"], left["flops"]),
             style="bold" if tower["part"] == "total" else "",
         )
     return [Text(f"after {sizes}", style="bold"), table]
 
 
-def _ratio(before: float | None, after: float | None) -> str:
+def ratio(before: float | None, after: float | None) -> str:
+    """Return how many times less is left, "-" where it is not known."""
     return f"{before / after:.2f}x" if before and after else "-"

@@ -50,7 +50,7 @@ def trim(
     """
     texts = list(keep_texts)
     tokenizer = tokenizer_of(processor)
-    ids = needed(model, processor, texts, at_least=at_least)
+    ids = needed(model.config, model.generation_config, processor, texts, at_least=at_least)
     anatomy = describe(model.config)
     inside = [token for token in ids if token < anatomy.axis("vocab").size]
     student = cut(model, anatomy, "vocab", {"vocab": torch.tensor(inside)})
@@ -59,14 +59,14 @@ def trim(
     return student, _with_tokenizer(processor, trimmed, ids)
 
 
-def needed(model: PreTrainedModel, processor: Any, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
+def needed(config: Any, generation: Any, processor: Any, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
     """Return the sorted ids of the tokens that `trim` keeps for these texts, placeholders behind the vocabulary included."""
-    group = describe(model.config).axis("vocab").groups[0]
+    group = describe(config).axis("vocab").groups[0]
     size, behind = group.units, max(slot.rest for slot in group.slots)
     kept = set(closed_tokens(tokenizer_of(processor), texts, at_least=at_least))
-    data = model.config.to_dict()
-    parts = family_of(model.config).token_data(data).values()
-    kept |= {i for i in referenced(*parts, model.generation_config.to_dict()) if i < size}
+    data = config.to_dict()
+    parts = family_of(config).token_data(data).values()
+    kept |= {i for i in referenced(*parts, generation.to_dict()) if i < size}
     kept |= {token for tokens in group.some_of for token in tokens}
     ids = sorted(kept)
     if ids[-1] >= size + behind:

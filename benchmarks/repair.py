@@ -1,0 +1,126 @@
+"""What repair wins back right after a cut, before any training: python benchmarks/repair.py OUT.json.
+
+The bundled teacher on AdReview: each cut is made twice with the same units, sliced and repaired (`repair.fold_best`,
+`bridging.bridge_best`), and both models answer the same validation rows. Won back is (repaired - sliced) / (whole - sliced).
+Seconds are those of the repairs alone: moments, trials and their calibration losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimlmm import adreview, bridging, checkpoint, data, importance, measure, plan, repair, surgery
+from slimlmm.anatomy import describe
+from slimlmm.axes import noun_of
+from slimlmm.collate import Collator
+from slimlmm.demo import bundled
+from slimlmm.evaluate import Evaluation, drop, evaluate
+from slimlmm.forward import answer_logits
+from slimlmm.losses import Seen, combine
+from slimlmm.resizing import dead_blocks
+from slimlmm.teacher import TeacherCache
+
+CASES = {
+    "inner: half of FFN and heads": {"text.ffn": 640, "vision.ffn": 768, "text.kv_groups": 2, "vision.kv_groups": 3},
+    "width: half of both": {"text.width": 288, "vision.width": 192},
+    "blocks: vision 7 -> 5, text 3 -> 2": {"vision.blocks": 5, "text.blocks": 2},
+}
+#: rows that cuts and repairs are fitted on
+CALIBRATION = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    loaded = checkpoint.load(bundled("teacher"))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "ads"
+        adreview.write(folder, train=CALIBRATION + 10, val=options.rows, test=10, seed=options.seed)
+        rows = data.load(folder)
+        model = _living(loaded.model)
+        collator = Collator(loaded.processor, packed=True)
+        cache = TeacherCache(model, collator, Path(parent) / "cache")
+        groups = data.by_picture(rows.train[:CALIBRATION], 16)
+        batches = [collator(groups[at : at + 4]) for at in range(0, len(groups), 4)]
+        whole = evaluate(model, loaded.processor, rows.validation)
+        found: dict[str, Any] = {"whole": whole.accuracy, "n": len(rows.validation), "cases": {}}
+        for name, sizes in CASES.items():
+            found["cases"][name] = case(model, loaded.processor, sizes, batches, cache, (whole, rows.validation))
+            print(name, json.dumps(found["cases"][name]), flush=True)
+    found |= {"calibration_rows": CALIBRATION, "seed": options.seed, "environment": measure.environment().model_dump()}
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _living(model: Any) -> Any:
+    """Return the model without the blocks that nobody reads."""
+    for axis, dead in dead_blocks(model.config).items():
+        anatomy = describe(model.config)
+        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
+        model = surgery.cut(model, anatomy, axis, {axis: torch.tensor(alive)})
+    return model
+
+
+def case(
+    model: Any,
+    processor: Any,
+    sizes: dict[str, int],
+    batches: list[Any],
+    cache: TeacherCache,
+    against: tuple[Evaluation, list[data.Row]],
+) -> dict[str, Any]:
+    """Cut all axes in turn, sliced and repaired, by the units that the repaired model's scores choose."""
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        logits_AV, labels_A, _ = answer_logits(model, batch)
+        seen = Seen(logits_AV, labels_A, cache.logits(cache.of(batch)))
+        return combine({"cross_entropy": 1.0, "forward_kl": 1.0}, seen)["total"] / labels_A.numel()
+
+    sliced = repaired = model
+    spent, tried = 0.0, {}
+    for axis, size in sizes.items():
+        anatomy = describe(repaired.config)
+        keep = chosen(repaired, anatomy, axis, size, batches, loss)
+        sliced = surgery.cut(sliced, anatomy, axis, keep)
+        began = time.perf_counter()
+        if noun_of(axis) == "blocks":
+            repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, batches, loss)
+        else:
+            statistics = repair.collect(repaired, anatomy, axis, batches)
+            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, batches, loss)
+        spent += time.perf_counter() - began
+        tried[axis] = {one.name: one.loss for one in tries}
+    whole, rows = against
+    answers = {name: evaluate(one, processor, rows) for name, one in (("sliced", sliced), ("repaired", repaired))}
+    lost = whole.accuracy - answers["sliced"].accuracy
+    return {
+        "sizes": sizes,
+        "parameters": repaired.num_parameters(),
+        **{name: one.accuracy for name, one in answers.items()},
+        "gain": drop(answers["repaired"], answers["sliced"]).model_dump(),
+        "won_back": (answers["repaired"].accuracy - answers["sliced"].accuracy) / lost if lost > 0 else None,
+        "repair_seconds": spent,
+        "calibration_losses": tried,
+    }
+
+
+def chosen(model: Any, anatomy: Any, axis: str, size: int, batches: list[Any], loss: Any) -> Any:
+    """Return the units that a round of the default schedule would keep."""
+    if noun_of(axis) == "blocks":
+        count = anatomy.axis(axis).groups[0].kept(size)
+        return {axis: torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, loss, count))}
+    criterion = "ablation" if noun_of(axis) == "kv_groups" else "taylor"
+    return plan.choose(importance.score(model, anatomy, [axis], criterion, batches, loss), anatomy, axis, size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What a batch shows: the student's side (logits, states) and the teacher's, of all rows or of those that it was asked about.
+
+Shape legend: A answer tokens, N tokens whose states are matched, S and H hidden size of student and teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlmm.axes import Anatomy
+from slimlmm.collate import IGNORE, Batch, Collator
+from slimlmm.data import Row, sample
+from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
+from slimlmm.losses import MATCHES, TEACHER_ENTRIES, fitted_readout
+from slimlmm.recipe import Training
+from slimlmm.teacher import TeacherCache
+
+#: keys of the pictures that the teacher answers about, None for all
+Taught = Collection[str] | None
+Collate = Callable[[list[list[Row]]], Batch]
+
+
+@dataclass(slots=True)
+class Readouts:
+    """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states."""
+
+    maps: dict[str, nn.Linear]
+    block: nn.Module | None
+    """what picture states enter; None where no loss looks at them"""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all maps."""
+        return [parameter for readout in self.maps.values() for parameter in readout.parameters()]
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for readout in self.maps.values():
+            readout.zero_grad()
+
+
+def asked_of(rows: Sequence[Row], count: int | None, seed: int) -> tuple[list[Row], Taught]:
+    """Return the rows that the teacher is asked about, whole pictures, and the keys of these pictures; all without a count."""
+    asked = sample(rows, count, seed)
+    return asked, None if count is None else frozenset(row.picture_key() for row in asked)
+
+
+def collator_for(
+    processor: Any, *, packed: bool, teacher: TeacherCache | None, losses: Collection[str], taught: Taught
+) -> Collate:
+    """Return the Trainer's collator: a batch with what the losses ask of the teacher, of the pictures that are `taught`.
+
+    Where not all are, ``taught_answers`` [A] and ``taught_pictures`` [picture tokens] tell which tokens the teacher's states
+    belong to.
+    """
+    collator = Collator(processor, packed=packed)
+    asked = {TEACHER_ENTRIES[name] for name in losses if name in TEACHER_ENTRIES}
+
+    def collate(groups: list[list[Row]]) -> Batch:
+        batch = collator(groups)
+        batch["labels"] = batch["shift_labels"]
+        batch["row_count"] = torch.tensor(len(batch["rows"]))
+        if teacher is not None and asked:
+            batch |= _said(batch, teacher, asked, taught)
+        del batch["rows"], batch["heads"]
+        return batch
+
+    return collate
+
+
+def _said(batch: Batch, teacher: TeacherCache, asked: Collection[str], taught: Taught) -> Batch:
+    """Return the teacher's entries of a batch; pictures first: where the teacher must run for them, its answers come along."""
+    known = {key: [taught is None or row.picture_key() in taught for row in batch[key]] for key in ("rows", "heads")}
+    part = {key: [row for row, here in zip(batch[key], flags, strict=True) if here] for key, flags in known.items()}
+    found: Batch = {}
+    if "teacher_pictures" in asked:
+        found["teacher_pictures"] = teacher.pictures(part, answers="teacher_hidden" in asked)
+    if "teacher_hidden" in asked:
+        found["teacher_hidden"] = teacher.of(part)
+    if taught is not None:
+        found["taught_answers"] = torch.tensor(known["rows"]).repeat_interleave(
+            torch.tensor(teacher.lengths(batch["rows"]))
+        )
+        found["taught_pictures"] = torch.tensor(known["heads"]).repeat_interleave(batch["picture_tokens"].sum(1))
+    return found
+
+
+def matched_tokens(batch: Batch, loss: str, states_NS: Tensor) -> Tensor:
+    """Return the student's states at those tokens that the teacher was asked about."""
+    mask: Tensor | None = batch.get({"answer_states": "taught_answers", "picture_states": "taught_pictures"}[loss])
+    return states_NS if mask is None else states_NS[mask]
+
+
+def look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the student's logits [A, V], the labels [A] and, by the loss that matches them, its states [N, S].
+
+    Picture states are those that enter `block`; with `stop` the student stops there, and the logits are empty.
+    """
+    if block is not None and stop:
+        states_NS = states_until(model, block, batch)
+        labels_A = batch["shift_labels"][batch["shift_labels"] != IGNORE]
+        return states_NS.new_empty(len(labels_A), 0), labels_A, {"picture_states": states_NS}
+    looking: AbstractContextManager[list[Tensor]] = (
+        states_into(block, batch["picture_tokens"]) if block is not None else nullcontext([])
+    )
+    with looking as seen:
+        logits_AV, labels_A, hidden_AS = answer_logits(model, batch)
+    return logits_AV, labels_A, {"answer_states": hidden_AS} | ({"picture_states": seen[0]} if seen else {})
+
+
+def fitted_readouts(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    settings: Training,
+    collate: Collate,
+    groups: Sequence[list[Row]],
+) -> Readouts:
+    """Return the maps of the state matches that the recipe weighs, each fitted on 32 pictures."""
+    names = [name for name in MATCHES if name in settings.losses]
+    if not names:
+        return Readouts({}, None)
+    block = first_text_block(model, anatomy) if "picture_states" in names else None
+    student: dict[str, list[Tensor]] = {name: [] for name in names}
+    teacher: dict[str, list[Tensor]] = {name: [] for name in names}
+    with torch.inference_mode():
+        for start in range(0, min(32, len(groups)), 8):
+            batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
+            _, _, states = look(model, batch, block, stop=names == ["picture_states"])
+            for name in names:
+                student[name].append(matched_tokens(batch, name, states[name]))
+                teacher[name].append(batch[TEACHER_ENTRIES[name]])
+    return Readouts({name: fitted_readout(torch.cat(student[name]), torch.cat(teacher[name])) for name in names}, block)

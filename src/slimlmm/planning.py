@@ -1,0 +1,408 @@
+"""What `slimlmm plan` does: the shape that a budget leads to, what it would cost, the rounds to it; nothing is cut or trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Group as Lines
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from slimlmm import budget as budgets
+from slimlmm import checkpoint, data, vocab
+from slimlmm import recipe as recipes
+from slimlmm.anatomy import describe
+from slimlmm.budget import Budget, Stopwatch, quantity
+from slimlmm.collate import texts_of
+from slimlmm.costs import Answer, answer_use
+from slimlmm.deployable import refuse_unsplittable
+from slimlmm.errors import UserError
+from slimlmm.grid import Grid
+from slimlmm.inspection import dtype_of, sizes_of
+from slimlmm.plan import (
+    Space,
+    check_stages,
+    living_blocks,
+    scaled_within,
+    sizes_within,
+    space_of,
+    stages_for,
+)
+from slimlmm.progress import Quiet, Reporter
+from slimlmm.recipe import Recipe, Stage
+from slimlmm.resizing import predict_parameters, resized
+from slimlmm.surgery import new_config
+from slimlmm.tree import human, plain, ratio
+
+#: options that say a budget; one of them is given
+BUDGETS = ("--shrink", "--parameters", "--bytes", "--flops", "--latency-ms")
+NOT_TIMED = "Opening and preparing the picture and decoding the text are not in these times."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """Where a plan begins: the model's configuration, that of the lossless cuts, and how answers use both.
+
+    `lossless`: sizes that those cuts change; `per_picture`: rows that share a picture.
+    """
+
+    config: Any
+    living: Any
+    lossless: Mapping[str, int]
+    per_picture: int
+    now: Answer
+    then: Answer
+    notes: tuple[str, ...]
+
+
+def plan(
+    model: str,
+    asked: Mapping[str, float | str | None],
+    *,
+    floors: Sequence[str] = (),
+    fixes: Sequence[str] = (),
+    recipe: Path | None = None,
+    source: Path | None = None,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
+) -> dict[str, Any]:
+    """Return the shape that a budget leads to, its cost, and the rounds of its schedule, which `out` gets as a recipe.
+
+    `asked`: the value of each option in `BUDGETS`, None where it is not given. `floors` and `fixes`: ``axis=size``, sizes not
+    to fall below and sizes to take. Parameters, bytes and FLOPs come from the configuration, latency is measured.
+
+    Raises:
+        UserError: not exactly one budget, one that no shape meets or that the model meets already, sizes that cannot be.
+    """
+    tell = tell or Quiet()
+    settings = recipes.read(recipe) if recipe else Recipe()
+    option, value = _asked(asked, settings, recipe)
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: exists; give a file that does not.")
+    start = _start(model, source, settings, trust_remote_code)
+    anatomy = describe(start.living)
+    least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
+    space = space_of(start.living, _grid(settings), settings.order, floors=least, fixes=given)
+    watch = Stopwatch(
+        device=torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"),
+        tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
+    )
+    budget, sizes = _chosen(start, space, (option, value), watch)
+    latency = _latency(start, space.stated(sizes), watch, budget.limit) if option == "--latency-ms" else None
+    found = {
+        "model": model,
+        "model_type": start.config.model_type,
+        "dtype": str(dtype_of(start.config)).removeprefix("torch."),
+        "budget": {"option": option, "asked": value, "limit": budget.limit},
+        "axes": _axes(start, space.stated(sizes), dict.fromkeys(least, "--floor") | dict.fromkeys(given, "--fix")),
+        "costs": _costs(start, space.stated(sizes), latency),
+        "answer": {"tokens": start.now.tokens, "prompt": start.now.prompt, "reason": start.now.reason},
+        "latency": latency,
+    }
+    return found | _schedule(start, space, sizes, settings, out)
+
+
+def _schedule(
+    start: _Start, space: Space, sizes: Mapping[str, int], settings: Recipe, out: Path | None
+) -> dict[str, Any]:
+    """Return the rounds that lead to these sizes, what would hinder serving, and notes; write the recipe where one is wanted."""
+    grid = _grid(settings)
+    stages = stages_for(
+        start.living,
+        sizes,
+        row_visits=settings.row_visits,
+        rows_per_picture=start.per_picture,
+        order=settings.order,
+        grid=grid,
+    )
+    check_stages(start.config, stages, settings.tensor_parallel)
+    warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
+    if out is not None:
+        _write(out, settings.model_copy(update={"stages": stages, "shrink": None}))
+    return {
+        "rounds": _rounds(start, stages),
+        "warnings": warnings,
+        "notes": [*start.notes, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
+        "out": None if out is None else str(out),
+    }
+
+
+def _grid(settings: Recipe) -> Grid:
+    return Grid(multiples=settings.multiples, tensor_parallel=settings.tensor_parallel)
+
+
+def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Path | None) -> tuple[str, float]:
+    """Return the one budget that is given, on the command line or else as the recipe's `shrink`."""
+    if settings.stages:
+        raise UserError(f"{recipe} lists stages, so there is nothing to plan; give a recipe without them.")
+    given = {option: value for option, value in asked.items() if value is not None}
+    if not given and settings.shrink is not None:
+        given = {"--shrink": settings.shrink}
+    if len(given) != 1:
+        raise UserError(f"give exactly one budget of {', '.join(BUDGETS)}, not {' and '.join(given) or 'none'}.")
+    ((option, value),) = given.items()
+    if isinstance(value, str):
+        return option, quantity(option, value)
+    least = 1 if option == "--shrink" else 0
+    if not least < value < math.inf:
+        raise UserError(f"{option} {value:g}: give a number above {least}.")
+    return option, value
+
+
+def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code: bool) -> _Start:
+    """Read the configuration, and what the rows need of the vocabulary where there are rows."""
+    config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
+    living, lossless, per_picture = config, dict[str, int](), 1
+    notes = [
+        "vocabulary counted whole, steps for one row a picture; compress trims it to its rows. Give --data to plan with yours."
+    ]
+    if refusal := describe(config).axes["vocab"].refusal:
+        notes = [f"the vocabulary of this model cannot be trimmed ({refusal}): take unused_tokens out of the recipe."]
+    if source is not None:
+        processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
+        splits = data.load(source, max_bad_share=settings.data.max_bad_share, seed=settings.seed)
+        train, validation = (splits.need(name, source) for name in ("train", "validation"))
+        axis, texts = describe(config).axis("vocab"), texts_of(processor, train + validation)
+        kept = [token for token in vocab.needed(config, generation, processor, texts) if token < axis.size]
+        living = new_config(config, axis, len(kept), {"vocab": torch.tensor(kept)})
+        lossless |= {"vocab": len(kept)}
+        per_picture, notes = data.rows_per_picture(train), splits.notes
+    blocks = living_blocks(config)
+    living = resized(living, blocks) if blocks else living
+    return _Start(
+        config=config,
+        living=living,
+        lossless=lossless | blocks,
+        per_picture=per_picture,
+        now=answer_use(config, budgets.TOKENS),
+        then=answer_use(living, budgets.TOKENS),
+        notes=tuple(notes),
+    )
+
+
+def _budget(start: _Start, config: Any, asked: tuple[str, float], watch: Stopwatch) -> Budget:
+    """Return the budget as a cost of the sizes of `config`."""
+    option, value = asked
+    words = f"{option} {value:.15g}"
+    if option == "--shrink":
+        return budgets.by_shrink(config, value, predict_parameters(start.config, {}))
+    if option == "--parameters":
+        return budgets.by_parameters(config, value, words)
+    if option == "--bytes":
+        return budgets.by_bytes(config, value, words, dtype_of(config).itemsize)
+    if option == "--flops":
+        return budgets.by_flops(config, value, words, start.now if config is start.config else start.then)
+    return budgets.by_latency(config, value, words, watch)
+
+
+def _chosen(start: _Start, space: Space, asked: tuple[str, float], watch: Stopwatch) -> tuple[Budget, dict[str, int]]:
+    """Return the budget and the sizes that it leads to; refuse one that the model meets as it is, or by lossless cuts alone.
+
+    Of a measured budget nothing is spent step by step: one step of one axis is less than timing can tell.
+    """
+    budget = _budget(start, start.config, asked, watch)
+    now = budget.cost({})
+    if now <= budget.limit:
+        raise UserError(
+            f"{budget.asked} allows {budget.said(budget.limit)}, and the model as it is takes {budget.said(now)}: "
+            "nothing has to be cut."
+        )
+    budget = _budget(start, space.config, asked, watch)
+    sizes = scaled_within(space, budget)[1] if asked[0] == "--latency-ms" else sizes_within(space, budget)
+    if space.whole(sizes):
+        raise UserError(
+            f"{budget.asked} allows {budget.said(budget.limit)}, which dropping unused tokens and dead blocks alone meets: "
+            "no axis has to be cut."
+        )
+    return budget, sizes
+
+
+def _axes(start: _Start, stated: Mapping[str, int], given: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return size now and planned of every axis that can be cut; `given` names the option that stated it."""
+    after = describe(resized(start.living, stated)).sizes
+    found = []
+    for name, now in describe(start.config).sizes.items():
+        planned = after.get(name, stated.get(name, now))
+        found.append({"axis": name, "now": now, "planned": planned, "kept": planned / now, "given": given.get(name)})
+    return found
+
+
+def _followers(stages: Sequence[Stage], stated: Mapping[str, int]) -> list[str]:
+    """Say which sizes of the rounds go on shrinking after they were cut."""
+    cut = {name: size for stage in stages for turn in stage.rounds for name, size in turn.sizes.items()}
+    return [
+        f"{name}: cut to {size} at the width of that round, and {stated[name]} in the end: it is a whole number of the width"
+        for name, size in cut.items()
+        if stated[name] != size
+    ]
+
+
+def _costs(start: _Start, stated: Mapping[str, int], latency: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what the model costs now and planned, and how many times less."""
+    size = dtype_of(start.config).itemsize
+    counts = predict_parameters(start.config, {}), predict_parameters(start.living, stated)
+    flops = budgets.flops_at(start.config, start.now, {}), budgets.flops_at(start.living, start.then, stated)
+    pairs: dict[str, tuple[float | None, float | None]] = {
+        "parameters": counts,
+        "bytes": (size * counts[0], size * counts[1]),
+        "flops": flops,
+    }
+    costs = {
+        name: {"now": now, "planned": planned, "ratio": now / planned if now and planned else None}
+        for name, (now, planned) in pairs.items()
+    }
+    return costs if latency is None else costs | {"latency_ms": latency["costs"]}
+
+
+def _latency(start: _Start, stated: Mapping[str, int], watch: Stopwatch, limit: float) -> dict[str, Any]:
+    """Time the chosen shape again, in turns with the model as it is, and return all times.
+
+    Where both do not fit into memory at once there is no ratio: times of different moments are not compared.
+    """
+    found = watch.pair(start.config, resized(start.living, stated))
+    alone = {"now": watch.timed(start.config, {}).ms, "planned": watch.timed(start.living, stated).ms}
+    costs: dict[str, Any] = alone | {"ratio": None, "reason": found if isinstance(found, str) else ""}
+    if not isinstance(found, str):
+        now, planned = (1e3 * float(np.median(seconds)) for seconds in found)
+        costs |= {"now": now, "planned": planned, "ratio": now / planned, "n": len(found[0])}
+    candidates = sorted(watch.found.values(), key=lambda one: -one.parameters)
+    return {
+        "device": str(watch.device),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "limit_ms": limit,
+        "note": NOT_TIMED,
+        "candidates": [asdict(one) for one in candidates],
+        "chosen": dict(stated),
+        "costs": costs,
+    }
+
+
+def _rounds(start: _Start, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return every round of the schedule: what it cuts, the parameters after it, the row visits of its recovery."""
+    found, config = [], start.living
+    for stage in stages:
+        for number, turn in enumerate(stage.rounds, 1):
+            config = resized(config, turn.sizes)
+            pictures = sum(training.steps * training.pictures_per_step for training in turn.train)
+            found.append(
+                {
+                    "round": f"{stage.name}.{number}",
+                    "sizes": dict(start.lossless) if turn.drop else dict(turn.sizes),
+                    "parameters": predict_parameters(config, {}),
+                    "row_visits": pictures * start.per_picture,
+                }
+            )
+    return found
+
+
+def _write(out: Path, recipe: Recipe) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(recipes.dump(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}.") from error
+
+
+def view(found: dict[str, Any]) -> Lines:
+    """Return the terminal view of `plan`, to be read in 80 columns."""
+    asked = found["budget"]
+    title = Text(f"{found['model']}\n", style="bold")
+    title.append(f"{found['model_type']}: a plan for {asked['option']} {asked['asked']:.15g}", style="not bold")
+    parts: list[Any] = [title, "", _axes_table(found), "", _costs_table(found), *_reasons(found)]
+    if found["latency"]:
+        parts += ["", *_latency_lines(found["latency"])]
+    parts += ["", _rounds_table(found)]
+    if found["warnings"]:
+        parts += ["", Text("What may stand in the way when it is served (docs/deploy.md):", style="bold")]
+        parts += [Padding(Text(f"- {line}"), (0, 0, 0, 2)) for line in found["warnings"]]
+    parts += ["", *(Text(note, style="dim") for note in found["notes"])]
+    if found["out"]:
+        parts.append(Text(f"written: {found['out']} (slimlmm compress MODEL --data DATA --recipe {found['out']})"))
+    return Lines(*parts)
+
+
+def _axes_table(found: dict[str, Any]) -> Table:
+    table = plain("axis", "now", "planned", "kept", "given")
+    for axis in found["axes"]:
+        cut = axis["planned"] < axis["now"]
+        cells = [str(axis["now"]), str(axis["planned"]), f"{100 * axis['kept']:.1f} %", axis["given"] or ""]
+        table.add_row(axis["axis"], *cells, style="" if cut else "dim")
+    return table
+
+
+def _costs_table(found: dict[str, Any]) -> Table:
+    table, costs = plain("cost", "now", "planned", "ratio"), found["costs"]
+    labels = {"parameters": "parameters", "bytes": f"bytes ({found['dtype']})", "flops": "FLOPs an answer"}
+    for name, label in labels.items():
+        now, planned = costs[name]["now"], costs[name]["planned"]
+        shown = [human(value, "B" if name == "parameters" else "G") for value in (now, planned)]
+        table.add_row(label, *(f"{one}B" if name == "bytes" else one for one in shown), ratio(now, planned))
+    if "latency_ms" in costs:
+        latency = costs["latency_ms"]
+        times = latency["ratio"]
+        table.add_row(
+            "latency p50, batch 1",
+            *(_ms(latency[key]) for key in ("now", "planned")),
+            "-" if times is None else f"{times:.2f}x",
+        )
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def _reasons(found: dict[str, Any]) -> list[Text]:
+    """Say what an answer is, and why a figure is missing."""
+    answer = found["answer"]
+    told = f"an answer: a prompt of {answer['prompt']} tokens with a picture, {answer['tokens']} tokens out"
+    lines = [answer["reason"] or told]
+    if found["latency"] and (reason := found["costs"]["latency_ms"]["reason"]):
+        lines.append(f"no ratio of latencies: the model beside the chosen shape {reason}")
+    return [Text(line, style="dim") for line in lines]
+
+
+def _latency_lines(latency: dict[str, Any]) -> list[Any]:
+    table = plain("sizes", "parameters", "p50", "n")
+    for one in latency["candidates"]:
+        chosen = one["sizes"] == latency["chosen"]
+        sizes = _grouped(one["sizes"]) or "as it is"
+        cells = [human(one["parameters"], "B"), _ms(one["ms"]), str(one["n"])]
+        table.add_row(sizes + (f" ({one['reason']})" if one["reason"] else ""), *cells, style="bold" if chosen else "")
+    told = (
+        f"p50 of n answers on {latency['device']} (threads: {latency['threads']}), {latency['dtype']}, batch 1, random weights; "
+        f"what is quoted above was timed in turns. {latency['note']}"
+    )
+    lines: list[Any] = [table, Text(told, style="dim")]
+    planned, limit = latency["costs"]["planned"], latency["limit_ms"]
+    if planned > limit:
+        again = f"Timed again in turns, the chosen shape took {planned:.1f} ms, more than the {limit:.15g} asked for."
+        lines.append(Text(f"{again} Times wander by as much here; plan anew, or for less.", style="yellow"))
+    return lines
+
+
+def _grouped(sizes: Mapping[str, int]) -> str:
+    """Say sizes by tower: "text blocks=2 ffn=512; vision width=64"."""
+    towers: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        tower, _, noun = name.rpartition(".")
+        towers.setdefault(tower, []).append(f"{noun}={size}")
+    return "; ".join(" ".join([tower, *words]).strip() for tower, words in towers.items())
+
+
+def _rounds_table(found: dict[str, Any]) -> Table:
+    table = plain("round", "sizes", "parameters", "row visits")
+    for one in found["rounds"]:
+        table.add_row(
+            one["round"], _grouped(one["sizes"]) or "-", human(one["parameters"], "B"), f"{one['row_visits']:,}"
+        )
+    return table

@@ -1,0 +1,310 @@
+"""One round of a run: score, choose, repair, cut, recover, evaluate; and what happens when it misses the promised accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimlmm import bridging, checkpoint, data, importance, plan, repair, results, surgery, vocab
+from slimlmm.anatomy import describe
+from slimlmm.axes import Keep, noun_of
+from slimlmm.collate import Batch, Collator, texts_of
+from slimlmm.distill import TrainResult, can_pack, train
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Evaluation, Score, drop, evaluate
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.grid import Grid
+from slimlmm.lessons import Taught
+from slimlmm.losses import Seen, combine
+from slimlmm.progress import Reporter
+from slimlmm.recipe import Recipe, Round, Training
+from slimlmm.resizing import dead_blocks, predict_parameters
+from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.teacher import TeacherCache
+
+CALIBRATION_LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
+
+
+@dataclass(slots=True)
+class Job:
+    """What every round of one run shares."""
+
+    folder: RunFolder
+    recipe: Recipe
+    train_rows: list[data.Row]
+    calibration: list[data.Row]
+    validation: list[data.Row]
+    vocabulary_rows: list[data.Row]
+    tell: Reporter
+    taught: Taught = None
+    cache: TeacherCache | None = None
+    teacher_validation: Evaluation | None = None
+
+
+@dataclass(slots=True)
+class Done:
+    """A finished round: the model it left, its record, and whether it kept the promise."""
+
+    model: PreTrainedModel
+    processor: Any
+    record: results.Round
+    kept_promise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a round stands in the run: its number from 1, of how many, its stage, its position there; half of the cut or all."""
+
+    number: int
+    of: int
+    stage: str
+    index: int
+    half: bool = False
+
+    def __str__(self) -> str:
+        return f"round {self.number}/{self.of} {self.name}"
+
+    @property
+    def name(self) -> str:
+        """Name of the round, as in its folder."""
+        return f"{self.stage}.{self.index}" + ("-half" if self.half else "")
+
+
+def attempts(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place) -> Iterator[Done]:
+    """Yield the round; where it misses the promise even with more recovery, also half of its cut, from the same model.
+
+    Rounds that an earlier run of this folder has finished are read, not made.
+    """
+    one = _taken(job, model, processor, turn, place)
+    yield one
+    if one.kept_promise:
+        return
+    half = plan.halved(
+        model.config, turn.sizes, Grid(**job.recipe.model_dump(include={"multiples", "tensor_parallel"}))
+    )
+    missed = f"{place} lost more than the promised {job.recipe.max_drop} points"
+    if not half:
+        job.tell.say(f"{missed}, and no smaller cut lies between; rolled back")
+        return
+    job.tell.say(f"{missed}; rolled back, half of it is tried", **half)
+    yield _taken(job, model, processor, turn.model_copy(update={"sizes": half}), replace(place, half=True))
+
+
+def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place) -> Done:
+    folder = job.folder.stage(place.number, place.name)
+    if not (folder / "done.json").exists():
+        job.tell.say(str(place), **turn.sizes)
+        return _round(job, model, processor, turn, place, folder)
+    loaded = checkpoint.load(folder / "model", device=model.device)
+    record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
+    job.tell.say(f"{place} was done", parameters=record.parameters)
+    return Done(loaded.model, loaded.processor, record, _promise(job, record.after_recovery or record.after_cut))
+
+
+def _promise(job: Job, score: Score | None) -> bool:
+    """Tell whether a validation score is within `max_drop` points of the teacher's."""
+    if job.recipe.max_drop is None:
+        return True
+    assert score is not None
+    assert job.teacher_validation is not None
+    lost = job.teacher_validation.summary.overall.correct - score.correct
+    return 100 * lost <= job.recipe.max_drop * score.n  # counts, because 93.2 - 89.2 is more than 4.0
+
+
+def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path) -> Done:
+    """Score, choose, repair, cut, recover, evaluate; written down before it counts."""
+    began = time.perf_counter()
+    before, counted = describe(model.config).sizes, model.num_parameters()
+    for what in turn.drop:
+        model, processor = _drop(what, job, model, processor)
+    for axis, size in turn.sizes.items():
+        model = _cut(job, model, processor, turn, (axis, size), folder)
+    after = describe(model.config).sizes
+    cut_score = _score(job, model, processor, f"{place.name} after the cut")
+    trained, score = _recovered(job, model, processor, turn, place, folder)
+    changed = [axis for axis in after if after[axis] != before[axis]]
+    record = results.Round(
+        number=place.number,
+        stage=place.stage,
+        round=place.index,
+        half=place.half,
+        criterion=", ".join(dict.fromkeys(_criterion(turn, axis) for axis in turn.sizes)) or None,
+        before={axis: before[axis] for axis in changed},
+        after={axis: after[axis] for axis in changed},
+        parameters_before=counted,
+        parameters=model.num_parameters(),
+        after_cut=cut_score,
+        after_recovery=score,
+        kept_promise=_promise(job, score or cut_score),
+        trainings=len(trained),
+        seconds=time.perf_counter() - began,
+        **_training_facts(trained),
+    )
+    checkpoint.save(model, processor, folder / "model")
+    (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters})
+    return Done(model, processor, record, record.kept_promise)
+
+
+def _recovered(
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
+) -> tuple[list[TrainResult], Score | None]:
+    """Make the round's trainings, and the last one again, up to `patience` times, while the promise is missed."""
+    parts = list(turn.train)
+    trained = [_train(job, model, processor, part, (place, number), folder) for number, part in enumerate(parts)]
+    score = _score(job, model, processor, f"{place.name} recovered") if trained else None
+    while trained and not _promise(job, score) and len(trained) < len(parts) + job.recipe.patience:
+        trained.append(_train(job, model, processor, parts[-1], (place, len(trained)), folder))
+        score = _score(job, model, processor, f"{place.name} recovered further")
+    return trained, score
+
+
+def _train(
+    job: Job, model: PreTrainedModel, processor: Any, settings: Training, where: tuple[Place, int], folder: Path
+) -> TrainResult:
+    place, part = where
+    return train(
+        model,
+        processor,
+        job.train_rows,
+        settings,
+        folder / "training",
+        teacher=job.cache,
+        taught=job.taught,
+        validation=job.validation,
+        seed=job.recipe.seed + place.number + 1000 * part,
+        progress=lambda facts: job.tell.step(
+            f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
+        ),
+    )
+
+
+def _criterion(turn: Round, axis: str) -> str:
+    """Return how this round chooses the units of an axis."""
+    return {"blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}.get(noun_of(axis), turn.criterion)
+
+
+def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
+    """Return the sums over a round's trainings and the last losses."""
+    last = trained[-1].history[-1] if trained and trained[-1].history else {}
+    return {
+        "losses": {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")},
+        "steps": sum(one.steps for one in trained),
+        "row_visits": sum(one.row_visits for one in trained),
+        "flops": sum(one.flops for one in trained) if trained else None,
+    }
+
+
+def _drop(what: str, job: Job, model: PreTrainedModel, processor: Any) -> tuple[PreTrainedModel, Any]:
+    """Make one lossless cut."""
+    if what == "unused_tokens":
+        return vocab.trim(model, processor, texts_of(processor, job.vocabulary_rows))
+    for axis, dead in dead_blocks(model.config).items():
+        anatomy = describe(model.config)
+        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
+        model = surgery.cut(model, anatomy, axis, {axis: torch.tensor(alive)})
+    return model, processor
+
+
+def _cut(
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, what: tuple[str, int], folder: Path
+) -> PreTrainedModel:
+    """Choose the units of one axis, repair, cut, and write the plan with its scores."""
+    axis, size = what
+    anatomy = describe(model.config)
+    found = anatomy.axis(axis)
+    if size == found.size:
+        return model
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
+    scores: dict[str, Tensor] = {}
+    tries: list[repair.Choice] = []
+    if found.kind == "blocks":
+        keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
+    else:
+        scores = importance.score(
+            model, anatomy, [axis], _criterion(turn, axis), batches, _calibration_loss(job), seed=job.recipe.seed
+        )
+        keep = plan.choose(scores, anatomy, axis, size)
+    if found.kind == "blocks" and turn.repair == "best":
+        student, tries = bridging.bridge_best(model, anatomy, axis, keep, batches, _calibration_loss(job))
+    elif scores and turn.repair == "best":
+        statistics = repair.collect(model, anatomy, axis, batches)
+        student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
+    else:
+        student = surgery.cut(model, anatomy, axis, keep)
+    kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size
+    predicted = predict_parameters(model.config, {axis: size}, kept)
+    if student.num_parameters() != predicted:
+        raise UserError(
+            f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted."
+        )
+    if scores:
+        save_file({name: values.contiguous() for name, values in scores.items()}, folder / f"scores-{axis}.safetensors")
+    write_json(
+        folder / f"plan-{axis}.json",
+        {
+            "axis": axis,
+            "before": found.size,
+            "after": size,
+            "repairs_tried": {one.name: one.loss for one in tries},
+            "keep": {name: units.tolist() for name, units in keep.items()},
+        },
+    )
+    job.tell.say(f"  {axis} {found.size} -> {size}", **{one.name: one.loss for one in tries})
+    return student
+
+
+def _blocks(job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]) -> Tensor:
+    """Return the blocks that stay."""
+    axis, size = what
+    anatomy = describe(model.config)
+    group = anatomy.axis(axis).groups[0]
+    count = group.kept(size)
+    if turn.blocks == "last":
+        return group.first(count)
+    if turn.blocks == "taylor":
+        scores = importance.score(model, anatomy, [axis], "taylor", batches, _calibration_loss(job))
+        return plan.choose(scores, anatomy, axis, size)[group.name]
+    if turn.blocks == "random":
+        generator = torch.Generator().manual_seed(job.recipe.seed)
+        return group.best(torch.rand(group.units, generator=generator), count)
+    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, _calibration_loss(job), count))
+
+
+def _calibration_loss(job: Job) -> importance.Loss:
+    """Cross-entropy + forward KL against the teacher, mean per answer token."""
+
+    def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+        assert job.cache is not None
+        logits_AV, labels_A, _ = answer_logits(model, batch)
+        teacher_AV = job.cache.logits(job.cache.of(batch).to(model.device))
+        return combine(CALIBRATION_LOSSES, Seen(logits_AV, labels_A, teacher_AV))["total"] / labels_A.numel()
+
+    return loss
+
+
+def _chunks(groups: list[list[data.Row]], size: int) -> list[list[list[data.Row]]]:
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
+def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:
+    found = evaluate(
+        model, processor, job.validation, progress=lambda done, total: job.tell.step(f"validation, {what}", done, total)
+    )
+    overall = found.summary.overall
+    lost = None
+    if job.teacher_validation is not None:
+        lost = 100 * drop(job.teacher_validation, found, samples=1000).mean
+    job.tell.say(
+        f"  {what}: {100 * overall.accuracy:.1f} % of {overall.n}", **({} if lost is None else {"points_lost": lost})
+    )
+    return overall

@@ -1,0 +1,67 @@
+"""Against overfitting: look at validation rows now and then, keep the best weights, stop when they are long past."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slimlmm.collate import Batch
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.losses import cross_entropy
+
+
+@torch.inference_mode()
+def validation_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    """Return the mean cross-entropy per answer token of the labels, in evaluation mode; nats."""
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        logits_AV, labels_A, _ = answer_logits(model, to_device(batch, model.device))
+        total += float(cross_entropy(logits_AV.float(), labels_A))
+        count += labels_A.numel()
+    model.train(training)
+    return total / count
+
+
+class KeepBest(TrainerCallback):
+    """Measure `validation_loss` every so many steps and at the end; the weights of the least one are what training leaves.
+
+    Training stops after `patience` looks in a row without a new best. One copy of the trained weights is held beside the model,
+    in the memory of the CPU. `looks` are (step, loss), `kept` is the step of the weights that stay.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], every: int, patience: int) -> None:
+        self.model, self.batches, self.every, self.patience = model, batches, every, patience
+        self.looks: list[tuple[int, float]] = []
+        self.kept = 0
+        self._best: dict[str, Tensor] = {}
+        self._misses = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look, at every so many steps and after the last one."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        loss = validation_loss(self.model, self.batches)
+        best = min((one for _, one in self.looks), default=float("inf"))
+        self.looks.append((state.global_step, loss))
+        if loss < best:
+            self.kept, self._misses = state.global_step, 0
+            self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
+            return
+        self._misses += 1
+        control.should_training_stop |= self._misses >= self.patience
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the best weights back where later steps were no better."""
+        if self._best and self.kept != state.global_step:
+            with torch.no_grad():
+                for name, parameter in self._trained():
+                    parameter.copy_(self._best[name])
+        self._best = {}
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,134 @@
+"""Dropped blocks: what the block before them can take over, and when it cannot."""
+
+import copy
+
+import pytest
+import torch
+
+from slimlmm import bridging, surgery
+from slimlmm.anatomy import describe
+from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps
+from slimlmm.forward import answer_logits
+from slimlmm.losses import cross_entropy
+from slimlmm.selfcheck import random_model
+from tiny import tiny, tiny_batch
+from zoo import CONFIGS
+
+
+def loss(model, batch):
+    logits_AV, labels_A, _ = answer_logits(model, batch)
+    return cross_entropy(logits_AV, labels_A) / labels_A.numel()
+
+
+def batches_of(name, model, count=6):
+    found = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        batch = tiny_batch(name, model, n=4)
+        batch["shift_labels"] = batch.pop("labels")
+        found.append(batch)
+    return found
+
+
+def outputs(model, path, batches):
+    """Return what a block gives out over all batches, and what enters the FFN's last linear of it."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_hook(
+        lambda *call: seen.append(bridging._stream(call[-1]).detach())
+    )
+    with torch.no_grad():
+        for batch in batches:
+            answer_logits(model, batch)
+    handle.remove()
+    return torch.cat([one.flatten(0, -2) for one in seen])
+
+
+@pytest.fixture(scope="module", params=["text.blocks", "vision.blocks"])
+def case(request):
+    """The middle one of three blocks of a model whose layer scale is no 1, with calibration rows."""
+    axis, name = request.param, "llava-dinov2-llama"
+    model, _ = tiny(name)
+    model = random_model(model.config)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if "layer_scale" in part:
+                parameter.uniform_(0.2, 2.0)
+    anatomy = describe(model.config)
+    keep = {axis: torch.tensor([0, *range(2, anatomy.axis(axis).size)])}
+    return model, anatomy, axis, keep, batches_of(name, model)
+
+
+def test_the_stream_behind_the_gap_is_nearer_to_what_it_was(case):
+    model, anatomy, axis, keep, batches = case
+    layers = anatomy.axis(axis).layers
+    wanted = outputs(model, f"{layers}.1", batches)
+    plain = surgery.cut(model, anatomy, axis, keep)
+    trial = copy.deepcopy(model)
+    (gap,) = bridged(trial, anatomy, axis, keep, batches)
+    assert (gap.first, gap.last) == (1, 1)
+    mended = surgery.cut(trial, anatomy, axis, keep)
+    before, after = (float((outputs(one, f"{layers}.0", batches) - wanted).square().mean()) for one in (plain, mended))
+    assert after < 0.9 * before
+
+
+def test_the_patch_is_the_ridge_regression_of_what_the_block_added(case, monkeypatch):
+    model, anatomy, axis, keep, batches = case
+    monkeypatch.setattr(bridging, "RIDGES", (1e-2,))
+    layers, trial = anatomy.axis(axis).layers, copy.deepcopy(model)
+    (gap,) = bridged(trial, anatomy, axis, keep, batches)
+    writer = model.get_submodule(gap.writer)
+    heard = []
+    handle = writer.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].detach().flatten(0, -2)))
+    start, end = outputs(model, f"{layers}.0", batches), outputs(model, f"{layers}.1", batches)
+    handle.remove()
+    neurons = torch.cat(heard[: len(heard) // 2]).double()  # the second run heard them again
+    added = (end - start).double()
+    biased = writer.bias is not None
+    if biased:
+        means = neurons.mean(0), added.mean(0)
+        neurons, added = neurons - means[0], added - means[1]
+    gram = neurons.T @ neurons / len(neurons)
+    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    wanted = torch.linalg.solve(gram + ridge, neurons.T @ added / len(neurons)).T
+    scale = next((p for n, p in model.named_parameters() if n.startswith(f"{layers}.0.layer_scale2")), None)
+    got = trial.get_submodule(gap.writer).weight.double() - writer.weight.double()
+    got = got if scale is None else scale.double()[:, None] * got
+    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    if biased:
+        shift = (trial.get_submodule(gap.writer).bias - writer.bias).double() * (1 if scale is None else scale.double())
+        assert torch.allclose(shift, means[1] - wanted @ means[0], atol=1e-3 * float(means[1].abs().max()))
+
+
+def test_the_better_of_both_is_taken_and_the_input_model_stays(case):
+    model, anatomy, axis, keep, batches = case
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    student, tries = bridge_best(model, anatomy, axis, keep, batches, loss)
+    assert [one.name for one in tries] == ["slice", "bridge"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    found = sum(float(loss(student, batch)) for batch in batches) / len(batches)
+    assert found == pytest.approx(min(one.loss for one in tries), rel=1e-5)
+    assert student.num_parameters() == surgery.cut(model, anatomy, axis, keep).num_parameters()
+
+
+def test_all_kept_or_the_first_ones_dropped_leave_nothing_to_bridge(case):
+    model, anatomy, axis, _, batches = case
+    size = anatomy.axis(axis).size
+    assert not list(gaps(model, anatomy, axis, {axis: torch.arange(size)}))
+    keep = {axis: torch.arange(1, size)}
+    assert not list(gaps(model, anatomy, axis, keep))
+    _, tries = bridge_best(model, anatomy, axis, keep, batches, loss)
+    assert [one.name for one in tries] == ["slice"]
+
+
+def test_a_norm_behind_the_ffn_is_no_factor():
+    from slimlmm.prompts import picture_prompt
+
+    model = random_model(CONFIGS["gemma3"]())
+    anatomy = describe(model.config)
+    axis = anatomy.axis("text.blocks")
+    keep = {"text.blocks": torch.tensor([unit for unit in range(axis.size) if unit != 1])}
+    batch = picture_prompt(model.config)
+    (gap,) = gaps(model, anatomy, "text.blocks", keep)
+    with pytest.raises(NoBridgeError, match="normed"), torch.no_grad():
+        bridging._gain(model, model.get_submodule(f"{axis.layers}.0"), model.get_submodule(gap.writer), batch)
+    assert bridged(model, anatomy, "text.blocks", keep, [batch]) == []

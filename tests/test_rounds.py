@@ -1,0 +1,193 @@
+"""Rounds: what is chosen, and what happens when one misses the promised accuracy."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from slimlmm import checkpoint, importance, pipeline, plan, recipe, results, rounds
+from slimlmm.anatomy import describe
+from slimlmm.collate import Collator
+from slimlmm.data import by_picture
+from slimlmm.evaluate import Interval, score
+from slimlmm.grid import Grid
+from slimlmm.resizing import resized
+from slimlmm.teacher import TeacherCache
+from test_pipeline import RAW, Recorder
+from tiny import tiny, tiny_config
+
+#: three rounds: FFN, then width with an FFN that the config holds as a multiple of it, then FFN again
+STAGES = [
+    RAW["stages"][0],
+    {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32}, "train": {"steps": 2}}]},
+    {"name": "width", "rounds": [{"sizes": {"vision.width": 16}, "train": {"steps": 2}}]},
+    {"name": "last", "rounds": [{"sizes": {"vision.ffn": 32}, "train": {"steps": 1}}]},
+]
+PROMISING = {**RAW, "stages": STAGES, "max_drop": 1.0}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model, processor = tiny("llava-dinov2-llama")
+    checkpoint.save(model, processor, folder)
+    return folder
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Let the named evaluations miss the promise, and all others keep it."""
+
+    def let(*names):
+        def scored(job, model, processor, what):
+            return score([what not in names], ["picture"])
+
+        monkeypatch.setattr(rounds, "_score", scored)
+        monkeypatch.setattr(rounds, "_promise", lambda job, found: found.correct > 0)
+
+    return let
+
+
+def weights(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def same(one, other):
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("correct", "kept"), [(446, True), (445, False)])
+def test_a_promise_is_kept_to_the_last_row(correct, kept):
+    told = SimpleNamespace(correct=466, n=500)
+    job = SimpleNamespace(
+        recipe=recipe.Recipe(max_drop=4.0),
+        teacher_validation=SimpleNamespace(accuracy=0.932, summary=SimpleNamespace(overall=told)),
+    )
+    assert rounds._promise(job, SimpleNamespace(correct=correct, n=500)) is kept
+
+
+def test_a_round_that_misses_the_promise_is_recovered_further(teacher, ads, tmp_path, missing):
+    missing("inner.1 recovered")
+    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(PROMISING, "test"))
+    assert [one.trainings for one in found.rounds] == [0, 2, 1, 1]
+    assert found.rounds[1].steps == 4
+    assert all(one.kept_promise for one in found.rounds)
+    assert found.notes == ()
+
+
+def test_then_it_is_rolled_back_and_half_of_it_is_cut(teacher, ads, tmp_path, missing):
+    missing("width.1 recovered", "width.1 recovered further")
+    out = tmp_path / "run"
+    found = pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"))
+    assert [(one.number, one.half, one.kept_promise) for one in found.rounds] == [
+        (1, False, True),
+        (2, False, True),
+        (3, False, False),
+        (3, True, True),
+        (4, False, True),
+    ]
+    width = found.rounds[3].after["vision.width"]
+    assert 16 < width < found.rounds[3].before["vision.width"]
+    assert found.rounds[3].parameters_before == found.rounds[1].parameters
+    # the FFN was planned as twice a width of 16
+    assert found.student.sizes["vision.ffn"] == 2 * width
+    assert "rolled back" in found.notes[0]
+    assert "rolled back" in (out / "README.md").read_text()
+
+
+def test_and_where_half_misses_too_the_run_stops_at_the_smallest_model_that_kept_it(teacher, ads, tmp_path, missing):
+    missing(*(f"width.1{half} recovered{more}" for half in ("", "-half") for more in ("", " further")))
+    out = tmp_path / "run"
+    found = pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"))
+    assert [one.kept_promise for one in found.rounds] == [True, True, False, False]
+    assert found.student.parameters["total"] == found.rounds[1].parameters
+    # what the broken rounds tried leaves no trace in the model before them
+    assert same(weights(out / "final"), weights(out / "stages" / "02-inner.1" / "model"))
+
+
+def test_a_run_stopped_between_attempts_resumes_to_the_same_weights(teacher, ads, tmp_path, missing):
+    missing("width.1 recovered", "width.1 recovered further")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pipeline.run(teacher, ads, whole, recipe.parse(PROMISING, "test"))
+    for stop in ("half of it is tried", "round 4/4 last.1"):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"), tell=Recorder(stop_at=stop))
+    heard = Recorder()
+    pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"), tell=heard)
+    assert "round 3/4 width.1-half was done" in heard.said
+    assert same(weights(whole / "final"), weights(out / "final"))
+    assert json.loads((out / "stages" / "03-width.1" / "metrics.json").read_text())["kept_promise"] is False
+
+
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen2_5_vl", "smolvlm"])
+def test_half_of_a_cut_lies_between_and_can_be_said(name):
+    config = tiny_config(name)
+    anatomy = describe(config)
+    for axis in anatomy.axes.values():
+        choices = axis.choices() if not axis.refusal and axis.kind not in ("vocab", "tokens") else ()
+        if len(choices) < 3:
+            continue
+        half = plan.halved(config, {axis.name: choices[0]}, Grid())
+        if axis.noun == "ffn" or axis.name == "text.blocks":
+            assert half
+        for size in half.values():
+            assert choices[0] < size < axis.size
+            resized(config, half)
+
+
+def test_half_of_a_round_that_cuts_the_width_first_states_ffns_at_that_width():
+    config = tiny_config("llava-dinov2-llama")
+    anatomy = describe(config)
+    width = anatomy.axis("vision.width").size
+    wanted = {"vision.width": width // 2, "vision.ffn": width // 2}
+    assert plan.restated(anatomy, wanted, {"vision.width": width // 4}) == wanted
+    half = plan.halved(config, wanted, Grid())
+    assert list(half) == list(wanted)
+    for name, size in half.items():
+        config = resized(config, {name: size})
+        assert describe(config).axis(name).size == size
+
+
+def test_a_cut_of_several_single_steps_gives_up_the_later_axes():
+    config = tiny_config("llava-dinov2-llama")
+    sizes = describe(config).sizes
+    wanted = {"vision.blocks": sizes["vision.blocks"] - 1, "text.blocks": sizes["text.blocks"] - 1}
+    assert plan.halved(config, wanted, Grid()) == {"vision.blocks": wanted["vision.blocks"]}
+    assert plan.halved(config, {"text.blocks": wanted["text.blocks"]}, Grid()) == {}
+
+
+def test_verdicts_on_the_promise_are_those_of_a_non_inferiority_test():
+    def drop(low, high):
+        return Interval(mean=(low + high) / 2, low=low, high=high, level=0.95, samples=100, seed=0)
+
+    tasks = {"price": drop(0.0, 0.019), "brand": drop(0.01, 0.03), "claim": drop(0.021, 0.04), "slogan": drop(0.1, 0.2)}
+    change = results.Effect(drop=drop(-0.001, 0.008), drop_tasks=tasks, agreement=0.9)
+    said = results.promise(change, recipe.Recipe(max_drop=0.8, spared_tasks=("slogan",)))
+    assert said.overall == "kept"
+    assert said.tasks == {"price": "kept", "brand": "undecided", "claim": "broken"}
+    assert results.promise(change, recipe.Recipe(max_drop=0.7)).overall == "undecided"
+    assert results.promise(change, recipe.Recipe()) is None
+
+
+@pytest.mark.parametrize("way", ["ablation", "taylor", "last", "random"])
+def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, rows, tmp_path):
+    loaded = checkpoint.load(teacher)
+    collator = Collator(loaded.processor, packed=True)
+    job = SimpleNamespace(
+        cache=TeacherCache(loaded.model, collator, tmp_path),
+        recipe=recipe.Recipe(shrink=2),
+        calibration=rows.train[:20],
+    )
+    turn = recipe.Round(sizes={"vision.blocks": 2}, blocks=way)
+    batches = [collator(by_picture(rows.train[:20], 16))]
+    kept = rounds._blocks(job, loaded.model, turn, ("vision.blocks", 2), batches).tolist()
+    assert kept == sorted(set(kept))
+    assert len(kept) == 2
+    if way == "taylor":
+        anatomy = describe(loaded.model.config)
+        scores = importance.score(
+            loaded.model, anatomy, ["vision.blocks"], "taylor", batches, rounds._calibration_loss(job)
+        )["vision.blocks"]
+        assert set(kept) == set(scores.topk(2).indices.tolist())
