@@ -17,29 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
-
-from slimlmm import adreview, checkpoint, data, measure, pipeline, report
-from slimlmm.collate import Collator
+from slimlmm import adreview, checkpoint, controls, measure, pipeline, report
 from slimlmm.demo import BUNDLE, bundled
-from slimlmm.distill import train
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Evaluation, evaluate, paired_bootstrap
+from slimlmm.evaluate import Evaluation, paired_bootstrap
 from slimlmm.progress import Reporter, reporter
-from slimlmm.recipe import LEVELS, Recipe, Training, read
+from slimlmm.recipe import LEVELS, Recipe, read
 from slimlmm.results import Control, Results
-from slimlmm.teacher import TeacherCache
 
 #: towers as shallow as the teacher's lose most with their blocks (docs/lab-notes.md)
 ORDER = ("inner", "width", "blocks")
 #: those of the published run; the teacher's nine heads leave hardly a width that is a multiple of 64
 MULTIPLES = {"width": 16, "ffn": 16, "text.width": 1}
-DESCRIPTIONS = {
-    "scratch": "same shape, random weights, cross-entropy on the same rows for as many row visits",
-    "random-init": "same shape, random weights, same distillation losses for as many row visits",
-    "random-units": "same rounds and trainings; units and blocks drawn at random, no repair",
-}
 
 
 def main() -> None:
@@ -51,7 +40,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=5_000)
     parser.add_argument("--order", nargs=3, choices=LEVELS, default=ORDER, help="order of the levels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--controls", nargs="*", choices=sorted(DESCRIPTIONS), default=[])
+    parser.add_argument("--controls", nargs="*", choices=sorted(controls.DESCRIPTIONS), default=[])
     parser.add_argument("--publish", action="store_true")
     arguments = parser.parse_args()
     teacher, folder = bundled("teacher"), arguments.out / "adreview"
@@ -68,7 +57,7 @@ def main() -> None:
         )
         run = arguments.out / "run"
         found = pipeline.run(teacher, folder, run, recipe, command=_command(arguments), tell=tell)
-        for name in DESCRIPTIONS:
+        for name in controls.DESCRIPTIONS:
             done = arguments.out / f"control-{name}" / "control.json"
             if name in arguments.controls and not done.exists():
                 text = control(name, arguments.out, folder, found, tell).model_dump_json(indent=1)
@@ -95,66 +84,28 @@ def control(name: str, out: Path, folder: Path, found: Results, tell: Reporter) 
     """Run one control arm, evaluate it on the same test rows, and compare it with the student, paired."""
     tell.say(f"control: {name}")
     run, where = out / "run", out / f"control-{name}"
-    rows = data.load(folder)
     student = Evaluation.model_validate_json((run / "student-test.json").read_bytes())
     if name == "random-units":
         settings = read(run / "recipe.yaml")
-        stages = tuple(
-            stage.model_copy(update={"rounds": tuple(map(_at_random, stage.rounds))}) for stage in settings.stages
-        )
-        other = pipeline.run(
-            bundled("teacher"), folder, where, settings.model_copy(update={"stages": stages}), tell=tell
-        )
+        settings = settings.model_copy(update={"stages": controls.at_random(settings.stages)})
+        other = pipeline.run(bundled("teacher"), folder, where, settings, tell=tell)
         answers = Evaluation.model_validate_json((where / "student-test.json").read_bytes())
         visits, seconds = (other.totals.row_visits, other.totals.seconds) if other.totals else (None, None)
     else:
-        answers, visits, seconds = _untrained(name, where, run, rows, found, tell)
+        kind: Any = name
+        done = controls.untrained(kind, run, bundled("teacher"), folder, where, tell=tell)
+        answers, visits, seconds = done.answers, done.row_visits, done.seconds
     assert found.student is not None
     gap = paired_bootstrap(student.correct, answers.correct, student.clusters, samples=10_000, seed=0)
     return Control(
         name=name,
-        description=DESCRIPTIONS[name],
+        description=controls.DESCRIPTIONS[name],
         parameters=found.student.parameters["total"],
         accuracy=answers.summary,
         behind=gap,
         row_visits=visits,
         seconds=seconds,
     )
-
-
-def _at_random(turn: Any) -> Any:
-    return turn.model_copy(update={"criterion": "random", "groups": "random", "blocks": "random", "repair": "none"})
-
-
-def _untrained(
-    name: str, where: Path, run: Path, rows: data.Splits, found: Results, tell: Reporter
-) -> tuple[Evaluation, int, float]:
-    """Train the student's shape from random weights for as many row visits as the whole run."""
-    torch.manual_seed(found.seed)
-    processor = checkpoint.load(run / "final").processor
-    # trained in full precision as the student was, whatever format its files are in
-    model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run / "final"), dtype=torch.float32)
-    assert found.totals is not None
-    last = read(run / "recipe.yaml").stages[-1].rounds[-1].train[-1]
-    losses: dict[Any, float] = {"cross_entropy": 1.0} if name == "scratch" else last.losses
-    settings = Training(
-        steps=max(1, found.totals.row_visits // 160), pictures_per_step=16, learning_rate=1e-3, freeze=(), losses=losses
-    )
-    teacher = None
-    if name == "random-init":
-        first = checkpoint.load(run / "stages" / "01-lossless.1" / "model")
-        teacher = TeacherCache(first.model, Collator(first.processor, packed=True), run / "cache")
-    trained = train(
-        model,
-        processor,
-        rows.train,
-        settings,
-        where,
-        teacher=teacher,
-        seed=found.seed,
-        progress=lambda facts: tell.step(f"control {name}", facts["step"], facts["steps"], loss=facts["loss"]),
-    )
-    return evaluate(model.eval(), processor, rows.test), trained.row_visits, trained.seconds
 
 
 def publish(run: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from slimlmm import checkpoint, cli
 from tiny import tiny
 
-VERBS = ("inspect", "cut", "finetune", "compress", "plan", "evaluate", "bench", "adreview", "demo")
+VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "adreview", "demo")
 
 
 @pytest.fixture(scope="module")

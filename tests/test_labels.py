@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from slimlmm import checkpoint, data, labels, pipeline, recipe
+from slimlmm import checkpoint, controls, data, labels, pipeline, recipe
 from slimlmm.errors import UserError
 from slimlmm.evaluate import evaluate
 from slimlmm.labels import labelled
@@ -102,3 +102,18 @@ def test_a_run_on_rows_without_answers_is_taken_up_again(teacher, unlabelled, tm
     found = pipeline.run(teacher.path, unlabelled, out, recipe.parse(raw, "test"))
     assert found.data.rows["train"] == 120
     assert found.rounds[-1].row_visits > 0
+
+
+def test_runs_that_share_a_cache_share_the_answers_and_so_does_a_control(teacher, unlabelled, tmp_path, monkeypatch):
+    raw = yaml.safe_load(yaml.safe_dump({**RAW, "stages": [RAW["stages"][0], RAW["stages"][2]]}))
+    raw["data"] |= {"answers": "filled", "teacher_rows": 40}
+    shared = tmp_path / "cache"
+    first = pipeline.run(teacher.path, unlabelled, tmp_path / "one", recipe.parse(raw, "test"), cache=shared)
+    assert len(list(shared.glob("labels-*.json"))) == 1
+    monkeypatch.setattr(labels, "_answers", lambda *_: pytest.fail("the teacher was asked again"))
+    raw["patience"] = 0
+    pipeline.run(teacher.path, unlabelled, tmp_path / "two", recipe.parse(raw, "test"), cache=shared)
+    done = controls.untrained(
+        "random-init", tmp_path / "two", teacher.path, unlabelled, tmp_path / "three", tell=Quiet(), cache=shared
+    )
+    assert done.row_visits == pytest.approx(first.totals.row_visits, rel=0.5)

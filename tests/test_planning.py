@@ -134,6 +134,26 @@ def test_the_recipe_is_one_that_compress_takes_and_says_what_was_printed(folder,
     plan.check_stages(checkpoint.load_config(folder), read.stages)
 
 
+@pytest.mark.parametrize("order", [["width", "inner", "blocks"], ["inner", "blocks"]])
+def test_any_order_ends_at_the_planned_shape_and_cuts_its_levels_alone(folder, order, tmp_path):
+    (tmp_path / "in.yaml").write_text(json.dumps({"order": order, "multiples": 8}))
+    found = planning.plan(folder, {"--shrink": 1.8}, recipe=tmp_path / "in.yaml")
+    config = checkpoint.load_config(folder)
+    for turn in found["rounds"]:
+        config = resized(config, turn["sizes"])
+        assert turn["parameters"] == predict_parameters(config, {})
+    assert found["rounds"][-1]["parameters"] == found["costs"]["parameters"]["planned"]
+    cut = {one["axis"] for one in found["axes"] if one["planned"] < one["now"]}
+    anatomy = describe(checkpoint.load_config(folder))
+    assert {anatomy.axis(name).kind for name in cut} <= set(order)
+    assert not [note for note in found["notes"] if "in the end" in note]
+    if "width" not in order:
+        with pytest.raises(UserError, match=r"allow in inner, blocks takes"):
+            planning.plan(folder, {"--shrink": 99.0}, recipe=tmp_path / "in.yaml")
+        with pytest.raises(UserError, match="no round of a plan cuts it"):
+            planning.plan(folder, {"--shrink": 1.8}, recipe=tmp_path / "in.yaml", fixes=["text.width=48"])
+
+
 def test_rows_trim_the_vocabulary_as_compress_does(folder, ads, rows):
     found = planning.plan(folder, {"--shrink": 3.0}, source=ads)
     loaded = checkpoint.load(folder)

@@ -63,6 +63,7 @@ def test_the_page_of_recipes_is_current():
     assert page.read_text() == recipe.page(), "run python -m slimlmm.recipe docs/recipes.md"
 
 
-def test_an_order_that_leaves_a_level_out_is_refused():
+@pytest.mark.parametrize("order", [["inner", "inner", "width"], []])
+def test_an_order_that_names_a_level_twice_or_none_is_refused(order):
     with pytest.raises(UserError, match="blocks, inner and width, each once"):
-        recipe.parse({"shrink": 18, "order": ["inner", "inner", "width"]}, "r.yaml")
+        recipe.parse({"shrink": 18, "order": order}, "r.yaml")

@@ -137,6 +137,19 @@ def test_half_of_a_cut_lies_between_and_can_be_said(name):
             resized(config, half)
 
 
+def test_half_of_a_round_that_cuts_the_width_first_states_ffns_at_that_width():
+    config = tiny_config("llava-dinov2-llama")
+    anatomy = describe(config)
+    width = anatomy.axis("vision.width").size
+    wanted = {"vision.width": width // 2, "vision.ffn": width // 2}
+    assert plan.restated(anatomy, wanted, {"vision.width": width // 4}) == wanted
+    half = plan.halved(config, wanted, Grid())
+    assert list(half) == list(wanted)
+    for name, size in half.items():
+        config = resized(config, {name: size})
+        assert describe(config).axis(name).size == size
+
+
 def test_a_cut_of_several_single_steps_gives_up_the_later_axes():
     config = tiny_config("llava-dinov2-llama")
     sizes = describe(config).sizes

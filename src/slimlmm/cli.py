@@ -248,6 +248,47 @@ def plan(
     _report(found, json_out, lambda: Console().print(planning.view(found), highlight=False))
 
 
+@app.command(
+    epilog="Example: `slimlmm study STUDY.yaml --out runs/study --dry-run`",
+    context_settings={"allow_extra_args": True},  # --arms a b
+)
+def study(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study; with --page, the folder of one.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arms", help="Arms to run: names with spaces or commas between; all by default."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List arms, sizes, rounds and row visits only.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write the page anew, from study.json alone; runs nothing.")
+    ] = None,
+    quiet: Quiet = False,
+    json_out: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Run the experiments that back a method, arms and seeds, with error bars; the same command again resumes."""
+    from slimlmm import commands
+    from slimlmm.progress import reporter
+
+    if context.args and not arms:
+        raise UserError(f"unexpected {' '.join(context.args)!r}: one STUDY at a time; arms come after --arms.")
+    only = [name for text in (*(arms or ()), *context.args) for name in text.replace(",", " ").split()]
+    with reporter(quiet) as tell:
+        found, shown = commands.study(
+            source,
+            out=out,
+            only=only,
+            dry_run=dry_run,
+            page=page,
+            command=_command(),
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+        )
+    _report(found, json_out, lambda: Console().print(shown))
+
+
 @app.command(epilog="Example: `slimlmm evaluate runs/mine/final --data DATA --split test`")
 def evaluate(
     model: Model,

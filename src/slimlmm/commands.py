@@ -14,9 +14,10 @@ from rich.console import Group as Lines
 from rich.table import Table
 
 from slimlmm import adreview as generator
-from slimlmm import checkpoint, data, importance, measure, plan, streaming, surgery
+from slimlmm import checkpoint, data, importance, measure, plan, streaming, studies, study_page, surgery
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
+from slimlmm import study as studying
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.deployable import refuse_unsplittable, warnings_of
@@ -28,11 +29,13 @@ from slimlmm.losses import cross_entropy
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Training
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
+from slimlmm.report import Table as PlainTable
 from slimlmm.resizing import resized
 from slimlmm.results import Results, effect
 from slimlmm.selfcheck import self_check
 from slimlmm.shards import first_of
 from slimlmm.snapshot import model_record
+from slimlmm.study_results import StudyResults
 
 
 def settings(path: Path | None, *, shrink: float | None, max_drop: float | None, seed: int | None) -> Recipe:
@@ -279,6 +282,48 @@ def evaluate(
             "other": found[1].summary.model_dump(),
         }
     return result
+
+
+def study(
+    source: Path,
+    *,
+    out: Path | None,
+    only: Sequence[str],
+    dry_run: bool,
+    page: Path | None,
+    command: str,
+    tell: Reporter,
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, Any], Lines]:
+    """Plan and run a study, or render the page of one anew; return the record and its terminal view."""
+    if page is not None:
+        told = StudyResults.load(source / "study.json")
+        return {"page": str(study_page.write(told, page))}, Lines(f"{page} and its plots")
+    settings = studies.read(source)
+    if out is None and not dry_run:
+        raise UserError("say where the runs go: --out DIR; or --dry-run to see what would run.")
+    planned = studying.plan(settings, trust_remote_code=trust_remote_code, tell=tell)
+    if out is None or dry_run:
+        found = studying.dry(planned, only)
+        return found, Lines(study_plan(found))
+    done = studying.run(planned, out, only=only, command=command, trust_remote_code=trust_remote_code, tell=tell)
+    where = f"{out / 'study.json'}, {out / 'README.md'}"
+    return done.model_dump(mode="json"), Lines(*study_page.terminal(done), where)
+
+
+def study_plan(found: dict[str, Any]) -> Table:
+    """Return the terminal view of `study --dry-run`."""
+    rows = []
+    for arm in found["arms"]:
+        about = " ".join(f"{axis}={size}" for axis, size in arm["cut"].items())
+        about = f"same run as {arm['same_as']}" if arm["same_as"] else about
+        about = f"skipped: {' '.join(arm['skipped'].split())}" if arm["skipped"] else about
+        about = f"{arm['kind']}, shape and row visits of {arm['like']}" if arm["like"] else about
+        figures = ["-" if arm[key] is None else f"{arm[key]:,}" for key in ("parameters", "row_visits")]
+        rows.append((arm["name"], about, *figures, str(len(arm["rounds"])) if arm["rounds"] else "-"))
+    head = ("arm", "final sizes", "parameters", "row visits", "rounds")
+    title = f"{found['runs']} runs, seeds {', '.join(map(str, found['seeds']))}"
+    return PlainTable(head=head, rows=tuple(rows), left=2).rich(title)
 
 
 def accuracy_table(found: dict[str, Any]) -> Table:

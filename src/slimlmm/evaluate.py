@@ -299,18 +299,36 @@ def paired_bootstrap(
     `correct_b` [n] of 0/1, `clusters` n keys. Units: shares, 0 to 1. Source: Efron and Tibshirani 1993,
     chapter 13 (percentile interval); cluster resampling as in Davison and Hinkley 1997, section 3.8.
     """
+    return paired_test(correct_a, correct_b, clusters, samples=samples, seed=seed, level=level)[0]
+
+
+def paired_test(
+    correct_a: ArrayLike,
+    correct_b: ArrayLike,
+    clusters: Sequence[str],
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[Interval, float]:
+    """Return the interval of `paired_bootstrap` and the two-sided p-value of "no difference" from the same samples.
+
+    p = min(1, 2 (1 + min(#{m <= 0}, #{m >= 0})) / (1 + samples)), m the means of the samples; it is never 0 (Davison and
+    Hinkley 1997, section 4.2), and 1 where no row differs.
+    """
     difference = np.asarray(correct_a, dtype=float) - np.asarray(correct_b, dtype=float)
     if len(difference) == 0 or len(difference) != len(clusters):
         raise ValueError(f"need one cluster per row, got {len(difference)} rows and {len(clusters)} clusters")
     sums, sizes = _per_cluster(difference, clusters)
     rng = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // len(sums))
-    means = []
+    parts = []
     for first in range(0, samples, chunk):
         drawn = rng.integers(len(sums), size=(min(chunk, samples - first), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
+        parts.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    means = np.concatenate(parts)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    interval = Interval(
         mean=float(difference.mean()),
         low=float(low),
         high=float(high),
@@ -318,6 +336,8 @@ def paired_bootstrap(
         samples=samples,
         seed=seed,
     )
+    fewer = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return interval, min(1.0, 2 * (1 + fewer) / (1 + samples))
 
 
 @contextmanager

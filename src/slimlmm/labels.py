@@ -14,13 +14,22 @@ from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, answer_limit, evaluating, one_look
 from slimlmm.progress import Reporter
-from slimlmm.runfolder import write_json
+from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.snapshot import key_of
 
 #: most tokens of an answer, where no row says how long answers are
 LONGEST = 64
 BATCH = 32
 #: batches between two writes of the file
 WRITE_EVERY = 20
+
+
+def file_of(folder: RunFolder, teacher: Loaded, rows: Sequence[Row]) -> Path:
+    """Return where a run keeps the teacher's answers to its train rows; runs that share a cache share them there."""
+    if folder.shared is None:
+        return folder.path / "teacher-answers.json"
+    folder.shared.mkdir(parents=True, exist_ok=True)
+    return folder.shared / f"labels-{key_of(teacher, rows)}.json"
 
 
 def labelled(teacher: Loaded, rows: Sequence[Row], path: Path, tell: Reporter, *, every: bool = False) -> list[Row]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch, Collator
-from slimlmm.data import Row
+from slimlmm.data import Row, sample
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.losses import MATCHES, TEACHER_ENTRIES, fitted_readout
 from slimlmm.recipe import Training
@@ -43,6 +43,12 @@ class Readouts:
         """Forget all gradients."""
         for readout in self.maps.values():
             readout.zero_grad()
+
+
+def asked_of(rows: Sequence[Row], count: int | None, seed: int) -> tuple[list[Row], Taught]:
+    """Return the rows that the teacher is asked about, whole pictures, and the keys of these pictures; all without a count."""
+    asked = sample(rows, count, seed)
+    return asked, None if count is None else frozenset(row.picture_key() for row in asked)
 
 
 def collator_for(

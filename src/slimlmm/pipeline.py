@@ -16,9 +16,9 @@ from slimlmm.anatomy import describe
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.grid import Grid
-from slimlmm.labels import labelled
+from slimlmm.labels import file_of, labelled
+from slimlmm.lessons import asked_of
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
@@ -27,7 +27,7 @@ from slimlmm.results import Results
 from slimlmm.rounds import Done, Job, Place, attempts
 from slimlmm.runfolder import RunFolder
 from slimlmm.selfcheck import self_check
-from slimlmm.snapshot import model_record
+from slimlmm.snapshot import evaluated, model_record
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 
 
@@ -40,8 +40,11 @@ def run(
     command: str | None = None,
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
+    cache: Path | None = None,
 ) -> Results:
     """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; resumes at the last finished round.
+
+    What the teacher said is kept in `cache`, which several runs may share (one after the other), else in the run folder.
 
     Raises:
         UserError: bad model, data or recipe, a budget or an axis that cannot be met, or a folder of another run.
@@ -50,11 +53,9 @@ def run(
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
     if loaded.processor is None:
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
-    job, stages, facts, test = _prepared(loaded, source, out, recipe, tell)
+    job, stages, facts, test = _prepared(loaded, source, (out, cache), recipe, tell)
     _prove(loaded.model.config, stages, tell)
-    job.teacher_validation = _evaluation(
-        job.folder.path / "teacher-validation.json", loaded, job.validation, tell, "teacher, validation"
-    )
+    job.teacher_validation = evaluated(job.folder, loaded, job.validation, tell, "teacher-validation")
     records, kept = _rounds(job, loaded, stages)
     _hand_over(job, kept, loaded.stored)
     found = _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
@@ -65,9 +66,13 @@ def run(
 
 
 def _prepared(
-    loaded: checkpoint.Loaded, source: str | Path, out: Path, recipe: Recipe, tell: Reporter
+    loaded: checkpoint.Loaded, source: str | Path, where: tuple[Path, Path | None], recipe: Recipe, tell: Reporter
 ) -> tuple[Job, tuple[Stage, ...], results.Dataset, list[data.Row]]:
-    """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder."""
+    """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder.
+
+    `where`: that folder, and the cache that it shares with other runs, if any.
+    """
+    out, cache = where
     wanted = recipe.data.answers
     splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed, unlabelled=wanted != "given")
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
@@ -80,13 +85,13 @@ def _prepared(
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     if wanted != "given":
         plan.check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
-        file = RunFolder.open(out, identity).path / "teacher-answers.json"
+        file = file_of(RunFolder.open(out, identity, cache), loaded, rows["train"])
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
-    stages = _stages(loaded, rows, recipe)
+    stages = schedule(loaded, rows, recipe)
     plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
         tell.say(note)
-    folder = RunFolder.open(out, identity)
+    folder = RunFolder.open(out, identity, cache)
     folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     return _job(folder, recipe, rows, tell), stages, facts, test
@@ -105,24 +110,32 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stages(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the recipe's stages, or the default schedule for its shrink."""
+def schedule(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the recipe's stages, or the default schedule for its shrink.
+
+    Raises:
+        UserError: neither is said, or the shrink cannot be reached.
+    """
     if recipe.stages:
         return recipe.stages
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
-    model = loaded.model
-    texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
-    kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
-    fixed = {"vocab": sum(token < describe(model.config).axis("vocab").size for token in kept)}
-    fixed |= plan.living_blocks(model.config)
-    grid = _grid(recipe)
-    final = plan.sizes_for(model.config, recipe.shrink, predict_parameters(model.config, {}), fixed, grid)
+    config, grid, fixed = loaded.model.config, _grid(recipe), lossless_sizes(loaded, rows)
+    final = plan.sizes_for(config, recipe.shrink, predict_parameters(config, {}), fixed, grid, recipe.order)
     per_picture = data.rows_per_picture(rows["train"])
-    living = resized(model.config, fixed)
+    living = resized(config, fixed)
     return plan.stages_for(
         living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
     )
+
+
+def lossless_sizes(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]) -> dict[str, int]:
+    """Return the sizes after the lossless cuts: tokens that the rows use, blocks that reach the output."""
+    model = loaded.model
+    texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
+    kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
+    tokens = describe(model.config).axis("vocab").size
+    return {"vocab": sum(token < tokens for token in kept)} | plan.living_blocks(model.config)
 
 
 def _grid(recipe: Recipe) -> Grid:
@@ -132,13 +145,13 @@ def _grid(recipe: Recipe) -> Grid:
 def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
     settings = recipe.data
     training = data.sample(rows["train"], settings.train_rows, recipe.seed)
-    asked = data.sample(training, settings.teacher_rows, recipe.seed)
+    asked, taught = asked_of(training, settings.teacher_rows, recipe.seed)
     return Job(
         folder=folder,
         recipe=recipe,
         train_rows=training,
         calibration=data.sample(asked, settings.calibration_rows, recipe.seed + 1),
-        taught=None if settings.teacher_rows is None else frozenset(row.picture_key() for row in asked),
+        taught=taught,
         validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
         vocabulary_rows=rows["train"] + rows["validation"],
         tell=tell,
@@ -189,43 +202,27 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
     return records, kept
 
 
-def _evaluation(path: Path, loaded: checkpoint.Loaded, rows: list[data.Row], tell: Reporter, what: str) -> Evaluation:
-    """Evaluate once; afterwards read the result from the run folder."""
-    if path.exists():
-        return Evaluation.model_validate_json(path.read_bytes())
-    found = evaluate(
-        loaded.model,
-        loaded.processor,
-        rows,
-        progress=lambda done, total: tell.step(f"evaluating the {what}", done, total),
-    )
-    temporary = path.with_suffix(".part")
-    temporary.write_text(found.model_dump_json(), encoding="utf-8")
-    temporary.replace(path)
-    tell.say(f"{what}: {100 * found.accuracy:.1f} % of {found.summary.overall.n}")
-    return found
-
-
 def _finish(
     job: Job, teacher: checkpoint.Loaded, student: checkpoint.Loaded, rounds: list[results.Round], test: list[data.Row]
 ) -> Results:
     """Evaluate both on the test split, time them in turns, and gather the record."""
-    folder = job.folder.path
     evaluations = [
-        _evaluation(folder / f"{name}-test.json", side, test, job.tell, f"{name}, test")
+        evaluated(job.folder, side, test, job.tell, f"{name}-test")
         for name, side in (("teacher", teacher), ("student", student))
     ]
-    job.tell.say("timing teacher and student in turns")
-    calls = job.recipe.bench_calls
-    latency = compare(teacher, student, test, n=calls)
-    throughput = compare(teacher, student, test, batch_size=32, n=max(3, calls // 6), warmup=1)
+    latency = throughput = None
+    if calls := job.recipe.bench_calls:
+        job.tell.say("timing teacher and student in turns")
+        latency = compare(teacher, student, test, n=calls)
+        throughput = compare(teacher, student, test, batch_size=32, n=max(3, calls // 6), warmup=1)
     records = [
-        model_record(side, evaluation, test) for side, evaluation in zip((teacher, student), evaluations, strict=True)
+        model_record(side, evaluation, test, memory=calls > 0)
+        for side, evaluation in zip((teacher, student), evaluations, strict=True)
     ]
     change = results.effect(*evaluations)
     missed = [one for one in rounds if not one.kept_promise]
     return Results(
-        name=folder.name,
+        name=job.folder.path.name,
         seed=job.recipe.seed,
         environment=environment(),
         data=results.Dataset(name="", rows={}),

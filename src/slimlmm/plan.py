@@ -40,13 +40,14 @@ FIRST_RATE, RATE_RISE = 1e-4, 8
 class Space:
     """What may be chosen for one configuration: axes with their sizes, ascending; a given size is the only one of its axis.
 
-    `least`: the size that an axis must not fall below, where one was asked for.
+    `least`: the size that an axis must not fall below, where one was asked for; `levels`: those that may be cut.
     """
 
     config: Any
     axes: Mapping[str, Axis]
     choices: Choices
     least: Mapping[str, int]
+    levels: Sequence[Level] = LEVELS
 
     def stated(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the sizes as a model that was cut to all of them has them (`follow_width`)."""
@@ -64,14 +65,15 @@ class Space:
 def space_of(
     config: Any,
     grid: Grid | None = None,
+    levels: Sequence[Level] = LEVELS,
     *,
     floors: Mapping[str, int] | None = None,
     fixes: Mapping[str, int] | None = None,
 ) -> Space:
     """Return what the planner may choose for `config`: sizes of the grid, none below `floors`, the `fixes` as they are given.
 
-    Both are sizes in the end. An FFN that the config holds as a whole number of the width follows the width, so that it takes
-    a floor or a given size only together with a given width.
+    Only axes of `levels` are cut. Floors and given sizes are those in the end. An FFN that the config holds as a whole number of
+    the width follows the width, so that it takes a floor or a given size only together with a given width.
 
     Raises:
         UserError: axes that no round cuts, and sizes that they do not have; all problems at once.
@@ -82,7 +84,7 @@ def space_of(
     for option, wishes, other in (("--floor", floors, fixes), ("--fix", fixes, floors)):
         for name, size in wishes.items():
             try:
-                told[option][name] = _wish(anatomy, option, (name, size), fixes)
+                told[option][name] = _wish(anatomy, option, (name, size), fixes, levels)
                 if name in other:
                     raise UserError("has a floor and a given size; leave one of the two out.")
             except UserError as error:
@@ -90,25 +92,28 @@ def space_of(
     if problems:
         raise UserError("not possible:\n  " + "\n  ".join(problems))
     least, given = told["--floor"], told["--fix"]
+    usable = {name: axis for name, axis in anatomy.axes.items() if axis.kind in levels and not axis.refusal}
     axes = {
-        name: axis for name, axis in anatomy.axes.items() if name in given or (axis.noun in SHARES and not axis.refusal)
+        name: axis for name, axis in anatomy.axes.items() if name in given or (name in usable and axis.noun in SHARES)
     }
     choices = {name: [given[name]] if name in given else grid.sizes(config, axis) for name, axis in axes.items()}
     choices |= {
         name: [one for one in choices[name] if one >= size] or [axes[name].size] for name, size in least.items()
     }
-    return Space(config=config, axes=axes, choices=choices, least=least | given)
+    return Space(config=config, axes=axes, choices=choices, least=least | given, levels=levels)
 
 
-def _wish(anatomy: Anatomy, option: str, wish: tuple[str, int], fixes: Mapping[str, int]) -> int:
+def _wish(
+    anatomy: Anatomy, option: str, wish: tuple[str, int], fixes: Mapping[str, int], levels: Sequence[Level]
+) -> int:
     """Return a floor or a given size as the planner counts it, or refuse it."""
     name, size = wish
     axis = anatomy.axis(name)
-    if axis.kind not in LEVELS:
+    if axis.kind not in levels:
         raise UserError(f"no round of a plan cuts it; cut it first (slimlmm cut MODEL --set {name}={size}).")
     if option == "--floor" and axis.noun not in SHARES:
         raise UserError("the planner leaves this axis as it is; leave the floor out.")
-    if width := _leader(anatomy, name):
+    if (width := _leader(anatomy, name)) and width.kind in levels:
         if width.name not in fixes:
             raise UserError(f"it is a whole number of the width and follows it; give --fix {width.name}=SIZE too.")
         count = size / fixes[width.name]
@@ -122,9 +127,14 @@ def _wish(anatomy: Anatomy, option: str, wish: tuple[str, int], fixes: Mapping[s
 
 
 def sizes_for(
-    config: Any, shrink: float, whole: int, fixed: Mapping[str, int] | None = None, grid: Grid | None = None
+    config: Any,
+    shrink: float,
+    whole: int,
+    fixed: Mapping[str, int] | None = None,
+    grid: Grid | None = None,
+    levels: Sequence[Level] = LEVELS,
 ) -> dict[str, int]:
-    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level (`sizes_within`).
+    """Return axis sizes with at most ``whole / shrink`` parameters, every tower cut in every level of `levels` (`sizes_within`).
 
     Args:
         config: configuration of the model that will be cut.
@@ -132,12 +142,13 @@ def sizes_for(
         whole: parameters of the original model.
         fixed: sizes that other cuts will have reached (the trimmed vocabulary, living blocks).
         grid: which legal sizes to choose from.
+        levels: the levels that may be cut.
 
     Raises:
         UserError: the smallest sizes still have too many parameters; the message says how far one can go.
     """
     config = resized(config, fixed) if fixed else config
-    return sizes_within(space_of(config, grid), by_shrink(config, shrink, whole))
+    return sizes_within(space_of(config, grid, levels), by_shrink(config, shrink, whole))
 
 
 def sizes_within(space: Space, budget: Budget) -> dict[str, int]:
@@ -159,7 +170,8 @@ def scaled_within(space: Space, budget: Budget) -> tuple[float, dict[str, int]]:
     """
     least = budget.cost(space.stated(_fit(space, _scaled(space, 0.0))))
     if least > budget.limit:
-        asked = " with these --floor and --fix" if space.least else ""
+        asked = "" if set(space.levels) == set(LEVELS) else f" in {', '.join(space.levels)}"
+        asked += " with these --floor and --fix" if space.least else ""
         raise UserError(
             f"{budget.asked} allows {budget.said(budget.limit)}, but the smallest shape that the axes of "
             f"{space.config.model_type!r} allow{asked} takes {budget.said(least)}. Ask for {budget.again(least)}."
@@ -277,19 +289,19 @@ def stages_for(
     anatomy = describe(config)
     start = {name: anatomy.axis(name).size for name in final}
     current = dict(start)
-    plans: list[tuple[str, dict[str, int]]] = []
+    plans: list[tuple[str, dict[str, int], dict[str, int]]] = []  # level, sizes at the first width, at that round's
     for level in order:
         for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}, grid):
-            plans.append((level, sizes))
+            plans.append((level, sizes, follow_width(anatomy, sizes, current)))
             current |= sizes
     if not plans:
         raise UserError("no axis has to be cut for that; ask for a smaller model.")
-    visits = _visits(config, start, [sizes for _, sizes in plans], row_visits)
+    visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
     stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
     for level in order:
         rounds = [
-            Round(sizes=sizes, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
-            for index, ((name, sizes), share) in enumerate(zip(plans, visits, strict=True))
+            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
+            for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
         stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
@@ -402,15 +414,17 @@ def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
     A cut of several axes none of which has a size between gives up the later half of its axes; {} where nothing lies between.
     """
     half: dict[str, int] = {}
-    anatomy = describe(config)
-    for name, size in sizes.items():
-        axis = anatomy.axis(name)
+    planned = dict(describe(config).sizes)
+    for name, wanted in sizes.items():
+        anatomy = describe(config)
+        axis, size = anatomy.axis(name), restated(anatomy, {name: wanted}, planned)[name]
+        planned[name] = wanted
         middle = math.sqrt(axis.size * size)
         between = [n for n in grid.sizes(config, axis) if size < n < axis.size]
         between = between or [n for n in axis.choices() if size < n < axis.size]
         for found in sorted(between, key=lambda n: abs(math.log(n / middle))):
             try:
-                resized(config, follow_width(anatomy, {**half, name: found}, half))
+                config = resized(config, {name: found})
             except UserError:
                 continue
             half[name] = found
@@ -420,11 +434,17 @@ def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
 
 
 def restated(anatomy: Anatomy, sizes: Mapping[str, int], planned: Mapping[str, int]) -> dict[str, int]:
-    """Restate FFN sizes that the config holds as a whole number of the width, where the width is another than was planned."""
-    stated = dict(sizes)
+    """Restate FFN sizes that the config holds as a whole number of the width, where the width is another than was planned.
+
+    `sizes` are those of one round, cut in this order; `planned` are those before it. A width that the round cuts first is then
+    as planned.
+    """
+    stated: dict[str, int] = {}
     for name, size in sizes.items():
-        if (width := _leader(anatomy, name)) and planned[width.name] != width.size:
-            stated[name] = size // planned[width.name] * width.size
+        width = _leader(anatomy, name)
+        if width and width.name not in stated and planned[width.name] != width.size:
+            size = size // planned[width.name] * width.size
+        stated[name] = size
     return stated
 
 

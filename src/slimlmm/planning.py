@@ -29,7 +29,6 @@ from slimlmm.inspection import dtype_of, sizes_of
 from slimlmm.plan import (
     Space,
     check_stages,
-    follow_width,
     living_blocks,
     scaled_within,
     sizes_within,
@@ -91,7 +90,7 @@ def plan(
     start = _start(model, source, settings, trust_remote_code)
     anatomy = describe(start.living)
     least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
-    space = space_of(start.living, _grid(settings), floors=least, fixes=given)
+    space = space_of(start.living, _grid(settings), settings.order, floors=least, fixes=given)
     watch = Stopwatch(
         device=torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"),
         tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
@@ -131,7 +130,7 @@ def _schedule(
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
-        "notes": [*start.notes, *grid.notes(start.living), *_followers(sizes, space.stated(sizes))],
+        "notes": [*start.notes, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
         "out": None if out is None else str(out),
     }
 
@@ -236,11 +235,12 @@ def _axes(start: _Start, stated: Mapping[str, int], given: Mapping[str, str]) ->
     return found
 
 
-def _followers(sizes: Mapping[str, int], stated: Mapping[str, int]) -> list[str]:
+def _followers(stages: Sequence[Stage], stated: Mapping[str, int]) -> list[str]:
     """Say which sizes of the rounds go on shrinking after they were cut."""
+    cut = {name: size for stage in stages for turn in stage.rounds for name, size in turn.sizes.items()}
     return [
         f"{name}: cut to {size} at the width of that round, and {stated[name]} in the end: it is a whole number of the width"
-        for name, size in sizes.items()
+        for name, size in cut.items()
         if stated[name] != size
     ]
 
@@ -288,16 +288,16 @@ def _latency(start: _Start, stated: Mapping[str, int], watch: Stopwatch, limit: 
 
 def _rounds(start: _Start, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Return every round of the schedule: what it cuts, the parameters after it, the row visits of its recovery."""
-    found, reached, anatomy = [], dict[str, int](), describe(start.living)
+    found, config = [], start.living
     for stage in stages:
         for number, turn in enumerate(stage.rounds, 1):
-            reached |= turn.sizes
+            config = resized(config, turn.sizes)
             pictures = sum(training.steps * training.pictures_per_step for training in turn.train)
             found.append(
                 {
                     "round": f"{stage.name}.{number}",
                     "sizes": dict(start.lossless) if turn.drop else dict(turn.sizes),
-                    "parameters": predict_parameters(start.living, follow_width(anatomy, reached, reached)),
+                    "parameters": predict_parameters(config, {}),
                     "row_visits": pictures * start.per_picture,
                 }
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -164,7 +164,9 @@ class Recipe(Settings):
 
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
-    order: tuple[Level, ...] = Field(LEVELS, description="Order of the levels in the default schedule, each once.")
+    order: tuple[Level, ...] = Field(
+        LEVELS, description="Levels that the default schedule cuts, in order; one that is left out is not cut."
+    )
     multiples: dict[str, int] = Field(
         MULTIPLES,
         description="Multiples that sizes chosen by the default schedule keep to, by noun (width, ffn) or axis (text.width), or "
@@ -200,7 +202,11 @@ class Recipe(Settings):
     spared_tasks: tuple[str, ...] = Field((), description="Tasks that may lose more than `max_task_drop`.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     data: DataSettings = DataSettings()
-    bench_calls: int = Field(30, gt=0, description="Timed calls at batch 1 and a sixth of it at batch 32.")
+    bench_calls: int = Field(
+        30,
+        ge=0,
+        description="Timed calls at batch 1 and a sixth of it at batch 32; 0 to measure neither times nor memory.",
+    )
 
     @field_validator("multiples", mode="before")
     @classmethod
@@ -219,8 +225,8 @@ class Recipe(Settings):
     @field_validator("order")
     @classmethod
     def _each_once(cls, order: tuple[Level, ...]) -> tuple[Level, ...]:
-        if sorted(order) != sorted(LEVELS):
-            raise ValueError("name blocks, inner and width, each once")
+        if not order or len(set(order)) != len(order):
+            raise ValueError("name one or more of blocks, inner and width, each once")
         return order
 
 
@@ -238,7 +244,7 @@ def _valid(adapter: TypeAdapter[T], raw: Any, source: str, root: type[Settings])
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {_problem(e, root)}" for e in error.errors()]
+        lines = [f"  {line}" for line in problems(error, lambda place: _kind(place, root))]
         raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
 
 
@@ -258,13 +264,27 @@ def dump(recipe: Recipe) -> str:
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _problem(error: Any, root: type[Settings]) -> str:
-    """Say what is wrong with one value; an unknown key is answered with the keys that its place knows."""
-    if error["type"] != "extra_forbidden":
-        return f"{error['msg']} (got {error['input']!r})"
-    place = [part for part in error["loc"][:-1] if isinstance(part, str)]
-    kind = PLACES.get(place[-1], root) if place else root
-    return f"unknown key. {nearest(str(error['loc'][-1]), sorted(kind.model_fields))}"
+def problems(
+    error: ValidationError, kind: Callable[[tuple[Any, ...]], type[Settings]], under: tuple[str, ...] = ()
+) -> list[str]:
+    """Return one line per problem: YAML path and what is wrong; an unknown key is answered with those that its place knows.
+
+    `kind` says which settings stand at the path of a key's mapping; `under` comes before every path.
+    """
+    lines = []
+    for one in error.errors():
+        path = ".".join(map(str, (*under, *one["loc"]))) or "recipe"
+        if one["type"] == "extra_forbidden":
+            known = sorted(kind(one["loc"][:-1]).model_fields)
+            lines.append(f"{path}: unknown key. {nearest(str(one['loc'][-1]), known)}")
+        else:
+            lines.append(f"{path}: {one['msg']} (got {one['input']!r})")
+    return lines
+
+
+def _kind(place: tuple[Any, ...], root: type[Settings]) -> type[Settings]:
+    names = [part for part in place if isinstance(part, str)]
+    return PLACES.get(names[-1], root) if names else root
 
 
 #: settings by the key that holds them
@@ -294,19 +314,17 @@ def page() -> str:
     ]
     places = {kind: key for key, kind in PLACES.items()}
     for kind in (Recipe, DataSettings, Stage, Round, Training):
-        lines += [
-            "",
-            f"## {places.get(kind, 'top level')}",
-            "",
-            str(kind.__doc__),
-            "",
-            "| key | default | meaning |",
-            "|---|---|---|",
-        ]
-        for name, one in kind.model_fields.items():
-            default = "required" if one.is_required() else json.dumps(one.default, default=_plain)
-            lines.append(f"| `{name}` | `{default}` | {one.description or 'See below.'} |")
+        lines += fields(kind, places.get(kind, "top level"))
     return "\n".join(lines) + "\n"
+
+
+def fields(kind: type[Settings], title: str) -> list[str]:
+    """Return the Markdown section of one kind of settings: its keys, defaults and meanings."""
+    lines = ["", f"## {title}", "", str(kind.__doc__), "", "| key | default | meaning |", "|---|---|---|"]
+    for name, one in kind.model_fields.items():
+        default = "required" if one.is_required() else json.dumps(one.default, default=_plain)
+        lines.append(f"| `{name}` | `{default}` | {one.description or 'See below.'} |")
+    return lines
 
 
 def _plain(value: Any) -> Any:

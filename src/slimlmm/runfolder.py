@@ -29,34 +29,38 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def claim(path: Path, identity: dict[str, Any]) -> None:
+    """Create the folder and sign it with ``run.json``, or find that it has that signature.
+
+    Raises:
+        UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
+    """
+    record = path / "run.json"
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [key for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
+            raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
+        return
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(record, identity)
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """One run on disk."""
+    """One run on disk; `shared` is a cache that it has in common with other runs."""
 
     path: Path
+    shared: Path | None = None
 
     @classmethod
-    def open(cls, path: Path, identity: dict[str, Any]) -> RunFolder:
-        """Create the folder, or take it up again if it belongs to the same run.
-
-        Raises:
-            UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
-        """
-        record = path / "run.json"
-        if record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            changed = [key for key, value in identity.items() if before.get(key) != value]
-            if changed:
-                told = "; ".join(
-                    f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed
-                )
-                raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
-            return cls(path)
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(record, identity)
-        return cls(path)
+    def open(cls, path: Path, identity: dict[str, Any], shared: Path | None = None) -> RunFolder:
+        """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` does."""
+        claim(path, identity)
+        return cls(path, shared)
 
     def keep_recipe(self, text: str) -> None:
         """Write down what is carried out, all defaults and planned sizes included."""
@@ -65,7 +69,7 @@ class RunFolder:
     @property
     def cache(self) -> Path:
         """Where the teacher's hidden states are kept."""
-        return self.path / "cache"
+        return self.shared or self.path / "cache"
 
     @property
     def final(self) -> Path:

@@ -1,20 +1,64 @@
-"""One model measured for the record: sizes, parameters, bytes, FLOPs, memory."""
+"""One model measured for the record: sizes, parameters, bytes, FLOPs, memory; its answers, kept in the run folder."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
-from slimlmm import checkpoint, measure, results
+from slimlmm import checkpoint, data, measure, results
 from slimlmm.anatomy import describe
 from slimlmm.data import Row
-from slimlmm.evaluate import Evaluation, answer_limit, encode
+from slimlmm.evaluate import Evaluation, answer_limit, encode, evaluate
+from slimlmm.progress import Reporter
+from slimlmm.runfolder import RunFolder
+from slimlmm.teacher import identity
 
 #: answer tokens that FLOPs are counted with
 ANSWER_TOKENS = 8
 
 
-def model_record(side: checkpoint.Loaded, evaluation: Evaluation | None, rows: Sequence[Row]) -> results.Model:
-    """Return the record of one model; memory is that of a new process which loads the folder and answers one row."""
+def evaluated(folder: RunFolder, side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: str) -> Evaluation:
+    """Evaluate once, into ``NAME.json``; afterwards read that. Runs that share a cache share what a teacher answered there."""
+    path = folder.path / f"{name}.json"
+    if path.exists():
+        return Evaluation.model_validate_json(path.read_bytes())
+    if folder.shared and name.startswith("teacher"):
+        shared = folder.shared / f"answers-{key_of(side, rows)}.json"
+        if not shared.exists():
+            folder.shared.mkdir(parents=True, exist_ok=True)
+            _write(_answered(side, rows, tell, name), shared)
+        found = Evaluation.model_validate_json(shared.read_bytes())
+    else:
+        found = _answered(side, rows, tell, name)
+    _write(found, path)
+    return found
+
+
+def _answered(side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: str) -> Evaluation:
+    what = name.replace("-", ", ")
+    found = evaluate(
+        side.model, side.processor, rows, progress=lambda done, total: tell.step(f"evaluating the {what}", done, total)
+    )
+    tell.say(f"{what}: {100 * found.accuracy:.1f} % of {found.summary.overall.n}")
+    return found
+
+
+def key_of(side: checkpoint.Loaded, rows: Sequence[Row]) -> str:
+    """Return the content hash of model, processor and rows in order."""
+    return hashlib.sha256(identity(side.model, side.processor) + data.fingerprint(rows).encode()).hexdigest()[:32]
+
+
+def _write(found: Evaluation, path: Path) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(found.model_dump_json(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def model_record(
+    side: checkpoint.Loaded, evaluation: Evaluation | None, rows: Sequence[Row], *, memory: bool = True
+) -> results.Model:
+    """Return the record of one model; `memory` is that of a new process which loads the folder and answers one row."""
     limit = answer_limit(side.processor, rows)
     return results.Model(
         name=side.path.name,
@@ -25,5 +69,5 @@ def model_record(side: checkpoint.Loaded, evaluation: Evaluation | None, rows: S
         accuracy=evaluation.summary if evaluation else None,
         flops=measure.flops(side.model, side.processor, encode(side.processor, rows[:1]), ANSWER_TOKENS),
         flops_answer_tokens=ANSWER_TOKENS,
-        memory=measure.answering_memory(side.path, rows[0], max_new_tokens=limit),
+        memory=measure.answering_memory(side.path, rows[0], max_new_tokens=limit) if memory else None,
     )

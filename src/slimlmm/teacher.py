@@ -59,6 +59,11 @@ def _rules(processor: Any) -> str:
     return pictures + json.dumps(tokenizer, sort_keys=True) + str(processor.chat_template)
 
 
+def identity(model: PreTrainedModel, processor: Any) -> bytes:
+    """Return the content hash of a model's weights and what its processor does; 32 bytes."""
+    return hashlib.sha256((weights_fingerprint(model) + _rules(processor)).encode()).digest()
+
+
 class TeacherCache:
     """Hidden states of a frozen teacher at the answer tokens of rows, kept in safetensors shards of one folder."""
 
@@ -67,7 +72,7 @@ class TeacherCache:
         self.collator = collator
         self.folder = folder
         self.head = model.get_output_embeddings()
-        self._identity = hashlib.sha256((weights_fingerprint(model) + _rules(collator.processor)).encode()).digest()
+        self._identity = identity(model, collator.processor)
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}

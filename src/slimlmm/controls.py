@@ -1,0 +1,155 @@
+"""Control arms: the same final shape on the same rows for as many row visits, reached in another way.
+
+``random-units`` is the same recipe with `at_random`; ``scratch`` and ``random-init`` start from random weights (`untrained`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from slimlmm import checkpoint, data
+from slimlmm.collate import Collator
+from slimlmm.distill import can_pack, train
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Evaluation, evaluate
+from slimlmm.labels import file_of, labelled
+from slimlmm.lessons import asked_of
+from slimlmm.progress import Reporter
+from slimlmm.recipe import Recipe, Stage, Training, read
+from slimlmm.results import Results
+from slimlmm.runfolder import RunFolder
+from slimlmm.teacher import TeacherCache
+
+Untrained = Literal["scratch", "random-init"]
+DESCRIPTIONS = {
+    "scratch": "same shape, random weights, cross-entropy on the same rows for as many row visits",
+    "random-init": "same shape, random weights, same distillation losses for as many row visits",
+    "random-units": "same rounds and trainings; units and blocks drawn at random, no repair",
+}
+#: what `random-units` changes in every round
+AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": "none"}
+#: peak learning rate from random weights
+RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A control that was trained: its answers to the test rows, and what it took."""
+
+    answers: Evaluation
+    parameters: int
+    row_visits: int
+    seconds: float
+
+
+def at_random(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages with units and blocks drawn at random and without repair."""
+    return tuple(
+        stage.model_copy(update={"rounds": tuple(turn.model_copy(update=AT_RANDOM) for turn in stage.rounds)})
+        for stage in stages
+    )
+
+
+def untrained(
+    kind: Untrained,
+    run: Path,
+    model: str | Path,
+    source: str | Path,
+    out: Path,
+    *,
+    tell: Reporter,
+    cache: Path | None = None,
+) -> Trained:
+    """Train the shape of the finished run folder `run` from random weights for as many row visits as that run took.
+
+    Raises:
+        UserError: that run is not finished, or trained nothing.
+    """
+    settings, found = read(run / "recipe.yaml"), Results.load(run / "results.json")
+    last = _last_training(settings, run)
+    folder = RunFolder(run, cache)
+    rows, test = _rows(folder, settings, model, source, tell)
+    torch.manual_seed(settings.seed)
+    processor = checkpoint.load(run / "final").processor
+    # trained in full precision as the student was, whatever format its files are in
+    config = AutoConfig.from_pretrained(run / "final")
+    student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(_device())
+    visits = found.totals.row_visits if found.totals else 0
+    training = Training(
+        steps=max(1, round(visits / rows_a_step(rows, 16, last.questions_per_picture))),
+        pictures_per_step=16,
+        questions_per_picture=last.questions_per_picture,
+        learning_rate=RATE,
+        freeze=(),
+        losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
+        temperature=last.temperature,
+    )
+    asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
+    teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)
+    done = train(
+        student,
+        processor,
+        rows,
+        training,
+        out / "training",
+        teacher=teacher,
+        taught=taught,
+        seed=settings.seed,
+        progress=lambda facts: tell.step(f"{kind} training", facts["step"], facts["steps"], loss=facts["loss"]),
+    )
+    answers = evaluate(student.eval(), processor, test)
+    return Trained(answers, student.num_parameters(), done.row_visits, done.seconds)
+
+
+def rows_a_step(rows: Sequence[data.Row], pictures: int, questions: int) -> float:
+    """Return the mean row visits of a step over `pictures` pictures with at most `questions` rows each; epochs end in a part."""
+    return len(rows) / math.ceil(len(data.by_picture(rows, questions)) / pictures)
+
+
+def _last_training(settings: Recipe, run: Path) -> Training:
+    """Return the training of the last shape."""
+    trainings = [one for stage in settings.stages for turn in stage.rounds for one in turn.train]
+    if not trainings:
+        raise UserError(
+            f"{run} trained nothing, so an untrained control has no row visits to match; give it a training."
+        )
+    return trainings[-1]
+
+
+def _rows(
+    folder: RunFolder, settings: Recipe, model: str | Path, source: str | Path, tell: Reporter
+) -> tuple[list[data.Row], list[data.Row]]:
+    """Return train and test rows as that run had them, with the answers that it has from the teacher."""
+    used, seed = settings.data, settings.seed
+    bare = used.answers != "given"
+    splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare)
+    rows = splits.need("train", source)
+    if bare:
+        loaded = checkpoint.load(model, device=_device())
+        rows = labelled(loaded, rows, file_of(folder, loaded, rows), tell, every=used.answers == "teacher")
+    test = splits.need("test", source)
+    return data.sample(rows, used.train_rows, seed), data.sample(test, used.test_rows, seed)
+
+
+def _teacher(run: Path, model: str | Path, settings: Recipe, rows: list[data.Row], cache: Path) -> TeacherCache:
+    """Return the cache of that run's teacher: what its leading lossless rounds left, or the model itself."""
+    turns = [(stage.name, index, turn) for stage in settings.stages for index, turn in enumerate(stage.rounds, 1)]
+    where = model
+    for number, (name, index, turn) in enumerate(turns, 1):
+        if not turn.drop:
+            break
+        where = run / "stages" / f"{number:02d}-{name}.{index}" / "model"
+    loaded = checkpoint.load(where, device=_device())
+    collator = Collator(loaded.processor, packed=can_pack(loaded.model, loaded.processor, rows))
+    return TeacherCache(loaded.model, collator, cache)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,356 @@
+"""Many runs for one question: plan the arms of a study, run each with every seed, gather what came out; all of it resumable.
+
+DIR/run.json  study.yaml  cache/  runs/ARM/seed-N/ (run folders)  study.json  README.md  plots/
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, study_results, sweeps
+from slimlmm.anatomy import describe
+from slimlmm.errors import UserError
+from slimlmm.measure import environment
+from slimlmm.plan import check_stages
+from slimlmm.progress import Quiet, Reporter
+from slimlmm.recipe import Recipe, Round, Stage, Training
+from slimlmm.resizing import predict_parameters, resized
+from slimlmm.runfolder import claim, write_json
+from slimlmm.studies import BASE, Group, Study, merged
+from slimlmm.study_results import Arm, StudyResults
+from slimlmm.sweeps import Comparison, TrainRows, Wanted
+from slimlmm.teacher import weights_fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A study whose arms have sizes, rounds and row visits: the records to be filled, their recipes, and what identifies it."""
+
+    study: Study
+    arms: dict[str, Arm]
+    recipes: dict[str, Recipe]
+    groups: tuple[Group, ...]
+    teacher: dict[str, int]
+    identity: dict[str, Any]
+
+    def run_of(self, name: str) -> str:
+        """Return the arm that is run for this one: itself, or the first one of equal recipe."""
+        return self.arms[name].same_as or name
+
+    def signature(self, name: str, seed: int) -> dict[str, Any]:
+        """Return what the ``run.json`` of an arm with a seed says if its folder belongs to this plan; {} where none can."""
+        arm = self.arms[name]
+        run = self.run_of(arm.like) if arm.like else name
+        if run not in self.recipes:
+            return {}
+        settings = recipe.dump(self.recipes[run].model_copy(update={"seed": seed}))
+        return {"kind": arm.kind, "like": run, "recipe": settings} if arm.like else {"recipe": settings}
+
+    def finished(self, out: Path, name: str, seed: int) -> bool:
+        """Tell whether an arm with a seed is finished, by the recipe that it has in this plan."""
+        folder, signed = study_results.folder_of(out, name, seed), self.signature(name, seed)
+        last = folder / ("control.json" if self.arms[name].like else "results.json")
+        if not signed or not last.exists() or not (folder / "run.json").exists():
+            return False
+        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return all(told.get(key) == value for key, value in signed.items())
+
+    def todo(self, only: Sequence[str] = ()) -> list[str]:
+        """Return the arms to run, in order: all, or those in `only` with the arms whose shape they take; untrained ones last.
+
+        Raises:
+            UserError: `only` names an arm that there is not.
+        """
+        if unknown := [name for name in only if name not in self.arms]:
+            raise UserError(f"--arms: no arm {', '.join(unknown)}. Known: {', '.join(self.arms)}.")
+        wanted = {self.run_of(name) for name in only or self.arms}
+        wanted |= {self.run_of(like) for name in wanted if (like := self.arms[name].like)}
+        names = [name for name in self.arms if name in wanted and self.arms[name].reason is None]
+        return sorted(names, key=lambda name: self.arms[name].kind != "compress")
+
+
+@dataclass(slots=True)
+class _Planner:
+    """The model and rows that plans are made for; what arms have in common is planned once."""
+
+    loaded: checkpoint.Loaded
+    rows: dict[str, list[data.Row]]
+    lossless: dict[str, int]
+    schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
+    shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
+
+    def recipe(self, base: Recipe, wanted: Wanted) -> Recipe:
+        """Return the arm's recipe with its schedule written out.
+
+        Raises:
+            UserError: its keys do not fit together, or its size cannot be reached.
+        """
+        if told := sweeps.conflicts(base, wanted.recipe):
+            raise UserError(told)
+        whole = merged(base, wanted.recipe)
+        plain = Recipe()
+        spent = {key: getattr(plain, key) for key in ("shrink", "order", "multiples", "row_visits", "seed")}
+        asked = recipe.dump(whole.model_copy(update={"data": plain.data}))
+        if asked not in self.schedules:
+            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
+        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
+        return whole.model_copy(update={**spent, "stages": stages})
+
+    def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
+        """Return the stages with steps for as many row visits on the arm's train rows as were meant.
+
+        A schedule is planned as if all steps were full, but epochs end in a part, which counts where pictures are few. Listed
+        stages mean what they take on the train rows of the base.
+        """
+        rows = [data.sample(self.rows["train"], one.data.train_rows, 0) for one in (base, changed)]
+
+        def trained(one: Training) -> Training:
+            pictures, questions = one.pictures_per_step, one.questions_per_picture
+            meant = controls.rows_a_step(rows[0], pictures, questions)
+            if not changed.stages:
+                meant = pictures * controls.rows_a_step(rows[0], 1, questions)
+            steps = round(one.steps * meant / controls.rows_a_step(rows[1], pictures, questions))
+            return one.model_copy(update={"steps": max(1, steps)})
+
+        return sweeps.each(stages, lambda turn: turn, trained)
+
+    def facts(self, settings: Recipe) -> dict[str, Any]:
+        """Return final sizes, parameters, rounds and planned row visits.
+
+        Raises:
+            UserError: its sizes cannot be said by the config, or not split.
+        """
+        turns = [turn for stage in settings.stages for turn in stage.rounds]
+        cuts = repr([(turn.drop, turn.sizes) for turn in turns]) + str(settings.tensor_parallel)
+        if cuts not in self.shapes:
+            self.shapes[cuts] = self._shape(settings, turns)
+        sizes, parameters = self.shapes[cuts]
+        rows = data.sample(self.rows["train"], settings.data.train_rows, 0)
+        visits = sum(
+            one.steps * controls.rows_a_step(rows, one.pictures_per_step, one.questions_per_picture)
+            for turn in turns
+            for one in turn.train
+        )
+        return {
+            "sizes": sizes,
+            "planned_parameters": parameters,
+            "rounds": len(turns),
+            "planned_row_visits": round(visits),
+        }
+
+    def _shape(self, settings: Recipe, turns: Sequence[Round]) -> tuple[dict[str, int], int]:
+        """Return final sizes and parameters, after checking that every round can be carried out."""
+        config = self.loaded.model.config
+        check_stages(config, settings.stages, settings.tensor_parallel)
+        if any(turn.drop for turn in turns):
+            config = resized(config, self.lossless)
+        for turn in turns:
+            for axis, size in turn.sizes.items():
+                config = resized(config, {axis: size})
+        return describe(config).sizes, predict_parameters(config, {})
+
+
+def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
+    """Expand sweeps, plan every arm's schedule, find arms of equal recipe; what cannot be planned gets its reason.
+
+    Raises:
+        UserError: bad model or data, or names that do not fit.
+    """
+    tell = tell or Quiet()
+    loaded = checkpoint.load(study.model, trust_remote_code=trust_remote_code)
+    if loaded.processor is None:
+        raise UserError(f"{study.model}: has no processor that can be loaded. {loaded.note}")
+    settings = study.base.data
+    bare = settings.answers != "given"
+    splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0], unlabelled=bare)
+    rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
+    planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
+    train = rows["train"]
+    pictures = len({row.picture_key() for row in train})
+    wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
+    arms: dict[str, Arm] = {}
+    recipes: dict[str, Recipe] = {}
+    timed = "bench_calls" in study.base.model_fields_set
+    base = study.base if timed else study.base.model_copy(update={"bench_calls": 0})
+    for number, (name, one) in enumerate(wanted.items(), 1):
+        tell.step("planning arms", number, len(wanted))
+        arms[name] = _arm(name, one, base, planner, arms, recipes)
+    everything = [row for part in rows.values() for row in part]
+    return Planned(
+        study=study,
+        arms=arms,
+        recipes=recipes,
+        groups=tuple(_group(one, arms) for one in comparisons),
+        teacher=describe(loaded.model.config).sizes,
+        identity={"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)},
+    )
+
+
+def _arm(
+    name: str, wanted: Wanted, base: Recipe, planner: _Planner, arms: Mapping[str, Arm], recipes: dict[str, Recipe]
+) -> Arm:
+    """Plan one arm after those in `arms`; its recipe goes into `recipes`."""
+    arm = Arm(name=name, description=wanted.description, kind=wanted.kind, like=wanted.like)
+    if wanted.like is not None:
+        return arm
+    try:
+        found = planner.recipe(base, wanted)
+        facts = planner.facts(found)
+    except UserError as error:
+        return arm.model_copy(update={"reason": str(error)})
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return arm.model_copy(update={"reason": f"its recipe is not valid: {told}"})
+    recipes[name] = found
+    same = next((other for other in arms if recipes.get(other) == found), None)
+    return arm.model_copy(update={**facts, "same_as": arms[same].same_as or same if same else None})
+
+
+def _group(one: Comparison, arms: Mapping[str, Arm]) -> Group:
+    """Return the group with its reference: the one said, the arm that is the base, or the base put before the arms."""
+    names, reference = one.arms, one.reference
+    if reference is None:
+        reference = next((name for name in names if arms[name].same_as == BASE), BASE)
+        names = names if reference in names else (BASE, *names)
+    x = {name: one.x[name] for name in names} if set(names) <= set(one.x) else {}
+    return Group(title=one.title, arms=names, reference=reference, x=x, x_label=one.x_label)
+
+
+def run(
+    planned: Planned,
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    command: str | None = None,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
+) -> StudyResults:
+    """Run what is not finished, seed after seed, and write ``study.json`` and the page after each seed.
+
+    An arm that fails with a UserError is recorded with its reason; the others go on.
+
+    Raises:
+        UserError: `out` belongs to another model or data, or `only` names an unknown arm.
+    """
+    names, study = planned.todo(only), planned.study
+    claim(out, planned.identity)
+    (out / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    work = _Work(planned, out, command, trust_remote_code, tell or Quiet())
+    for turn, seed in enumerate(study.seeds, 1):
+        for number, name in enumerate(names, 1):
+            work.settle(name, seed, f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})")
+        found = gathered(planned, out, command)
+        found.save(out / "study.json")
+        study_page.write(found, out / "README.md")
+    return found
+
+
+def gathered(planned: Planned, out: Path, command: str | None = None) -> StudyResults:
+    """Return the record of what is finished in the folder."""
+    runs = {planned.run_of(name) for name in planned.arms}
+    return study_results.gather(
+        out,
+        planned.study,
+        planned.arms,
+        planned.groups,
+        {name: [seed for seed in planned.study.seeds if planned.finished(out, name, seed)] for name in runs},
+        command=command,
+        environment=environment().model_copy(update={"git": None}),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every run of one study shares."""
+
+    planned: Planned
+    out: Path
+    command: str | None
+    trust_remote_code: bool
+    tell: Reporter
+
+    def settle(self, name: str, seed: int, place: str) -> None:
+        """Run one arm with one seed unless it is finished; a UserError becomes its recorded reason."""
+        failed = study_results.failure_of(self.out, name, seed)
+        if self.planned.finished(self.out, name, seed):
+            failed.unlink(missing_ok=True)
+            self.tell.say(f"{place} was done")
+            return
+        self.tell.say(place)
+        try:
+            (self._compress if self.planned.arms[name].kind == "compress" else self._control)(name, seed)
+            failed.unlink(missing_ok=True)
+        except UserError as error:
+            self.tell.say(f"{place} failed: {error}")
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            write_json(failed, {"reason": str(error)})
+
+    def _compress(self, name: str, seed: int) -> None:
+        pipeline.run(
+            self.planned.study.model,
+            self.planned.study.data,
+            study_results.folder_of(self.out, name, seed),
+            self.planned.recipes[name].model_copy(update={"seed": seed}),
+            command=self.command,
+            trust_remote_code=self.trust_remote_code,
+            tell=self.tell,
+            cache=self.out / "cache",
+        )
+
+    def _control(self, name: str, seed: int) -> None:
+        """Train an untrained control of a finished arm."""
+        arm, study, cache = self.planned.arms[name], self.planned.study, self.out / "cache"
+        assert arm.like is not None
+        assert arm.kind != "compress"
+        like = self.planned.run_of(arm.like)
+        if reason := self.planned.arms[like].reason:
+            raise UserError(f"its shape is that of {like}, which cannot be planned: {reason}")
+        if not self.planned.finished(self.out, like, seed):
+            raise UserError(f"its shape is that of {like} with seed {seed}, which is not finished.")
+        run, folder = (study_results.folder_of(self.out, one, seed) for one in (like, name))
+        claim(folder, self.planned.signature(name, seed))
+        done = controls.untrained(arm.kind, run, study.model, study.data, folder, tell=self.tell, cache=cache)
+        (folder / "student-test.json").write_text(done.answers.model_dump_json(), encoding="utf-8")
+        facts = {"parameters": done.parameters, "row_visits": done.row_visits, "seconds": done.seconds}
+        write_json(folder / "control.json", facts)
+
+
+def rounds_of(stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield one line per round: its stage and what it cuts."""
+    for stage in stages:
+        for number, turn in enumerate(stage.rounds, 1):
+            cuts = ", ".join(turn.drop) or ", ".join(f"{axis}={size}" for axis, size in turn.sizes.items())
+            yield f"{stage.name}.{number}: {cuts or 'nothing'}"
+
+
+def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits."""
+    arms, todo = [], planned.todo(only)
+    for name, arm in planned.arms.items():
+        if only and name not in (*only, *todo):
+            continue
+        found = planned.recipes.get(name)
+        arms.append(
+            {
+                "name": name,
+                "description": arm.description,
+                "kind": arm.kind,
+                "like": arm.like,
+                "same_as": arm.same_as,
+                "skipped": arm.reason,
+                "sizes": arm.sizes,
+                "cut": {axis: size for axis, size in arm.sizes.items() if size != planned.teacher[axis]},
+                "parameters": arm.planned_parameters,
+                "row_visits": arm.planned_row_visits,
+                "rounds": list(rounds_of(found.stages)) if found else [],
+            }
+        )
+    runs = len(todo) * len(planned.study.seeds)
+    return {"seeds": list(planned.study.seeds), "runs": runs, "arms": arms, "groups": [g.title for g in planned.groups]}

@@ -1,0 +1,285 @@
+"""Sweeps: arms and groups made from a base recipe, so that nobody writes forty arms by hand.
+
+An arm is what it changes in the recipe (`Wanted.recipe`) and in the schedule that was planned from that (`Wanted.change`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from slimlmm import controls
+from slimlmm.errors import UserError
+from slimlmm.recipe import LEVELS, LossName, Recipe, Round, Stage, Training
+from slimlmm.studies import BASE, Arm, Group, Kind, Study
+
+Stages = tuple[Stage, ...]
+Change = Callable[[Stages], Stages]
+#: losses on answer tokens
+ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
+CRITERIA = ("taylor", "activation", "magnitude", "random")
+
+
+def unchanged(stages: Stages) -> Stages:
+    """Return the stages as they are."""
+    return stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An arm before it is planned."""
+
+    description: str
+    kind: Kind = "compress"
+    like: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    change: Change = unchanged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A group before it is planned; without a reference it is the arm that turns out to be the base."""
+
+    title: str
+    arms: tuple[str, ...]
+    reference: str | None = None
+    x: Mapping[str, float] = field(default_factory=dict)
+    x_label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRows:
+    """How many train rows the data has, and how many of them a picture has in the mean."""
+
+    count: int
+    per_picture: float
+
+
+def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comparison, ...]]:
+    """Return all arms by name (the base first, if anything refers to it) and all comparisons of a study.
+
+    Args:
+        study: the settings.
+        rows: the train rows of the data, which shares are shares of.
+
+    Raises:
+        UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not.
+    """
+    arms = {name: _own(arm) for name, arm in study.arms.items()}
+    groups = [_listed(group) for group in study.groups]
+    referred = {name for group in study.groups for name in group.arms} | {arm.like for arm in study.arms.values()}
+    if study.sweeps or BASE in referred:
+        arms = {BASE: Wanted(description="the base recipe"), **arms}
+    for sweep in study.sweeps:
+        made, group = SWEEPS[sweep](study, rows)
+        if taken := sorted(set(made) & set(study.arms)):
+            raise UserError(f"arms.{taken[0]}: the sweep {sweep!r} makes an arm of that name; choose another.")
+        arms |= made
+        groups.append(group)
+    lost = [f"groups: no arm {name!r}" for group in groups for name in group.arms if name not in arms]
+    if lost:
+        raise UserError(f"{'; '.join(lost)}. Known: {', '.join(arms)}.")
+    alone = [name for name in study.arms if not any(name in group.arms for group in groups)]
+    if alone:
+        reference = BASE if BASE in arms else alone[0]
+        names = tuple(alone) if reference in alone else (reference, *alone)
+        groups.append(Comparison(title="Other arms" if groups else "Arms", arms=names, reference=reference))
+    return arms, tuple(groups)
+
+
+def _own(arm: Arm) -> Wanted:
+    return Wanted(
+        description=arm.description,
+        kind=arm.kind,
+        like=arm.like,
+        recipe=arm.recipe,
+        change=lambda stages: everywhere(stages, arm.rounds, arm.train),
+    )
+
+
+def _listed(group: Group) -> Comparison:
+    return Comparison(title=group.title, arms=group.arms, reference=group.reference, x=group.x, x_label=group.x_label)
+
+
+def everywhere(stages: Stages, rounds: Mapping[str, Any], train: Mapping[str, Any]) -> Stages:
+    """Return the stages with these keys set in every round, and those in every training."""
+    return each(
+        stages,
+        lambda turn: Round.model_validate({**turn.model_dump(), **rounds}),
+        lambda one: Training.model_validate({**one.model_dump(), **train}),
+    )
+
+
+def each(stages: Stages, turned: Callable[[Round], Round], trained: Callable[[Training], Training]) -> Stages:
+    """Return the stages with every training changed, then every round."""
+
+    def changed(turn: Round) -> Round:
+        return turned(turn.model_copy(update={"train": tuple(map(trained, turn.train))}))
+
+    return tuple(one.model_copy(update={"rounds": tuple(map(changed, one.rounds))}) for one in stages)
+
+
+def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, float]]) -> Stages:
+    """Return the stages with the losses on answer tokens replaced where there are any; picture_states stays.
+
+    Raises:
+        UserError: no loss would be left.
+    """
+
+    def trained(one: Training) -> Training:
+        answer = {str(name): weight for name, weight in one.losses.items() if name in ANSWERS}
+        if not answer:
+            return one
+        rest = {name: weight for name, weight in one.losses.items() if name not in ANSWERS}
+        if not (wanted := losses(answer)):
+            raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
+        return Training.model_validate({**one.model_dump(), "losses": {**wanted, **rest}})
+
+    return each(stages, lambda turn: turn, trained)
+
+
+def one_round_per_level(stages: Stages) -> Stages:
+    """Return the stages with the cuts of each made at once, trained as its last round for as many row visits as all of them."""
+    return tuple(one.model_copy(update={"rounds": _at_once(one.rounds)}) for one in stages)
+
+
+def one_shot(stages: Stages) -> Stages:
+    """Return one stage with all cuts at once after the lossless ones, trained as the last round for as many row visits."""
+    lossless = [one for one in stages if all(turn.drop for turn in one.rounds)]
+    rounds = tuple(turn for one in stages if one not in lossless for turn in one.rounds)
+    return (*lossless, Stage(name="one-shot", rounds=_at_once(rounds))) if rounds else tuple(lossless)
+
+
+def _at_once(rounds: Sequence[Round]) -> tuple[Round, ...]:
+    """Return one round for these; rounds that cut nothing by size stay before it."""
+    plain, cuts = [one for one in rounds if not one.sizes], [one for one in rounds if one.sizes]
+    if not cuts:
+        return tuple(plain)
+    sizes = {axis: size for one in cuts for axis, size in one.sizes.items()}
+    trainings = next((one.train for one in reversed(cuts) if one.train), ())
+    whole = sum(picture_visits(one.train) for one in cuts)
+    scale = whole / picture_visits(trainings) if trainings else 0.0
+    longer = tuple(one.model_copy(update={"steps": max(1, round(one.steps * scale))}) for one in trainings)
+    return (*plain, cuts[-1].model_copy(update={"sizes": sizes, "train": longer}))
+
+
+def picture_visits(trainings: Sequence[Training]) -> int:
+    """Return how many groups of questions about one picture these trainings see."""
+    return sum(one.steps * one.pictures_per_step for one in trainings)
+
+
+def _set(**keys: str) -> Change:
+    return lambda stages: everywhere(stages, keys, {})
+
+
+def _orders(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        f"order-{'-'.join(order)}": Wanted(description=", then ".join(order), recipe={"order": list(order)})
+        for order in itertools.permutations(LEVELS)
+    }
+    return made, Comparison(title="Order of the levels", arms=tuple(made))
+
+
+def _criteria(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        f"criterion-{name}": Wanted(description=f"units by {name}", change=_set(criterion=name)) for name in CRITERIA
+    }
+    return made, Comparison(title="Criterion", arms=tuple(made))
+
+
+def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    def only(*names: str) -> Change:
+        return lambda stages: answered_by(stages, lambda had: {name: had.get(name, 1.0) for name in names})
+
+    def margin(had: dict[str, float]) -> dict[str, float]:
+        return {"pairwise_margin": Training.model_fields["losses"].default["pairwise_margin"], **had}
+
+    def no_margin(had: dict[str, float]) -> dict[str, float]:
+        return {name: weight for name, weight in had.items() if name != "pairwise_margin"}
+
+    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",)}
+    ways: dict[str, tuple[str, Change]] = {
+        "margin": ("with the pairwise margin", lambda stages: answered_by(stages, margin)),
+        "no-margin": ("without the pairwise margin", lambda stages: answered_by(stages, no_margin)),
+        "ce": ("answers by cross-entropy only", only("cross_entropy")),
+        "kl": ("answers by forward KL only", only("forward_kl")),
+        "ce-kl": ("answers by cross-entropy and forward KL", only("cross_entropy", "forward_kl")),
+        "no-teacher": ("cross-entropy in every training, no teacher", lambda stages: everywhere(stages, {}, alone)),
+    }
+    made = {f"losses-{name}": Wanted(description=told, change=change) for name, (told, change) in ways.items()}
+    return made, Comparison(title="Losses", arms=tuple(made))
+
+
+def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        "repair-best": Wanted(description="repair of least calibration loss", change=_set(repair="best")),
+        "repair-none": Wanted(description="no repair", change=_set(repair="none")),
+    }
+    return made, Comparison(title="Repair", arms=tuple(made))
+
+
+def _rounds(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        "rounds-planned": Wanted(description="all rounds, each recovered"),
+        "rounds-per-level": Wanted(description="one round per level", change=one_round_per_level),
+        "rounds-one-shot": Wanted(description="all levels in one round", change=one_shot),
+    }
+    for level in LEVELS:
+        made[f"only-{level}"] = Wanted(description=f"only {level}, to the same parameters", recipe={"order": [level]})
+    return made, Comparison(title="Stages", arms=tuple(made))
+
+
+def _samples(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    used = study.base.data.train_rows
+    whole, made = min(used or rows.count, rows.count), {}
+    x = {BASE: float(whole)}
+    for share in study.shares:
+        name = f"samples-{100 * share:g}"
+        count = min(whole, round(max(1, round(share * whole / rows.per_picture)) * rows.per_picture))  # whole pictures
+        train_rows = used if share == 1 else count
+        made[name] = Wanted(
+            description=f"{100 * share:g} % of the train rows", recipe={"data": {"train_rows": train_rows}}
+        )
+        x[name] = float(count)
+    return made, Comparison(title="Train rows", arms=tuple(made), x=x, x_label="train rows")
+
+
+def _frontier(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        f"frontier-{shrink:g}": Wanted(description=f"{shrink:g}x fewer parameters", recipe={"shrink": shrink})
+        for shrink in study.shrinks
+    }
+    x = {name: float(shrink) for name, shrink in zip(made, study.shrinks, strict=True)}
+    x |= {BASE: study.base.shrink} if study.base.shrink else {}
+    return made, Comparison(title="Frontier", arms=tuple(made), x=x, x_label="times fewer parameters")
+
+
+def _controls(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        "control-scratch": Wanted(description=controls.DESCRIPTIONS["scratch"], kind="scratch", like=BASE),
+        "control-random-init": Wanted(description=controls.DESCRIPTIONS["random-init"], kind="random-init", like=BASE),
+        "control-random-units": Wanted(description=controls.DESCRIPTIONS["random-units"], change=controls.at_random),
+    }
+    return made, Comparison(title="Controls", arms=(BASE, *made), reference=BASE)
+
+
+SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparison]]] = {
+    "orders": _orders,
+    "criteria": _criteria,
+    "losses": _losses,
+    "repairs": _repairs,
+    "rounds": _rounds,
+    "samples": _samples,
+    "frontier": _frontier,
+    "controls": _controls,
+}
+
+
+def conflicts(base: Recipe, overrides: Mapping[str, Any]) -> str | None:
+    """Say why overrides of the default schedule have no effect on a recipe that lists stages; None where they have."""
+    lost = [key for key in ("shrink", "order", "row_visits", "multiples") if key in overrides]
+    if base.stages and lost and "stages" not in overrides:
+        return f"the base lists stages, so {', '.join(lost)} has no effect; give the base a shrink instead."
+    return None

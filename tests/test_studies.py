@@ -1,0 +1,199 @@
+"""Settings of studies, and what sweeps make of them."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from slimlmm import checkpoint, controls, studies, study, sweeps
+from slimlmm.errors import UserError
+from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
+from tiny import tiny
+
+SWEEPS = ["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+
+
+@pytest.fixture(scope="module")
+def planned(ads, tmp_path_factory):
+    """Every sweep over one base, planned for a tiny model."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    checkpoint.save(*tiny("llava-dinov2-llama"), folder)
+    base = {"shrink": 4, "row_visits": 24_000}
+    raw = {"model": str(folder), "data": str(ads), "base": base, "sweeps": SWEEPS, "shrinks": [2, 4, 1000]}
+    return study.plan(studies.parse({**raw, "arms": {"lone": {"train": {"learning_rate": 1e-5}}}}, "study"))
+
+
+def test_all_problems_at_once_with_their_paths():
+    raw = {
+        "model": "m",
+        "base": {"shrnk": 4, "seed": 3},
+        "seeds": [1, 1],
+        "sweeps": ["order"],
+        "arms": {
+            "base": {},
+            "a": {"recipe": {"data": {"train_row": 3}}, "rounds": {"repair": "beast", "drop": []}},
+            "b": {"kind": "scratch"},
+            "c": {"train": {"lossses": {}}, "like": "a", "colour": 1},
+        },
+    }
+    with pytest.raises(UserError) as caught:
+        studies.parse(raw, "s.yaml")
+    text = str(caught.value)
+    for part in (
+        "data: Field required",
+        "base.shrnk: unknown key. Did you mean 'shrink'",
+        "base.seed: has no effect; list `seeds`",
+        "seeds: Value error, name each seed once",
+        "sweeps.0:",
+        "arms.base: this name is taken",
+        "arms.a.recipe.data.train_row: unknown key. Did you mean 'train_rows'",
+        "arms.a.rounds.repair:",
+        "arms.a.rounds.drop: is planned",
+        "arms.b.like: a scratch arm needs",
+        "arms.c.train.lossses: unknown key. Did you mean 'losses'",
+        "arms.c.like: has no effect",
+        "arms.c.colour: unknown key. Known: description",
+    ):
+        assert part in text, part
+    assert f"{text.count(chr(10))} problem(s)" in text
+
+
+def test_groups_name_arms_that_are_there():
+    raw = {"model": "m", "data": "d", "arms": [{"name": "fast"}, {"name": "slow"}]}
+    assert list(studies.parse(raw, "s").arms) == ["fast", "slow"]
+    groups = [{"title": "t", "arms": ["fast", "slwo"], "reference": "slow", "x": {"fast": 1}}]
+    with pytest.raises(UserError) as caught:
+        studies.parse({**raw, "groups": groups}, "s")
+    text = str(caught.value)
+    assert "groups.0.arms: no arm 'slwo'. Did you mean 'slow'" in text
+    assert "groups.0.reference: 'slow' is not among" in text
+    assert "groups.0.x: no number for slwo" in text
+    with pytest.raises(UserError, match="the sweep 'repairs' makes an arm of that name"):
+        sweeps.expand(
+            studies.parse({**raw, "arms": {"repair-none": {}}, "sweeps": ["repairs"]}, "s"), sweeps.TrainRows(9, 1)
+        )
+    with pytest.raises(UserError, match="has no arms"):
+        studies.parse({"model": "m", "data": "d"}, "s")
+
+
+@pytest.mark.parametrize("name", ["A", "../up", "a/b", "", ".x"])
+def test_names_are_folders(name):
+    with pytest.raises(UserError, match="names are folders"):
+        studies.parse({"model": "m", "data": "d", "arms": {name: {}}}, "s")
+
+
+def test_every_sweep_makes_its_arms(planned):
+    names = set(planned.arms)
+    orders = {f"order-{'-'.join(order)}" for order in itertools.permutations(LEVELS)}
+    assert len(orders) == 6
+    for part in (
+        orders,
+        {f"criterion-{name}" for name in ("taylor", "activation", "magnitude", "random")},
+        {f"losses-{name}" for name in ("margin", "no-margin", "ce", "kl", "ce-kl", "no-teacher")},
+        {"repair-best", "repair-none", "rounds-planned", "rounds-per-level", "rounds-one-shot"},
+        {f"only-{level}" for level in LEVELS},
+        {f"samples-{share}" for share in (5, 10, 25, 100)},
+        {"frontier-2", "frontier-4", "frontier-1000"},
+        {"base", "lone", "control-scratch", "control-random-init", "control-random-units"},
+    ):
+        assert part <= names
+    assert [group.title for group in planned.groups][-1] == "Other arms"
+    assert planned.groups[-1].arms == ("base", "lone")
+
+
+def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
+    same = {name: arm.same_as for name, arm in planned.arms.items() if arm.same_as}
+    for name in ("order-blocks-inner-width", "criterion-taylor", "losses-margin", "repair-best", "samples-100"):
+        assert same[name] == "base"
+    assert same["frontier-4"] == same["rounds-planned"] == "base"
+    assert same["losses-ce-kl"] == "losses-no-margin"
+    assert not set(same) & set(planned.todo())
+    assert [group.reference for group in planned.groups][:3] == [
+        "order-blocks-inner-width",
+        "criterion-taylor",
+        "losses-margin",
+    ]
+
+
+def test_orders_end_at_one_size_after_equal_row_visits(planned):
+    orders = [arm for name, arm in planned.arms.items() if name.startswith("order-")]
+    assert all(arm.reason is None for arm in orders)
+    assert len({str(arm.sizes) for arm in orders}) == 1
+    assert {arm.planned_parameters for arm in orders} == {planned.arms["base"].planned_parameters}
+    cuts = {
+        name: [stage.name for stage in planned.recipes[name].stages][1:]
+        for name in planned.recipes
+        if name.startswith("order-")
+    }
+    assert all(name == f"order-{'-'.join(stages)}" for name, stages in cuts.items())
+    for arm in planned.arms.values():
+        if arm.planned_row_visits and not arm.name.startswith(("rounds-", "only-", "frontier-", "samples-")):
+            assert arm.planned_row_visits == pytest.approx(planned.arms["base"].planned_row_visits, rel=0.02), arm.name
+
+
+def test_fewer_rows_and_fewer_rounds_take_as_many_visits_to_the_same_size(planned):
+    base = planned.arms["base"]
+    for name in ("samples-5", "samples-25", "rounds-per-level", "rounds-one-shot", "only-width", "frontier-2"):
+        assert planned.arms[name].planned_row_visits == pytest.approx(base.planned_row_visits, rel=0.02), name
+    for name, rounds in (("rounds-per-level", 4), ("rounds-one-shot", 2)):
+        assert planned.arms[name].sizes == base.sizes
+        assert planned.arms[name].rounds == rounds < base.rounds
+    counts = [planned.recipes[f"samples-{share}"].data.train_rows for share in (5, 25, 100)]
+    assert counts == [10, 30, None]
+
+
+def test_what_cannot_be_reached_is_skipped_with_the_numbers(planned):
+    assert "--shrink 1000 allows" in planned.arms["frontier-1000"].reason
+    assert "allow in blocks takes" in planned.arms["only-blocks"].reason
+    assert not {"frontier-1000", "only-blocks"} & set(planned.todo())
+    told = {arm["name"]: arm for arm in study.dry(planned)["arms"]}
+    assert told["only-blocks"]["skipped"]
+    assert told["frontier-2"]["parameters"] > told["base"]["parameters"]
+
+
+def test_an_arm_changes_what_it_says_and_nothing_else(planned):
+    def trainings(name):
+        return [one for stage in planned.recipes[name].stages for turn in stage.rounds for one in turn.train]
+
+    for one, had in zip(trainings("losses-ce"), trainings("base"), strict=True):
+        pictures = {"picture_states"} & set(had.losses)
+        assert set(one.losses) == pictures | ({"cross_entropy"} if set(had.losses) - pictures else set())
+        assert one.model_copy(update={"losses": had.losses}) == had
+    assert {str(one.losses) for one in trainings("losses-no-teacher")} == {"{'cross_entropy': 1.0}"}
+    assert {one.learning_rate for one in trainings("lone")} == {1e-5}
+    rounds = [turn for stage in planned.recipes["control-random-units"].stages for turn in stage.rounds]
+    assert all(turn.model_dump().items() >= controls.AT_RANDOM.items() for turn in rounds)
+
+
+def test_only_some_arms_bring_those_whose_shape_they_take(planned):
+    assert planned.todo(["control-scratch"]) == ["base", "control-scratch"]
+    assert planned.todo(["frontier-4"]) == ["base"]
+    with pytest.raises(UserError, match="no arm nobody"):
+        planned.todo(["nobody"])
+
+
+def test_merging_all_rounds_keeps_order_sizes_and_visits():
+    def turn(steps, **sizes):
+        return Round(sizes=sizes, train=(Training(steps=steps, pictures_per_step=8),))
+
+    stages = (
+        Stage(name="lossless", rounds=(Round(drop=("unused_tokens",)),)),
+        Stage(name="inner", rounds=(turn(10, ffn=8), turn(20, ffn=4, kv=2))),
+        Stage(name="width", rounds=(turn(30, width=6),)),
+    )
+    _, shot = sweeps.one_shot(stages)
+    assert list(shot.rounds[0].sizes.items()) == [("ffn", 4), ("kv", 2), ("width", 6)]
+    assert shot.rounds[0].train[0].steps == 60
+    assert [len(stage.rounds) for stage in sweeps.one_round_per_level(stages)] == [1, 1, 1]
+    assert sweeps.one_round_per_level(stages)[1].rounds[0].train[0].steps == 30
+
+
+def test_a_base_of_stages_has_no_order_to_change():
+    base = Recipe(stages=(Stage(name="a", rounds=(Round(sizes={"text.ffn": 8}),)),))
+    assert "the base lists stages" in sweeps.conflicts(base, {"order": ["inner"]})
+    assert sweeps.conflicts(base, {"data": {"train_rows": 3}}) is None
+
+
+def test_the_page_of_studies_is_current():
+    page = Path(__file__).parent.parent / "docs" / "study.md"
+    assert page.read_text() == studies.page(), "run python -m slimlmm.studies docs/study.md"
