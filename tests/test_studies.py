@@ -90,7 +90,15 @@ def test_every_sweep_makes_its_arms(planned):
         orders,
         {f"criterion-{name}" for name in ("taylor", "activation", "magnitude", "random")},
         {f"losses-{name}" for name in ("margin", "no-margin", "ce", "kl", "ce-kl", "no-teacher")},
-        {"repair-best", "repair-none", "rounds-planned", "rounds-per-level", "rounds-one-shot"},
+        {
+            "repair-all",
+            "repair-none",
+            "repair-without-settle",
+            "repair-without-bridge",
+            "rounds-planned",
+            "rounds-per-level",
+            "rounds-one-shot",
+        },
         {f"only-{level}" for level in LEVELS},
         {f"samples-{share}" for share in (5, 10, 25, 100)},
         {"frontier-2", "frontier-4", "frontier-1000"},
@@ -103,7 +111,7 @@ def test_every_sweep_makes_its_arms(planned):
 
 def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
     same = {name: arm.same_as for name, arm in planned.arms.items() if arm.same_as}
-    for name in ("order-blocks-inner-width", "criterion-taylor", "losses-margin", "repair-best", "samples-100"):
+    for name in ("order-blocks-inner-width", "criterion-taylor", "losses-margin", "repair-all", "samples-100"):
         assert same[name] == "base"
     assert same["frontier-4"] == same["rounds-planned"] == "base"
     assert same["losses-ce-kl"] == "losses-no-margin"

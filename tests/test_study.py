@@ -139,7 +139,7 @@ def settings(teacher, ads):
         "base": {"stages": [lossless, inner], "data": few},
         "seeds": [4],
         "arms": {
-            "plain": {"description": "no repair", "rounds": {"repair": "none"}},
+            "plain": {"description": "no repair", "rounds": {"repair": []}},
             "broken": {"train": {"accumulate": 3}},
             "scratch": {"kind": "scratch", "like": "base"},
             "init": {"kind": "random-init", "like": "base"},

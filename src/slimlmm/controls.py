@@ -34,7 +34,7 @@ DESCRIPTIONS = {
     "random-units": "same rounds and trainings; units and blocks drawn at random, no repair",
 }
 #: what `random-units` changes in every round
-AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": "none"}
+AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": ()}
 #: peak learning rate from random weights
 RATE = 1e-3
 

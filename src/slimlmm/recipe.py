@@ -31,6 +31,8 @@ LossName = Literal[
     "answer_states",
     "picture_states",
 ]
+Repair = Literal["refit", "rotate", "bridge", "settle"]
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
 
@@ -108,8 +110,11 @@ class Round(Settings):
         description="Which blocks go: those whose greedy removal costs least, those of least first-order importance, the "
         "last ones, or random ones.",
     )
-    repair: Literal["best", "none"] = Field(
-        "best", description="Closed-form repair of the cut: the one of least calibration loss, or none."
+    repair: tuple[Repair, ...] = Field(
+        REPAIRS,
+        description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
+        "residual stream before a width cut), bridge (what dropped blocks added), settle (the stream, block by block, after all "
+        "cuts of the round). Of the ways to make a cut the one of least calibration loss stays; [] for none.",
     )
     train: tuple[Training, ...] = Field(
         (),

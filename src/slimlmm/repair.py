@@ -9,7 +9,7 @@ keep-sets to cut with, because after a rotation the kept channels are the first 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,6 +210,7 @@ def fold_best(
     statistics: Statistics,
     batches: Sequence[Batch],
     loss: Loss,
+    ways: Collection[str] = ("refit", "rotate"),
 ) -> tuple[PreTrainedModel, Keep, list[Choice]]:
     """Try ways to repair this cut; return the cut model of least loss, its keep-sets, and all tries. `model` stays untouched.
 
@@ -217,13 +218,14 @@ def fold_best(
     the embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds one more copy and
     two cut models.
     """
-    ways: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
-    ways.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
-    for power in tied_powers(statistics):
-        ways.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
+    made: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
+    if "refit" in ways:
+        made.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
+    for power in tied_powers(statistics) if "rotate" in ways else ():
+        made.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
     tries: list[Choice] = []
     best: tuple[Choice, PreTrainedModel, Keep] | None = None
-    for name, way in ways:
+    for name, way in made:
         trial = copy.deepcopy(model)
         kept = way(trial)
         cut = surgery.cut(trial, anatomy, axis, kept)

@@ -226,7 +226,7 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
         student, keep = _cut(job, student, turn, (axis, size), batches, folder)
         if noun_of(axis) in ("blocks", "decoder_blocks"):
             kept[axis] = keep[axis].tolist()
-    if student is model or turn.repair == "none":
+    if student is model or "settle" not in turn.repair:
         return student
     student, tries = settle_best(student, model, kept, batches, _calibration_loss(job))
     job.tell.say("  settling", **{one.name: one.loss for one in tries})
@@ -250,11 +250,13 @@ def _cut(
             model, anatomy, [axis], _criterion(turn, axis), batches, _calibration_loss(job), seed=job.recipe.seed
         )
         keep = plan.choose(scores, anatomy, axis, size)
-    if found.kind == "blocks" and turn.repair == "best":
+    if found.kind == "blocks" and "bridge" in turn.repair:
         student, tries = bridging.bridge_best(model, anatomy, axis, keep, batches, _calibration_loss(job))
-    elif scores and turn.repair == "best":
+    elif scores and {"refit", "rotate"} & set(turn.repair):
         statistics = repair.collect(model, anatomy, axis, batches)
-        student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, batches, _calibration_loss(job))
+        student, keep, tries = repair.fold_best(
+            model, anatomy, axis, keep, statistics, batches, _calibration_loss(job), turn.repair
+        )
     else:
         student = surgery.cut(model, anatomy, axis, keep)
     kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from slimlmm import controls
 from slimlmm.errors import UserError
-from slimlmm.recipe import LEVELS, LossName, Recipe, Round, Stage, Training
+from slimlmm.recipe import LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
 from slimlmm.studies import BASE, Arm, Group, Kind, Study
 
 Stages = tuple[Stage, ...]
@@ -170,7 +170,7 @@ def picture_visits(trainings: Sequence[Training]) -> int:
     return sum(one.steps * one.pictures_per_step for one in trainings)
 
 
-def _set(**keys: str) -> Change:
+def _set(**keys: Any) -> Change:
     return lambda stages: everywhere(stages, keys, {})
 
 
@@ -214,9 +214,12 @@ def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
 
 def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
-        "repair-best": Wanted(description="repair of least calibration loss", change=_set(repair="best")),
-        "repair-none": Wanted(description="no repair", change=_set(repair="none")),
+        "repair-all": Wanted(description="all repairs where they apply", change=_set(repair=REPAIRS)),
+        "repair-none": Wanted(description="no repair", change=_set(repair=())),
     }
+    for name in REPAIRS:
+        others = tuple(other for other in REPAIRS if other != name)
+        made[f"repair-without-{name}"] = Wanted(description=f"all but {name}", change=_set(repair=others))
     return made, Comparison(title="Repair", arms=tuple(made))
 
 
