@@ -229,4 +229,4 @@ def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monk
     assert "--out DIR" in err
     code, _, err = call(monkeypatch, capsys, "study", tmp_path, "--page", tmp_path / "p.md")
     assert code == 2
-    assert "run the study first" in err
+    assert "study.json: No such file" in err

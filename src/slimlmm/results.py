@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,30 @@ from slimlmm.measure import Comparison, Environment, Memory
 from slimlmm.recipe import Recipe
 
 SCHEMA_VERSION: Literal[1] = 1
+
+
+class File(Record):
+    """A record that is a JSON file of its own; `WHAT` it is called in messages."""
+
+    WHAT: ClassVar[str] = "results file"
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON under a temporary name, then rename."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and validate; a UserError names each field that does not fit."""
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
+            raise UserError(f"{path} is not a {cls.WHAT} of schema version {SCHEMA_VERSION}: {wrong}.") from error
 
 
 class Dataset(Record):
@@ -130,7 +154,7 @@ class Totals(Record):
     flops: float | None = Field(None, description="Floating-point operations of training; null if any round lacks it.")
 
 
-class Results(Record):
+class Results(File):
     """One compression run: what went in, every round, what came out, and what it cost."""
 
     schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
@@ -152,24 +176,6 @@ class Results(Record):
     controls: tuple[Control, ...] = Field((), description="Control arms, where they were run.")
     totals: Totals | None = Field(None, description="Cost of the run.")
     notes: tuple[str, ...] = Field((), description="Things that a reader should know.")
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON under a temporary name, then rename."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read and validate; a UserError names each field that does not fit."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}.") from error
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
-            raise UserError(f"{path} is not a results file of schema version {SCHEMA_VERSION}: {wrong}.") from error
 
 
 def effect(teacher: Evaluation, student: Evaluation, *, samples: int = 10_000, seed: int = 0) -> Effect:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Interval, Record, paired_test
 from slimlmm.measure import Environment
-from slimlmm.results import Results
+from slimlmm.results import File, Results
 from slimlmm.studies import Group, Kind, Study
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -89,8 +88,10 @@ class Compared(Record):
     notes: tuple[str, ...] = Field((), description="What a reader should know.")
 
 
-class StudyResults(Record):
+class StudyResults(File):
     """A study: what was asked, and what every arm gave."""
+
+    WHAT: ClassVar[str] = "study.json"
 
     schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
     name: str = Field(description="Name of the folder.")
@@ -104,24 +105,6 @@ class StudyResults(Record):
     teacher_parameters: int | None = Field(None, description="The teacher's parameters.")
     arms: tuple[Arm, ...] = Field(description="Arms in order.")
     groups: tuple[Compared, ...] = Field(description="Comparisons in order.")
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON under a temporary name, then rename."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> StudyResults:
-        """Read and validate; a UserError names each field that does not fit."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; run the study first.") from error
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
-            raise UserError(f"{path} is no study.json of schema version {SCHEMA_VERSION}: {wrong}.") from error
 
 
 class Answers(Record):
