@@ -229,8 +229,9 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
     if student is model or "settle" not in turn.repair:
         return student
     student, tries = settle_best(student, model, kept, batches, _calibration_loss(job))
-    job.tell.say("  settling", **{one.name: one.loss for one in tries})
-    write_json(folder / "settling.json", {one.name: one.loss for one in tries})
+    if tries:
+        job.tell.say("  settling", **{one.name: one.loss for one in tries})
+        write_json(folder / "settling.json", {one.name: one.loss for one in tries})
     return student
 
 

@@ -86,10 +86,16 @@ def settled(
 def _pairs(
     student: PreTrainedModel, before: PreTrainedModel, kept: Mapping[str, Sequence[int]]
 ) -> list[tuple[str, str]]:
-    """Return each block of the student with the block of `before` behind which the stream should be the same, inputs first."""
+    """Return each block of the student with the block of `before` behind which the stream should be the same, inputs first.
+
+    Towers before the first one that was cut are left out: nothing is lacking there.
+    """
     now, then = describe(student.config), describe(before.config)
+    changed = {name.partition(".")[0] for name, size in now.sizes.items() if size != then.sizes.get(name)}
     pairs = []
-    for tower in ("vision", "qformer", "text"):
+    towers = ("vision", "qformer", "projector", "text")
+    first = min((towers.index(tower) for tower in changed if tower in towers), default=len(towers))
+    for tower in towers[first:]:
         axis, width = now.axes.get(f"{tower}.blocks"), f"{tower}.width"
         if axis is None or axis.refusal or now.sizes.get(width) != then.sizes.get(width):
             continue
