@@ -7,7 +7,7 @@ import torch
 
 from slimlmm import bridging, surgery
 from slimlmm.anatomy import describe
-from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps
+from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps, greedy_bridged
 from slimlmm.forward import answer_logits
 from slimlmm.losses import cross_entropy
 from slimlmm.selfcheck import random_model
@@ -109,6 +109,23 @@ def test_the_better_of_both_is_taken_and_the_input_model_stays(case):
     found = sum(float(loss(student, batch)) for batch in batches) / len(batches)
     assert found == pytest.approx(min(one.loss for one in tries), rel=1e-5)
     assert student.num_parameters() == surgery.cut(model, anatomy, axis, keep).num_parameters()
+
+
+def test_the_block_that_goes_is_the_one_that_costs_least_once_bridged(case):
+    model, anatomy, axis, _, batches = case
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size = anatomy.axis(axis).size
+    costs = []
+    for unit in range(size):
+        keep = {axis: torch.tensor([other for other in range(size) if other != unit])}
+        trial = copy.deepcopy(model)
+        bridged(trial, anatomy, axis, keep, batches)
+        student = surgery.cut(trial, anatomy, axis, keep)
+        costs.append(sum(float(loss(student, batch).detach()) for batch in batches))
+    found = greedy_bridged(model, anatomy, axis, batches, loss, size - 1)
+    assert found == [unit for unit in range(size) if unit != costs.index(min(costs))]
+    assert len(greedy_bridged(model, anatomy, axis, batches, loss, 1)) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_all_kept_or_the_first_ones_dropped_leave_nothing_to_bridge(case):

@@ -10,8 +10,9 @@ Shape legend: B sequences, T tokens, H residual channels, I FFN neurons.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
+from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, skipped
 from slimlmm.moments import Moments, predict
 from slimlmm.repair import Choice, linear_consumers
 from slimlmm.wiring import owner
@@ -72,6 +73,64 @@ def bridge_best(
     return best, tries
 
 
+def greedy_bridged(
+    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
+) -> list[int]:
+    """Return the `keep` units of blocks that stay when, one by one, the one that costs least once bridged is dropped; ascending.
+
+    As `importance.greedy_blocks`, but gaps are bridged before they are judged: the block whose absence hurts most may be the
+    one that its neighbour can stand in for. One pass for each choice that is tried and two for each gap; weights are changed
+    in place while a choice is judged, and put back.
+    """
+    group, layers = anatomy.axis(axis).groups[0], anatomy.axis(axis).layers
+    patches: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def cost(stays: list[int]) -> float:
+        gone = [unit for unit in range(group.units) if unit not in stays]
+        with ExitStack() as stack:
+            for gap in gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}):
+                span = (gap.first, gap.last)
+                if span not in patches:
+                    patches[span] = _patch(model, layers, gap, batches)
+                stack.enter_context(_with_weights(gap.writer, patches[span]))
+            numbers = (unit * group.stride + i for unit in gone for i in range(group.stride))
+            stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in numbers]))
+            stack.enter_context(evaluating(model))
+            return mean_loss(model, batches, loss)
+
+    kept = list(range(group.units))
+    while len(kept) > keep:
+        tries = [[other for other in kept if other != unit] for unit in kept]
+        costs = [cost(stays) if group.allows(stays) else math.inf for stays in tries]
+        kept = tries[costs.index(min(costs))]
+    return kept
+
+
+def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Return the parameters of the gap's writer once it is bridged, those that it has where it cannot be."""
+    before = {name: value.detach().clone() for name, value in gap.writer.named_parameters()}
+    with _with_weights(gap.writer, before):
+        _bridge(model, layers, gap, batches)
+        return {name: value.detach().clone() for name, value in gap.writer.named_parameters()}
+
+
+@contextmanager
+def _with_weights(linear: nn.Linear, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block a linear has these parameters, afterwards those that it had."""
+    before = {name: value.detach().clone() for name, value in linear.named_parameters()}
+
+    @torch.no_grad()
+    def put(values: Mapping[str, Tensor]) -> None:
+        for name, parameter in linear.named_parameters():
+            parameter.copy_(values[name])
+
+    put(weights)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> list[Gap]:
     """Patch the uncut model in place for the coming cut of its blocks; return the gaps that are bridged.
 
@@ -79,19 +138,20 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     diag(1/g) c for the ridge regression d ~ A h + c (`moments.predict`; the ridge of least held-out error), g [H] being what
     the block makes of its writer's output on the way to the stream (layer scale, else 1).
     """
-    done = []
     layers = anatomy.axis(axis).layers
-    for gap in gaps(model, anatomy, axis, keep):
-        before, after = (model.get_submodule(f"{layers}.{number}") for number in (gap.first - 1, gap.last))
-        with evaluating(model), torch.no_grad():
-            try:
-                gain_H = gain(model, before, gap.writer, next(at_least_one(batches, f"bridging {axis}")))
-            except NoBridgeError:
-                continue
-            moments = _moments(model, gap.writer, before, after, batches)
-        if fold(gap.writer, gain_H, moments):
-            done.append(gap)
-    return done
+    return [gap for gap in gaps(model, anatomy, axis, keep) if _bridge(model, layers, gap, batches)]
+
+
+def _bridge(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> bool:
+    """Bridge one gap of the uncut model; return whether that could be done."""
+    before, after = (model.get_submodule(f"{layers}.{number}") for number in (gap.first - 1, gap.last))
+    with evaluating(model), torch.no_grad():
+        try:
+            gain_H = gain(model, before, gap.writer, next(at_least_one(batches, "bridging dropped blocks")))
+        except NoBridgeError:
+            return False
+        moments = _moments(model, gap.writer, before, after, batches)
+    return fold(gap.writer, gain_H, moments)
 
 
 def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[Gap]:

@@ -296,7 +296,8 @@ def _blocks(job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int]
     if turn.blocks == "random":
         generator = torch.Generator().manual_seed(job.recipe.seed)
         return group.best(torch.rand(group.units, generator=generator), count)
-    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, _calibration_loss(job), count))
+    greedy = bridging.greedy_bridged if "bridge" in turn.repair else importance.greedy_blocks
+    return torch.tensor(greedy(model, anatomy, axis, batches, _calibration_loss(job), count))
 
 
 def _calibration_loss(job: Job) -> importance.Loss:
