@@ -53,6 +53,8 @@ def main() -> None:
         cache = TeacherCache(model, collator, Path(parent) / "cache")
         groups = data.by_picture(rows.train[:CALIBRATION], 16)
         batches = [collator(groups[at : at + 4]) for at in range(0, len(groups), 4)]
+        for batch in batches:  # the teacher is the very model whose blocks are left out while they are judged
+            cache.of(batch)
         whole = evaluate(model, loaded.processor, rows.validation)
         found: dict[str, Any] = {"whole": whole.accuracy, "n": len(rows.validation), "cases": {}}
         for name in options.cases:

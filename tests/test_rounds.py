@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from slimlmm import checkpoint, importance, pipeline, plan, recipe, results, rounds
+from slimlmm import checkpoint, data, importance, pipeline, plan, recipe, results, rounds
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
@@ -191,3 +192,25 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
             loaded.model, anatomy, ["vision.blocks"], "taylor", batches, rounds._calibration_loss(job)
         )["vision.blocks"]
         assert set(kept) == set(scores.topk(2).indices.tolist())
+
+
+def test_judging_blocks_leaves_no_trace_in_what_the_teacher_said(teacher, ads, tmp_path):
+    """The first round's model is the teacher itself, and its blocks are left out one by one while they are judged."""
+    raw = {
+        **RAW,
+        "stages": [
+            RAW["stages"][0],
+            {"name": "blocks", "rounds": [{"sizes": {"text.blocks": 2}, "train": {"steps": 1}}]},
+        ],
+    }
+    out = tmp_path / "run"
+    pipeline.run(teacher, ads, out, recipe.parse(raw, "test"))
+    lossless = checkpoint.load(out / "stages" / "01-lossless.1" / "model")
+    cache = TeacherCache(lossless.model, Collator(lossless.processor, packed=True), out / "cache")
+    (shard,) = (out / "cache").glob("*.safetensors")
+    kept = load_file(shard)
+    rows = [row for row in data.load(ads).train if cache.key(row) in kept]
+    assert len(rows) == len(kept) >= 20
+    batch = cache.collator(by_picture(rows, 16))
+    for row, live in zip(batch["rows"], cache.live(batch), strict=True):
+        assert torch.allclose(kept[cache.key(row)].float(), live, atol=5e-3 * float(live.abs().max()))

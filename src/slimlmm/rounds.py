@@ -220,6 +220,9 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
     collator = Collator(processor, packed=can_pack(model, processor, job.calibration)) if turn.sizes else None
     groups = _chunks(data.by_picture(job.calibration, 16), 4)
     batches = [to_device(collator(group), model.device) for group in groups] if collator else []
+    if job.cache is not None:
+        for batch in batches:  # now: the teacher may be the very model whose blocks are left out while they are judged
+            job.cache.of(batch)
     for axis, size in turn.sizes.items():
         if size == describe(student.config).axis(axis).size:
             continue
