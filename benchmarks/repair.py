@@ -24,7 +24,6 @@ from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
 from slimlmm.forward import answer_logits
 from slimlmm.losses import Seen, combine
-from slimlmm.resizing import dead_blocks
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -48,7 +47,7 @@ def main() -> None:
         folder = Path(parent) / "ads"
         adreview.write(folder, train=CALIBRATION + 10, val=options.rows, test=10, seed=options.seed)
         rows = data.load(folder)
-        model = _living(loaded.model)
+        model = surgery.living(loaded.model)
         collator = Collator(loaded.processor, packed=True)
         cache = TeacherCache(model, collator, Path(parent) / "cache")
         groups = data.by_picture(rows.train[:CALIBRATION], 16)
@@ -62,15 +61,6 @@ def main() -> None:
             print(name, json.dumps(found["cases"][name]), flush=True)
     found |= {"calibration_rows": CALIBRATION, "seed": options.seed, "environment": measure.environment().model_dump()}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _living(model: Any) -> Any:
-    """Return the model without the blocks that nobody reads."""
-    for axis, dead in dead_blocks(model.config).items():
-        anatomy = describe(model.config)
-        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
-        model = surgery.cut(model, anatomy, axis, {axis: torch.tensor(alive)})
-    return model
 
 
 def case(
@@ -108,27 +98,34 @@ def case(
     after, tries = settling.settle_best(repaired, model, kept, batches, loss)
     tried["settling"] = {one.name: one.loss for one in tries}
     settle_seconds = time.perf_counter() - began
-    whole, rows = against
     models = {"sliced": sliced, "repaired": repaired, "settled": after}
-    answers = {name: evaluate(one, processor, rows) for name, one in models.items()}
-    lost = whole.accuracy - answers["sliced"].accuracy
     return {
         "sizes": sizes,
         "parameters": repaired.num_parameters(),
-        **{name: one.accuracy for name, one in answers.items()},
-        "gain": drop(answers["settled"], answers["sliced"]).model_dump(),
-        "won_back": {
-            name: (answers[name].accuracy - answers["sliced"].accuracy) / lost if lost > 0 else None
-            for name in ("repaired", "settled")
-        },
+        **answered(models, processor, against),
         "repair_seconds": spent,
         "settle_seconds": settle_seconds,
         "calibration_losses": tried,
     }
 
 
+def answered(models: dict[str, Any], processor: Any, against: tuple[Evaluation, list[data.Row]]) -> dict[str, Any]:
+    """Let all models answer the rows, and say what the repaired ones win back."""
+    whole, rows = against
+    answers = {name: evaluate(one, processor, rows) for name, one in models.items()}
+    lost = whole.accuracy - answers["sliced"].accuracy
+    return {
+        **{name: one.accuracy for name, one in answers.items()},
+        "gain": drop(answers["settled"], answers["sliced"]).model_dump(),
+        "won_back": {
+            name: (answers[name].accuracy - answers["sliced"].accuracy) / lost if lost > 0 else None
+            for name in ("repaired", "settled")
+        },
+    }
+
+
 def chosen(model: Any, anatomy: Any, axis: str, size: int, batches: list[Any], loss: Any) -> Any:
-    """Return the units that a round of the default schedule would keep."""
+    """Return the units that stay: blocks by ablation (not bridged), groups by ablation, others by Taylor."""
     if noun_of(axis) == "blocks":
         count = anatomy.axis(axis).groups[0].kept(size)
         return {axis: torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, loss, count))}

@@ -11,13 +11,23 @@ from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps, greedy_b
 from slimlmm.forward import answer_logits
 from slimlmm.losses import cross_entropy
 from slimlmm.selfcheck import random_model
-from tiny import tiny, tiny_batch
+from tiny import tiny_batch, tiny_config
 from zoo import CONFIGS
 
 
 def loss(model, batch):
     logits_AV, labels_A, _ = answer_logits(model, batch)
     return cross_entropy(logits_AV, labels_A) / labels_A.numel()
+
+
+def scaled_model(name):
+    """Return a random model whose layer scale is no 1."""
+    model = random_model(tiny_config(name))
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if "layer_scale" in part:
+                parameter.uniform_(0.2, 2.0)
+    return model
 
 
 def batches_of(name, model, count=6):
@@ -47,12 +57,7 @@ def outputs(model, path, batches):
 def case(request):
     """The middle one of three blocks of a model whose layer scale is no 1, with calibration rows."""
     axis, name = request.param, "llava-dinov2-llama"
-    model, _ = tiny(name)
-    model = random_model(model.config)
-    with torch.no_grad():
-        for part, parameter in model.named_parameters():
-            if "layer_scale" in part:
-                parameter.uniform_(0.2, 2.0)
+    model = scaled_model(name)
     anatomy = describe(model.config)
     keep = {axis: torch.tensor([0, *range(2, anatomy.axis(axis).size)])}
     return model, anatomy, axis, keep, batches_of(name, model)

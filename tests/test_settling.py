@@ -7,22 +7,18 @@ import torch
 
 from slimlmm import surgery
 from slimlmm.anatomy import describe
-from slimlmm.selfcheck import random_model, some_units
-from slimlmm.settling import _pairs, _until, settle_best, settled
-from test_bridging import batches_of, loss
-from tiny import tiny
+from slimlmm.bridging import stream
+from slimlmm.forward import output_of
+from slimlmm.selfcheck import some_units
+from slimlmm.settling import _pairs, settle_best, settled
+from test_bridging import batches_of, loss, scaled_model
 
 NAME = "llava-dinov2-llama"
 
 
 @pytest.fixture(scope="module")
 def whole():
-    model, _ = tiny(NAME)
-    model = random_model(model.config)
-    with torch.no_grad():
-        for part, parameter in model.named_parameters():
-            if "layer_scale" in part:
-                parameter.uniform_(0.2, 2.0)
+    model = scaled_model(NAME)
     return model, batches_of(NAME, model)
 
 
@@ -40,7 +36,10 @@ def apart(student, before, kept, batches):
         for place, wanted in _pairs(student, before, kept):
             one, other = student.get_submodule(place), before.get_submodule(wanted)
             found[place] = sum(
-                float((_until(student, one, batch) - _until(before, other, batch)).square().mean()) for batch in batches
+                float(
+                    (stream(output_of(student, one, batch)) - stream(output_of(before, other, batch))).square().mean()
+                )
+                for batch in batches
             )
     return found
 

@@ -14,7 +14,7 @@ from slimlmm.axes import Axis
 from slimlmm.errors import UserError
 from slimlmm.resizing import dead_blocks, predict_parameters
 from slimlmm.selfcheck import random_model, self_check, some_units
-from slimlmm.surgery import cut, masked
+from slimlmm.surgery import cut, living, masked
 from tiny import NAMES, tiny, tiny_batch, tiny_config
 from zoo import CONFIGS
 
@@ -91,6 +91,9 @@ def test_dead_blocks_go_with_no_change_of_output():
     assert torch.equal(logits(student, batch), before)
     assert student.config.vision_feature_layer == -1
     assert dead_blocks(student.config) == {}
+    assert torch.equal(logits(living(model), batch), before)
+    assert living(model).config.to_dict() == student.config.to_dict()
+    assert living(student) is student
 
 
 def test_dtype_ties_mode_grad_and_generation_config_come_along():

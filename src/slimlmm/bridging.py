@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from slimlmm.axes import Anatomy, Keep
 from slimlmm.collate import Batch
 from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, skipped
 from slimlmm.moments import Moments, predict
-from slimlmm.repair import Choice, linear_consumers
+from slimlmm.repair import Choice, judged, linear_consumers
 from slimlmm.wiring import owner
 
 #: ridges relative to the mean power of a neuron; few neurons hold most of it, so that small ones are safe
@@ -55,22 +56,15 @@ def bridge_best(
 
     `model` stays untouched. Where no gap can be bridged there is one choice alone.
     """
-    tries: list[Choice] = []
-    best: PreTrainedModel | None = None
-    for name, way in (("slice", None), ("bridge", bridged)):
-        trial = model
-        if way is not None:
-            trial = copy.deepcopy(model)
-            if not way(trial, anatomy, axis, keep, batches):
-                continue
-        cut = surgery.cut(trial, anatomy, axis, keep)
-        del trial
-        with evaluating(cut):
-            tries.append(Choice(name=name, loss=mean_loss(cut, batches, loss)))
-        if best is None or tries[-1].loss < tries[0].loss:
-            best = cut
-    assert best is not None
-    return best, tries
+    plain = surgery.cut(model, anatomy, axis, keep)
+    tries = [judged("slice", plain, batches, loss)]
+    trial = copy.deepcopy(model)
+    if not bridged(trial, anatomy, axis, keep, batches):
+        return plain, tries
+    mended = surgery.cut(trial, anatomy, axis, keep)
+    del trial
+    tries.append(judged("bridge", mended, batches, loss))
+    return (mended if tries[1].loss < tries[0].loss else plain), tries
 
 
 def greedy_bridged(
@@ -92,7 +86,8 @@ def greedy_bridged(
                 span = (gap.first, gap.last)
                 if span not in patches:
                     patches[span] = _patch(model, layers, gap, batches)
-                stack.enter_context(_with_weights(gap.writer, patches[span]))
+                stack.enter_context(_put_back(gap.writer))
+                _put(gap.writer, patches[span])
             numbers = (unit * group.stride + i for unit in gone for i in range(group.stride))
             stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in numbers]))
             stack.enter_context(evaluating(model))
@@ -108,27 +103,29 @@ def greedy_bridged(
 
 def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Return the parameters of the gap's writer once it is bridged, those that it has where it cannot be."""
-    before = {name: value.detach().clone() for name, value in gap.writer.named_parameters()}
-    with _with_weights(gap.writer, before):
+    with _put_back(gap.writer):
         _bridge(model, layers, gap, batches)
-        return {name: value.detach().clone() for name, value in gap.writer.named_parameters()}
+        return _weights(gap.writer)
+
+
+def _weights(linear: nn.Linear) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in linear.named_parameters()}
+
+
+@torch.no_grad()
+def _put(linear: nn.Linear, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in linear.named_parameters():
+        parameter.copy_(weights[name])
 
 
 @contextmanager
-def _with_weights(linear: nn.Linear, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block a linear has these parameters, afterwards those that it had."""
-    before = {name: value.detach().clone() for name, value in linear.named_parameters()}
-
-    @torch.no_grad()
-    def put(values: Mapping[str, Tensor]) -> None:
-        for name, parameter in linear.named_parameters():
-            parameter.copy_(values[name])
-
-    put(weights)
+def _put_back(linear: nn.Linear) -> Iterator[None]:
+    """After the block a linear has the parameters that it had before."""
+    before = _weights(linear)
     try:
         yield
     finally:
-        put(before)
+        _put(linear, before)
 
 
 def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> list[Gap]:
@@ -145,13 +142,24 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
 def _bridge(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> bool:
     """Bridge one gap of the uncut model; return whether that could be done."""
     before, after = (model.get_submodule(f"{layers}.{number}") for number in (gap.first - 1, gap.last))
+    moments = partial(_moments, model, gap.writer, before, after, batches)
+    return mend(model, before, gap.writer, batches, moments)
+
+
+def mend(
+    model: PreTrainedModel,
+    block: nn.Module,
+    writer: nn.Linear,
+    batches: Sequence[Batch],
+    moments: Callable[[], Moments],
+) -> bool:
+    """Fold what the stream lacks behind `block` into its writer (`fold`), by these moments of (h, d); return whether it was."""
     with evaluating(model), torch.no_grad():
         try:
-            gain_H = gain(model, before, gap.writer, next(at_least_one(batches, "bridging dropped blocks")))
+            gain_H = gain(model, block, writer, next(at_least_one(batches, "mending the stream")))
         except NoBridgeError:
             return False
-        moments = _moments(model, gap.writer, before, after, batches)
-    return fold(gap.writer, gain_H, moments)
+        return fold(writer, gain_H, moments())
 
 
 def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[Gap]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
@@ -83,22 +84,38 @@ class _ReachedError(Exception):
     """The block was reached; what lies behind it need not run."""
 
 
+def _run_to(model: PreTrainedModel, block: nn.Module, batch: Batch, handle: RemovableHandle) -> None:
+    """Run the model on a batch until the hook of `handle` at `block` raises _ReachedError; the hook is removed."""
+    try:
+        model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
+    except _ReachedError:
+        return
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} never called the block {type(block).__name__}")
+
+
 def states_until(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Tensor:
     """Return the states [N, H] that enter `block` at picture tokens, with their gradient; the model stops there."""
 
     def stop(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         raise _ReachedError
 
-    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     with states_into(block, batch["picture_tokens"]) as seen:
-        handle = block.register_forward_pre_hook(stop)
-        try:
-            model(**inputs, use_cache=False)
-        except _ReachedError:
-            return seen[0]
-        finally:
-            handle.remove()
-    raise RuntimeError(f"{type(model).__name__} never called the block {type(block).__name__}")
+        _run_to(model, block, batch, block.register_forward_pre_hook(stop))
+    return seen[0]
+
+
+def output_of(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Any:
+    """Return what `block` gives out; the model stops there."""
+    seen: list[Any] = []
+
+    def stop(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        seen.append(output)
+        raise _ReachedError
+
+    _run_to(model, block, batch, block.register_forward_hook(stop))
+    return seen[0]
 
 
 def first_text_block(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:

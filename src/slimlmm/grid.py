@@ -10,7 +10,7 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Axis
 from slimlmm.errors import UserError
 from slimlmm.families import family_of
-from slimlmm.recipe import MULTIPLES
+from slimlmm.recipe import MULTIPLES, Recipe
 from slimlmm.views import View, view_of
 
 #: fewer sizes than this are no choice: a smaller multiple is taken
@@ -25,6 +25,11 @@ class Grid:
 
     multiples: Mapping[str, int] = field(default_factory=lambda: dict(MULTIPLES))
     tensor_parallel: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Grid:
+        """Return the grid that a recipe asks for."""
+        return cls(multiples=recipe.multiples, tensor_parallel=recipe.tensor_parallel)
 
     def sizes(self, config: Any, axis: Axis) -> list[int]:
         """Return the sizes to choose from: legal, above the floor, split evenly, in the largest multiple that leaves a handful.

@@ -89,7 +89,7 @@ def _prepared(
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
     stages = schedule(loaded, rows, recipe)
     plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
-    for note in (*splits.notes, *([] if recipe.stages else _grid(recipe).notes(loaded.model.config))):
+    for note in (*splits.notes, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
     folder = RunFolder.open(out, identity, cache)
     folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
@@ -120,7 +120,7 @@ def schedule(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], reci
         return recipe.stages
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
-    config, grid, fixed = loaded.model.config, _grid(recipe), lossless_sizes(loaded, rows)
+    config, grid, fixed = loaded.model.config, Grid.of(recipe), lossless_sizes(loaded, rows)
     final = plan.sizes_for(config, recipe.shrink, predict_parameters(config, {}), fixed, grid, recipe.order)
     per_picture = data.rows_per_picture(rows["train"])
     living = resized(config, fixed)
@@ -136,10 +136,6 @@ def lossless_sizes(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]
     kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
     tokens = describe(model.config).axis("vocab").size
     return {"vocab": sum(token < tokens for token in kept)} | plan.living_blocks(model.config)
-
-
-def _grid(recipe: Recipe) -> Grid:
-    return Grid(multiples=recipe.multiples, tensor_parallel=recipe.tensor_parallel)
 
 
 def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
@@ -190,7 +186,7 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
             job, model, processor, turn.model_copy(update={"sizes": sizes}), Place(number, len(turns), name, index)
         ):
             records.append(one.record)
-            kept = one if one.kept_promise else kept
+            kept = one if one.record.kept_promise else kept
         if not records[-1].kept_promise:
             job.tell.say(
                 f"round {number}/{len(turns)} cannot keep the promise; stopping at the smallest model that does"

@@ -90,7 +90,7 @@ def plan(
     start = _start(model, source, settings, trust_remote_code)
     anatomy = describe(start.living)
     least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
-    space = space_of(start.living, _grid(settings), settings.order, floors=least, fixes=given)
+    space = space_of(start.living, Grid.of(settings), settings.order, floors=least, fixes=given)
     watch = Stopwatch(
         device=torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"),
         tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
@@ -114,7 +114,7 @@ def _schedule(
     start: _Start, space: Space, sizes: Mapping[str, int], settings: Recipe, out: Path | None
 ) -> dict[str, Any]:
     """Return the rounds that lead to these sizes, what would hinder serving, and notes; write the recipe where one is wanted."""
-    grid = _grid(settings)
+    grid = Grid.of(settings)
     stages = stages_for(
         start.living,
         sizes,
@@ -133,10 +133,6 @@ def _schedule(
         "notes": [*start.notes, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
         "out": None if out is None else str(out),
     }
-
-
-def _grid(settings: Recipe) -> Grid:
-    return Grid(multiples=settings.multiples, tensor_parallel=settings.tensor_parallel)
 
 
 def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Path | None) -> tuple[str, float]:

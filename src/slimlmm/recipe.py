@@ -254,14 +254,18 @@ def _valid(adapter: TypeAdapter[T], raw: Any, source: str, root: type[Settings])
 
 
 def read(path: Path) -> Recipe:
-    """Read a YAML recipe (safe loading)."""
+    """Read a YAML recipe."""
+    return parse(read_yaml(path, "recipe"), str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file holds (safe loading), {} where it is empty; a UserError calls it a `what`."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    return parse(raw or {}, str(path))
 
 
 def dump(recipe: Recipe) -> str:

@@ -202,6 +202,12 @@ class Choice:
     loss: float
 
 
+def judged(name: str, model: PreTrainedModel, batches: Sequence[Batch], loss: Loss) -> Choice:
+    """Return a way to repair a cut with the calibration loss of the model that it gives, in evaluation mode."""
+    with evaluating(model):
+        return Choice(name=name, loss=mean_loss(model, batches, loss))
+
+
 def fold_best(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -230,8 +236,7 @@ def fold_best(
         kept = way(trial)
         cut = surgery.cut(trial, anatomy, axis, kept)
         del trial
-        with evaluating(cut):
-            tries.append(Choice(name=name, loss=mean_loss(cut, batches, loss)))
+        tries.append(judged(name, cut, batches, loss))
         if best is None or tries[-1].loss < best[0].loss:
             best = tries[-1], cut, kept
     assert best is not None

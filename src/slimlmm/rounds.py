@@ -26,7 +26,7 @@ from slimlmm.lessons import Taught
 from slimlmm.losses import Seen, combine
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
-from slimlmm.resizing import dead_blocks, predict_parameters
+from slimlmm.resizing import predict_parameters
 from slimlmm.runfolder import RunFolder, write_json
 from slimlmm.settling import settle_best
 from slimlmm.teacher import TeacherCache
@@ -52,12 +52,11 @@ class Job:
 
 @dataclass(slots=True)
 class Done:
-    """A finished round: the model it left, its record, and whether it kept the promise."""
+    """A finished round: the model it left, and its record."""
 
     model: PreTrainedModel
     processor: Any
     record: results.Round
-    kept_promise: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +85,9 @@ def attempts(job: Job, model: PreTrainedModel, processor: Any, turn: Round, plac
     """
     one = _taken(job, model, processor, turn, place)
     yield one
-    if one.kept_promise:
+    if one.record.kept_promise:
         return
-    half = plan.halved(
-        model.config, turn.sizes, Grid(**job.recipe.model_dump(include={"multiples", "tensor_parallel"}))
-    )
+    half = plan.halved(model.config, turn.sizes, Grid.of(job.recipe))
     missed = f"{place} lost more than the promised {job.recipe.max_drop} points"
     if not half:
         job.tell.say(f"{missed}, and no smaller cut lies between; rolled back")
@@ -107,7 +104,7 @@ def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     loaded = checkpoint.load(folder / "model", device=model.device)
     record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
     job.tell.say(f"{place} was done", parameters=record.parameters)
-    return Done(loaded.model, loaded.processor, record, _promise(job, record.after_recovery or record.after_cut))
+    return Done(loaded.model, loaded.processor, record)
 
 
 def _promise(job: Job, score: Score | None) -> bool:
@@ -151,7 +148,7 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     checkpoint.save(model, processor, folder / "model")
     (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters})
-    return Done(model, processor, record, record.kept_promise)
+    return Done(model, processor, record)
 
 
 def _recovered(
@@ -207,27 +204,25 @@ def _drop(what: str, job: Job, model: PreTrainedModel, processor: Any) -> tuple[
     """Make one lossless cut."""
     if what == "unused_tokens":
         return vocab.trim(model, processor, texts_of(processor, job.vocabulary_rows))
-    for axis, dead in dead_blocks(model.config).items():
-        anatomy = describe(model.config)
-        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
-        model = surgery.cut(model, anatomy, axis, {axis: torch.tensor(alive)})
-    return model, processor
+    return surgery.living(model), processor
 
 
 def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> PreTrainedModel:
     """Cut all axes of the round in turn, then settle the stream of the result; returns `model` itself where nothing is cut."""
+    if not turn.sizes:
+        return model
     student, kept = model, {}
-    collator = Collator(processor, packed=can_pack(model, processor, job.calibration)) if turn.sizes else None
-    groups = _chunks(data.by_picture(job.calibration, 16), 4)
-    batches = [to_device(collator(group), model.device) for group in groups] if collator else []
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
     if job.cache is not None:
         for batch in batches:  # now: the teacher may be the very model whose blocks are left out while they are judged
             job.cache.of(batch)
     for axis, size in turn.sizes.items():
-        if size == describe(student.config).axis(axis).size:
+        found = describe(student.config).axis(axis)
+        if size == found.size:
             continue
         student, keep = _cut(job, student, turn, (axis, size), batches, folder)
-        if noun_of(axis) in ("blocks", "decoder_blocks"):
+        if found.kind == "blocks":
             kept[axis] = keep[axis].tolist()
     if student is model or "settle" not in turn.repair:
         return student

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
-from slimlmm.bridging import NoBridgeError, fold, gain, stream, writer_of
+from slimlmm.bridging import mend, stream, writer_of
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
+from slimlmm.forward import output_of
+from slimlmm.importance import Loss, evaluating
 from slimlmm.moments import Moments
-from slimlmm.repair import Choice
-
-
-class _ReachedError(Exception):
-    """The block was reached; what lies behind it need not run."""
+from slimlmm.repair import Choice, judged
 
 
 def settle_best(
@@ -44,10 +40,7 @@ def settle_best(
     trial = copy.deepcopy(student)
     if not settled(trial, before, kept, batches):
         return student, []
-    tries = []
-    for name, model in (("cut", student), ("settled", trial)):
-        with evaluating(model):
-            tries.append(Choice(name=name, loss=mean_loss(model, batches, loss)))
+    tries = [judged(name, model, batches, loss) for name, model in (("cut", student), ("settled", trial))]
     return (trial if tries[1].loss < tries[0].loss else student), tries
 
 
@@ -73,12 +66,8 @@ def settled(
             block, writer = student.get_submodule(place), writer_of(student, place)
             if writer is None:
                 continue
-            try:
-                gain_H = gain(student, block, writer, next(at_least_one(batches, "settling")))
-            except NoBridgeError:
-                continue
-            moments = _lacking(student, before, writer, (block, before.get_submodule(wanted)), batches)
-            if fold(writer, gain_H, moments):
+            moments = partial(_lacking, student, before, writer, (block, before.get_submodule(wanted)), batches)
+            if mend(student, block, writer, batches, moments):
                 mended.append(place)
     return mended
 
@@ -116,27 +105,10 @@ def _lacking(
     """Return the moments of (h, d) [I + H] over the calibration tokens; both models stop behind the block."""
     moments = Moments(writer.in_features + writer.out_features, student.device)
     for batch in batches:
-        wanted_BTH = _until(before, blocks[1], batch)
+        wanted_BTH = stream(output_of(before, blocks[1], batch))
         neurons: list[Tensor] = []
         handle = writer.register_forward_pre_hook(lambda _, inputs, heard=neurons: heard.append(inputs[0]))
-        lacking_BTH = wanted_BTH - _until(student, blocks[0], batch)
+        lacking_BTH = wanted_BTH - stream(output_of(student, blocks[0], batch))
         handle.remove()
         moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1))
     return moments
-
-
-def _until(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Tensor:
-    """Return what a block gives to the stream; the model stops there."""
-    seen: list[Tensor] = []
-
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(stream(output))
-        raise _ReachedError
-
-    with ExitStack() as stack:
-        stack.callback(block.register_forward_hook(stop).remove)
-        try:
-            forward(model, batch)
-        except _ReachedError:
-            return seen[0]
-    raise RuntimeError(f"{type(model).__name__} never called the block {type(block).__name__}")

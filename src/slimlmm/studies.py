@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from slimlmm import recipe
@@ -127,14 +126,8 @@ def _named(arms: Any) -> Any:
 
 
 def read(path: Path) -> Study:
-    """Read a YAML study (safe loading); its `model` and `data` are taken as given, from the working folder."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the study {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    return parse(raw or {}, str(path))
+    """Read a YAML study; its `model` and `data` are taken as given, from the working folder."""
+    return parse(recipe.read_yaml(path, "study"), str(path))
 
 
 def parse(raw: Any, source: str) -> Study:

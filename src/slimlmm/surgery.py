@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.blocks import renamed
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
 from slimlmm.importance import skipped
 from slimlmm.probing import Place
-from slimlmm.resizing import resized
+from slimlmm.resizing import dead_blocks, resized
 from slimlmm.token_ids import new_ids, renumbered
 
 
@@ -54,6 +55,15 @@ def cut(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> PreT
         for key, value in renumbered(model.generation_config.to_dict(), ids, found.size).items():
             setattr(student.generation_config, key, value)
     return student
+
+
+def living(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without the blocks that never reach its output; itself where there are none."""
+    for axis, dead in dead_blocks(model.config).items():
+        anatomy = describe(model.config)
+        alive = [unit for unit in range(anatomy.axis(axis).size) if unit not in dead]
+        model = cut(model, anatomy, axis, {axis: torch.tensor(alive)})
+    return model
 
 
 def by_parameter(axis: Axis) -> dict[str, Axis]:
