@@ -19,11 +19,10 @@ import torch
 from slimlmm import adreview, bridging, checkpoint, data, importance, measure, plan, repair, settling, surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import noun_of
+from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
-from slimlmm.forward import answer_logits
-from slimlmm.losses import Seen, combine
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -45,19 +44,20 @@ def main() -> None:
     loaded = checkpoint.load(bundled("teacher"))
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "ads"
-        adreview.write(folder, train=CALIBRATION + 10, val=options.rows, test=10, seed=options.seed)
+        adreview.write(folder, train=10 * CALIBRATION, val=options.rows, test=10, seed=options.seed)
         rows = data.load(folder)
         model = surgery.living(loaded.model)
         collator = Collator(loaded.processor, packed=True)
         cache = TeacherCache(model, collator, Path(parent) / "cache")
-        groups = data.by_picture(rows.train[:CALIBRATION], 16)
-        batches = [collator(groups[at : at + 4]) for at in range(0, len(groups), 4)]
-        for batch in batches:  # the teacher is the very model whose blocks are left out while they are judged
-            cache.of(batch)
+        calibration = calibration_of(data.spread(rows.train, CALIBRATION, EACH, options.seed), collator, model.device)
+        for batch in (*calibration.fit, *calibration.judge):
+            cache.of(batch)  # now: the teacher is the very model whose blocks are left out while they are judged
         whole = evaluate(model, loaded.processor, rows.validation)
         found: dict[str, Any] = {"whole": whole.accuracy, "n": len(rows.validation), "cases": {}}
         for name in options.cases:
-            found["cases"][name] = case(model, loaded.processor, CASES[name], batches, cache, (whole, rows.validation))
+            found["cases"][name] = case(
+                model, loaded.processor, CASES[name], calibration, cache, (whole, rows.validation)
+            )
             print(name, json.dumps(found["cases"][name]), flush=True)
     found |= {"calibration_rows": CALIBRATION, "seed": options.seed, "environment": measure.environment().model_dump()}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -67,35 +67,30 @@ def case(
     model: Any,
     processor: Any,
     sizes: dict[str, int],
-    batches: list[Any],
+    calibration: Calibration,
     cache: TeacherCache,
     against: tuple[Evaluation, list[data.Row]],
 ) -> dict[str, Any]:
     """Cut all axes in turn, sliced and repaired, by the units that the repaired model's scores choose."""
-
-    def loss(model: Any, batch: Any) -> torch.Tensor:
-        logits_AV, labels_A, _ = answer_logits(model, batch)
-        seen = Seen(logits_AV, labels_A, cache.logits(cache.of(batch)))
-        return combine({"cross_entropy": 1.0, "forward_kl": 1.0}, seen)["total"] / labels_A.numel()
-
+    loss = loss_against(cache)
     sliced = repaired = model
     spent, tried = 0.0, {}
     kept: dict[str, list[int]] = {}
     for axis, size in sizes.items():
         anatomy = describe(repaired.config)
-        keep = chosen(repaired, anatomy, axis, size, batches, loss)
+        keep = chosen(repaired, anatomy, axis, size, calibration, loss)
         sliced = surgery.cut(sliced, anatomy, axis, keep)
         began = time.perf_counter()
         if noun_of(axis) == "blocks":
             kept[axis] = keep[axis].tolist()
-            repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, batches, loss)
+            repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
-            statistics = repair.collect(repaired, anatomy, axis, batches)
-            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, batches, loss)
+            statistics = repair.collect(repaired, anatomy, axis, calibration.fit)
+            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration.judge, loss)
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
     began = time.perf_counter()
-    after, tries = settling.settle_best(repaired, model, kept, batches, loss)
+    after, tries = settling.settle_best(repaired, model, kept, calibration, loss)
     tried["settling"] = {one.name: one.loss for one in tries}
     settle_seconds = time.perf_counter() - began
     models = {"sliced": sliced, "repaired": repaired, "settled": after}
@@ -124,13 +119,13 @@ def answered(models: dict[str, Any], processor: Any, against: tuple[Evaluation, 
     }
 
 
-def chosen(model: Any, anatomy: Any, axis: str, size: int, batches: list[Any], loss: Any) -> Any:
-    """Return the units that stay: blocks by ablation (not bridged), groups by ablation, others by Taylor."""
+def chosen(model: Any, anatomy: Any, axis: str, size: int, calibration: Calibration, loss: Any) -> Any:
+    """Return the units that stay: blocks by ablation, bridged, groups by ablation, others by Taylor."""
     if noun_of(axis) == "blocks":
         count = anatomy.axis(axis).groups[0].kept(size)
-        return {axis: torch.tensor(importance.greedy_blocks(model, anatomy, axis, batches, loss, count))}
+        return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))}
     criterion = "ablation" if noun_of(axis) == "kv_groups" else "taylor"
-    return plan.choose(importance.score(model, anatomy, [axis], criterion, batches, loss), anatomy, axis, size)
+    return plan.choose(importance.score(model, anatomy, [axis], criterion, calibration.fit, loss), anatomy, axis, size)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from slimlmm import adreview, data
+from slimlmm import adreview, checkpoint, data
+from tiny import tiny
 from zoo import CONFIGS
 
 torch.set_num_threads(1)
@@ -54,3 +55,11 @@ def ads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(ads: Path) -> data.Splits:
     """The rows of that folder."""
     return data.load(ads)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny LLaVA."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    checkpoint.save(*tiny("llava-dinov2-llama"), folder)
+    return folder

@@ -5,17 +5,8 @@ import sys
 import pytest
 
 from slimlmm import checkpoint, cli
-from tiny import tiny
 
 VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "adreview", "demo")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model, processor = tiny("llava-dinov2-llama")
-    checkpoint.save(model, processor, folder)
-    return folder
 
 
 def call(monkeypatch, capsys, *words):

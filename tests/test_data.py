@@ -1,5 +1,6 @@
 import io
 import json
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -100,6 +101,23 @@ def test_a_file_that_is_no_json_is_one_clear_message(tmp_path):
     (tmp_path / "train.jsonl").write_text("{ not json\n")
     with pytest.raises(UserError, match=r"train\.jsonl: cannot be read"):
         data.load(tmp_path)
+
+
+def test_spread_takes_so_many_rows_a_picture_and_more_only_where_pictures_run_out(rows):
+    pictures = {row.picture_key() for row in rows.train}
+
+    def times(count, each):
+        taken = data.spread(rows.train, count, each, seed=1)
+        assert len(taken) == len({(row.picture_key(), row.question) for row in taken}) == min(count, len(rows.train))
+        return Counter(row.picture_key() for row in taken)
+
+    assert set(times(2 * len(pictures), 2).values()) == {2}
+    assert sorted(times(2 * len(pictures) - 1, 2).values()) == [1, *[2] * (len(pictures) - 1)]
+    assert set(times(3 * len(pictures), 2).values()) <= {2, 3, 4}
+    assert sum(times(10**6, 2).values()) == len(rows.train)
+    assert data.spread(rows.train, 7, 2, seed=1) == data.spread(rows.train, 7, 2, seed=1)
+    assert data.spread(rows.train, 7, 2, seed=1) != data.spread(rows.train, 7, 2, seed=2)
+    assert data.spread([], 7, 2, seed=1) == []
 
 
 def test_sample_takes_whole_pictures_and_is_seeded(rows):

@@ -12,15 +12,11 @@ from slimlmm.evaluate import evaluate
 from slimlmm.labels import labelled
 from slimlmm.progress import Quiet
 from test_pipeline import RAW, Recorder
-from tiny import tiny
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model, processor = tiny("llava-dinov2-llama")
-    checkpoint.save(model, processor, folder)
-    return checkpoint.load(folder)
+def loaded(teacher):
+    return checkpoint.load(teacher)
 
 
 @pytest.fixture
@@ -40,11 +36,11 @@ def unlabelled(ads, tmp_path):
     return folder
 
 
-def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say(teacher, rows, tmp_path):
+def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say(loaded, rows, tmp_path):
     mixed = [replace(row, answer="") if number % 2 else row for number, row in enumerate(rows.train[:40])]
-    found = labelled(teacher, mixed, tmp_path / "answers.json", Quiet())
+    found = labelled(loaded, mixed, tmp_path / "answers.json", Quiet())
     said = evaluate(
-        teacher.model, teacher.processor, mixed, max_new_tokens=labels.answer_limit(teacher.processor, mixed[::2])
+        loaded.model, loaded.processor, mixed, max_new_tokens=labels.answer_limit(loaded.processor, mixed[::2])
     )
     wanted = {one.id: one.answer for one in said.predictions}
     empty = [row.id for row in mixed[1::2] if not wanted[row.id]]
@@ -54,23 +50,23 @@ def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say
         assert " ".join(row.answer.split()) == (given or wanted[row.id])
 
 
-def test_answers_are_asked_once(teacher, rows, tmp_path, monkeypatch):
+def test_answers_are_asked_once(loaded, rows, tmp_path, monkeypatch):
     bare = [replace(row, answer="") for row in rows.train[:20]]
-    first = labelled(teacher, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet())
+    first = labelled(loaded, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet())
     monkeypatch.setattr(labels, "_answers", lambda *_: pytest.fail("the teacher ran"))
-    assert labelled(teacher, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet()) == first
+    assert labelled(loaded, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet()) == first
 
 
-def test_all_answers_may_come_from_the_teacher(teacher, rows, tmp_path, monkeypatch):
+def test_all_answers_may_come_from_the_teacher(loaded, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_answers", lambda _, part, limit: [f"answer {row.id}" for row in part])
-    found = labelled(teacher, rows.train[:8], tmp_path / "answers.json", Quiet(), every=True)
+    found = labelled(loaded, rows.train[:8], tmp_path / "answers.json", Quiet(), every=True)
     assert [row.answer for row in found] == [f"answer {row.id}" for row in rows.train[:8]]
 
 
-def test_a_teacher_that_says_nothing_is_refused(teacher, rows, tmp_path, monkeypatch):
+def test_a_teacher_that_says_nothing_is_refused(loaded, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_answers", lambda _, part, limit: [""] * len(part))
     with pytest.raises(UserError, match="nothing to learn"):
-        labelled(teacher, [replace(row, answer="") for row in rows.train[:3]], tmp_path / "answers.json", Quiet())
+        labelled(loaded, [replace(row, answer="") for row in rows.train[:3]], tmp_path / "answers.json", Quiet())
 
 
 def test_rows_without_answers_are_broken_unless_the_recipe_says_who_gives_them(unlabelled):
@@ -95,11 +91,11 @@ def test_a_run_on_rows_without_answers_is_taken_up_again(teacher, unlabelled, tm
     raw["data"]["answers"] = "filled"
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(teacher.path, unlabelled, out, recipe.parse(raw, "test"), tell=Recorder(stop_at="self-check"))
+        pipeline.run(teacher, unlabelled, out, recipe.parse(raw, "test"), tell=Recorder(stop_at="self-check"))
     kept = json.loads((out / "teacher-answers.json").read_text())
     bare = [row for row in data.load(unlabelled, unlabelled=True).train if not row.answer]
     assert len(kept) == len({(row.picture_bytes(), row.question) for row in bare})
-    found = pipeline.run(teacher.path, unlabelled, out, recipe.parse(raw, "test"))
+    found = pipeline.run(teacher, unlabelled, out, recipe.parse(raw, "test"))
     assert found.data.rows["train"] == 120
     assert found.rounds[-1].row_visits > 0
 
@@ -108,12 +104,12 @@ def test_runs_that_share_a_cache_share_the_answers_and_so_does_a_control(teacher
     raw = yaml.safe_load(yaml.safe_dump({**RAW, "stages": [RAW["stages"][0], RAW["stages"][2]]}))
     raw["data"] |= {"answers": "filled", "teacher_rows": 40}
     shared = tmp_path / "cache"
-    first = pipeline.run(teacher.path, unlabelled, tmp_path / "one", recipe.parse(raw, "test"), cache=shared)
+    first = pipeline.run(teacher, unlabelled, tmp_path / "one", recipe.parse(raw, "test"), cache=shared)
     assert len(list(shared.glob("labels-*.json"))) == 1
     monkeypatch.setattr(labels, "_answers", lambda *_: pytest.fail("the teacher was asked again"))
     raw["patience"] = 0
-    pipeline.run(teacher.path, unlabelled, tmp_path / "two", recipe.parse(raw, "test"), cache=shared)
+    pipeline.run(teacher, unlabelled, tmp_path / "two", recipe.parse(raw, "test"), cache=shared)
     done = controls.untrained(
-        "random-init", tmp_path / "two", teacher.path, unlabelled, tmp_path / "three", tell=Quiet(), cache=shared
+        "random-init", tmp_path / "two", teacher, unlabelled, tmp_path / "three", tell=Quiet(), cache=shared
     )
     assert done.row_visits == pytest.approx(first.totals.row_visits, rel=0.5)

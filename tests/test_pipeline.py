@@ -7,9 +7,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from slimlmm import checkpoint, pipeline, recipe
+from slimlmm import pipeline, recipe
 from slimlmm.errors import UserError
-from tiny import tiny
 
 RAW = {
     "bench_calls": 3,
@@ -37,14 +36,6 @@ class Recorder:
 
     def step(self, what, done, total, **facts):
         pass
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model, processor = tiny("llava-dinov2-llama")
-    checkpoint.save(model, processor, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from slimlmm import checkpoint, data, importance, pipeline, plan, recipe, results, rounds
 from slimlmm.anatomy import describe
+from slimlmm.calibration import calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.evaluate import Interval, score
@@ -17,7 +18,7 @@ from slimlmm.grid import Grid
 from slimlmm.resizing import resized
 from slimlmm.teacher import TeacherCache
 from test_pipeline import RAW, Recorder
-from tiny import tiny, tiny_config
+from tiny import tiny_config
 
 #: three rounds: FFN, then width with an FFN that the config holds as a multiple of it, then FFN again
 STAGES = [
@@ -27,14 +28,6 @@ STAGES = [
     {"name": "last", "rounds": [{"sizes": {"vision.ffn": 32}, "train": {"steps": 1}}]},
 ]
 PROMISING = {**RAW, "stages": STAGES, "max_drop": 1.0}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model, processor = tiny("llava-dinov2-llama")
-    checkpoint.save(model, processor, folder)
-    return folder
 
 
 @pytest.fixture
@@ -179,18 +172,15 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
     job = SimpleNamespace(
         cache=TeacherCache(loaded.model, collator, tmp_path),
         recipe=recipe.Recipe(shrink=2),
-        calibration=rows.train[:20],
     )
     turn = recipe.Round(sizes={"vision.blocks": 2}, blocks=way)
-    batches = [collator(by_picture(rows.train[:20], 16))]
-    kept = rounds._blocks(job, loaded.model, turn, ("vision.blocks", 2), batches).tolist()
+    by = calibration_of(rows.train[:20], collator, loaded.model.device), loss_against(job.cache)
+    kept = rounds._blocks(job, loaded.model, turn, ("vision.blocks", 2), by).tolist()
     assert kept == sorted(set(kept))
     assert len(kept) == 2
     if way == "taylor":
         anatomy = describe(loaded.model.config)
-        scores = importance.score(
-            loaded.model, anatomy, ["vision.blocks"], "taylor", batches, rounds._calibration_loss(job)
-        )["vision.blocks"]
+        scores = importance.score(loaded.model, anatomy, ["vision.blocks"], "taylor", by[0].fit, by[1])["vision.blocks"]
         assert set(kept) == set(scores.topk(2).indices.tolist())
 
 

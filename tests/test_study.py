@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from slimlmm import checkpoint, pipeline, studies, study, study_page
+from slimlmm import pipeline, studies, study, study_page
 from slimlmm import study_results as sr
 from slimlmm.data import Row
 from slimlmm.errors import UserError
@@ -13,7 +13,6 @@ from slimlmm.evaluate import grade, paired_test
 from slimlmm.measure import environment
 from test_cli import call
 from test_pipeline import Recorder
-from tiny import tiny
 
 SEEDS = (0, 1, 2)
 
@@ -118,13 +117,6 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     assert "| a | - | 1 k | 5,000 | 2 s | 1 |" in text
     assert "| never | - | - | - | - | 0 | - | - | - | - |" in text
     assert "- Row visits are equal within 0.0 % (from 5,000 to 5,000)." in text
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    checkpoint.save(*tiny("llava-dinov2-llama"), folder)
-    return folder
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
+from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, skipped
 from slimlmm.moments import Moments, predict
@@ -50,31 +51,31 @@ class Gap:
 
 
 def bridge_best(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch], loss: Loss
+    model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, calibration: Calibration, loss: Loss
 ) -> tuple[PreTrainedModel, list[Choice]]:
-    """Drop blocks with and without a bridge over each gap; return the model of less calibration loss, and both losses.
+    """Drop blocks with and without a bridge over each gap; return the model of less loss on unseen rows, and both losses.
 
     `model` stays untouched. Where no gap can be bridged there is one choice alone.
     """
     plain = surgery.cut(model, anatomy, axis, keep)
-    tries = [judged("slice", plain, batches, loss)]
+    tries = [judged("slice", plain, calibration.judge, loss)]
     trial = copy.deepcopy(model)
-    if not bridged(trial, anatomy, axis, keep, batches):
+    if not bridged(trial, anatomy, axis, keep, calibration.fit):
         return plain, tries
     mended = surgery.cut(trial, anatomy, axis, keep)
     del trial
-    tries.append(judged("bridge", mended, batches, loss))
+    tries.append(judged("bridge", mended, calibration.judge, loss))
     return (mended if tries[1].loss < tries[0].loss else plain), tries
 
 
 def greedy_bridged(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
+    model: PreTrainedModel, anatomy: Anatomy, axis: str, calibration: Calibration, loss: Loss, keep: int
 ) -> list[int]:
     """Return the `keep` units of blocks that stay when, one by one, the one that costs least once bridged is dropped; ascending.
 
-    As `importance.greedy_blocks`, but gaps are bridged before they are judged: the block whose absence hurts most may be the
-    one that its neighbour can stand in for. One pass for each choice that is tried and two for each gap; weights are changed
-    in place while a choice is judged, and put back.
+    As `importance.greedy_blocks`, but gaps are bridged before they are judged, on rows that no bridge was fitted on: the block
+    whose absence hurts most may be the one that its neighbour can stand in for. One pass for each choice that is tried and two
+    for each gap; weights are changed in place while a choice is judged, and put back.
     """
     group, layers = anatomy.axis(axis).groups[0], anatomy.axis(axis).layers
     patches: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -85,13 +86,13 @@ def greedy_bridged(
             for gap in gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}):
                 span = (gap.first, gap.last)
                 if span not in patches:
-                    patches[span] = _patch(model, layers, gap, batches)
+                    patches[span] = _patch(model, layers, gap, calibration.fit)
                 stack.enter_context(_put_back(gap.writer))
                 _put(gap.writer, patches[span])
             numbers = (unit * group.stride + i for unit in gone for i in range(group.stride))
             stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in numbers]))
             stack.enter_context(evaluating(model))
-            return mean_loss(model, batches, loss)
+            return mean_loss(model, calibration.judge, loss)
 
     kept = list(range(group.units))
     while len(kept) > keep:

@@ -317,6 +317,20 @@ def sample(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     return taken
 
 
+def spread(rows: Sequence[Row], count: int, each: int, seed: int) -> list[Row]:
+    """Return `count` rows, `each` a picture in a seeded order, and more of them where the pictures run out."""
+    groups = by_picture(rows, len(rows) or 1)
+    order = random.Random(seed)
+    order.shuffle(groups)
+    for group in groups:
+        order.shuffle(group)
+    taken: list[Row] = []
+    while len(taken) < min(count, len(rows)):
+        taken += [row for group in groups for row in group[:each]]
+        groups = [group[each:] for group in groups]
+    return taken[:count]
+
+
 def fingerprint(rows: Sequence[Row]) -> str:
     """Return a hash over all rows: question, answer, task, and the bytes of every distinct picture."""
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ import torch
 
 from slimlmm import checkpoint, data, plan, report, results, vocab
 from slimlmm.anatomy import describe
+from slimlmm.calibration import EACH
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
@@ -146,7 +147,7 @@ def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], 
         folder=folder,
         recipe=recipe,
         train_rows=training,
-        calibration=data.sample(asked, settings.calibration_rows, recipe.seed + 1),
+        calibration=data.spread(asked, settings.calibration_rows, EACH, recipe.seed + 1),
         taught=taught,
         validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
         vocabulary_rows=rows["train"] + rows["validation"],

@@ -157,7 +157,12 @@ class DataSettings(Settings):
         description="Train rows that the teacher is asked about, whole pictures, drawn by the seed; null for all. The others "
         "are learnt from their own answers (cross_entropy, pairwise_margin): asking costs more than a step of a small student.",
     )
-    calibration_rows: int = Field(256, gt=0, description="Train rows for scores, repairs and ablation.")
+    calibration_rows: int = Field(
+        256,
+        gt=0,
+        description="Train rows for scores, repairs and ablation, two a picture where there are enough pictures; every third "
+        "picture judges what was fitted on the others.",
+    )
     validation_rows: int | None = Field(
         500, gt=0, description="Validation rows evaluated in every round; null for all."
     )

@@ -16,22 +16,20 @@ from transformers import PreTrainedModel
 from slimlmm import bridging, checkpoint, data, importance, plan, repair, results, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
-from slimlmm.collate import Batch, Collator, texts_of
+from slimlmm.calibration import Calibration, calibration_of, loss_against
+from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
-from slimlmm.forward import answer_logits, to_device
 from slimlmm.grid import Grid
+from slimlmm.importance import Loss
 from slimlmm.lessons import Taught
-from slimlmm.losses import Seen, combine
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
 from slimlmm.resizing import predict_parameters
 from slimlmm.runfolder import RunFolder, write_json
 from slimlmm.settling import settle_best
 from slimlmm.teacher import TeacherCache
-
-CALIBRATION_LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
 
 
 @dataclass(slots=True)
@@ -212,21 +210,21 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
     if not turn.sizes:
         return model
     student, kept = model, {}
+    assert job.cache is not None
     collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
-    if job.cache is not None:
-        for batch in batches:  # now: the teacher may be the very model whose blocks are left out while they are judged
-            job.cache.of(batch)
+    calibration, loss = calibration_of(job.calibration, collator, model.device), loss_against(job.cache)
+    for batch in (*calibration.fit, *calibration.judge):
+        job.cache.of(batch)  # now: the teacher may be the very model whose blocks are left out while they are judged
     for axis, size in turn.sizes.items():
         found = describe(student.config).axis(axis)
         if size == found.size:
             continue
-        student, keep = _cut(job, student, turn, (axis, size), batches, folder)
+        student, keep = _cut(job, student, turn, (axis, size), (calibration, loss), folder)
         if found.kind == "blocks":
             kept[axis] = keep[axis].tolist()
     if student is model or "settle" not in turn.repair:
         return student
-    student, tries = settle_best(student, model, kept, batches, _calibration_loss(job))
+    student, tries = settle_best(student, model, kept, calibration, loss)
     if tries:
         job.tell.say("  settling", **{one.name: one.loss for one in tries})
         write_json(folder / "settling.json", {one.name: one.loss for one in tries})
@@ -234,27 +232,27 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
 
 
 def _cut(
-    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch], folder: Path
+    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss], folder: Path
 ) -> tuple[PreTrainedModel, Keep]:
     """Choose the units of one axis, repair, cut, and write the plan with its scores."""
-    axis, size = what
+    (axis, size), (calibration, loss) = what, by
     anatomy = describe(model.config)
     found = anatomy.axis(axis)
     scores: dict[str, Tensor] = {}
     tries: list[repair.Choice] = []
     if found.kind == "blocks":
-        keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
+        keep: Keep = {axis: _blocks(job, model, turn, (axis, size), by)}
     else:
         scores = importance.score(
-            model, anatomy, [axis], _criterion(turn, axis), batches, _calibration_loss(job), seed=job.recipe.seed
+            model, anatomy, [axis], _criterion(turn, axis), calibration.fit, loss, seed=job.recipe.seed
         )
         keep = plan.choose(scores, anatomy, axis, size)
     if found.kind == "blocks" and "bridge" in turn.repair:
-        student, tries = bridging.bridge_best(model, anatomy, axis, keep, batches, _calibration_loss(job))
+        student, tries = bridging.bridge_best(model, anatomy, axis, keep, calibration, loss)
     elif scores and {"refit", "rotate"} & set(turn.repair):
-        statistics = repair.collect(model, anatomy, axis, batches)
+        statistics = repair.collect(model, anatomy, axis, calibration.fit)
         student, keep, tries = repair.fold_best(
-            model, anatomy, axis, keep, statistics, batches, _calibration_loss(job), turn.repair
+            model, anatomy, axis, keep, statistics, calibration.judge, loss, turn.repair
         )
     else:
         student = surgery.cut(model, anatomy, axis, keep)
@@ -280,38 +278,25 @@ def _cut(
     return student, keep
 
 
-def _blocks(job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], batches: list[Batch]) -> Tensor:
+def _blocks(
+    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss]
+) -> Tensor:
     """Return the blocks that stay."""
-    axis, size = what
+    (axis, size), (calibration, loss) = what, by
     anatomy = describe(model.config)
     group = anatomy.axis(axis).groups[0]
     count = group.kept(size)
     if turn.blocks == "last":
         return group.first(count)
     if turn.blocks == "taylor":
-        scores = importance.score(model, anatomy, [axis], "taylor", batches, _calibration_loss(job))
+        scores = importance.score(model, anatomy, [axis], "taylor", calibration.fit, loss)
         return plan.choose(scores, anatomy, axis, size)[group.name]
     if turn.blocks == "random":
         generator = torch.Generator().manual_seed(job.recipe.seed)
         return group.best(torch.rand(group.units, generator=generator), count)
-    greedy = bridging.greedy_bridged if "bridge" in turn.repair else importance.greedy_blocks
-    return torch.tensor(greedy(model, anatomy, axis, batches, _calibration_loss(job), count))
-
-
-def _calibration_loss(job: Job) -> importance.Loss:
-    """Cross-entropy + forward KL against the teacher, mean per answer token."""
-
-    def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-        assert job.cache is not None
-        logits_AV, labels_A, _ = answer_logits(model, batch)
-        teacher_AV = job.cache.logits(job.cache.of(batch).to(model.device))
-        return combine(CALIBRATION_LOSSES, Seen(logits_AV, labels_A, teacher_AV))["total"] / labels_A.numel()
-
-    return loss
-
-
-def _chunks(groups: list[list[data.Row]], size: int) -> list[list[list[data.Row]]]:
-    return [groups[start : start + size] for start in range(0, len(groups), size)]
+    if "bridge" in turn.repair:
+        return torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))
+    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, calibration.fit, loss, count))
 
 
 def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:

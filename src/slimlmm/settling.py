@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
 from slimlmm.bridging import mend, stream, writer_of
+from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, evaluating
@@ -30,17 +31,17 @@ def settle_best(
     student: PreTrainedModel,
     before: PreTrainedModel,
     kept: Mapping[str, Sequence[int]],
-    batches: Sequence[Batch],
+    calibration: Calibration,
     loss: Loss,
 ) -> tuple[PreTrainedModel, list[Choice]]:
-    """Settle a cut model (`settled`); return it or the model as it is, whichever has less calibration loss, and both losses.
+    """Settle a cut model (`settled`); return it or the model as it is, whichever has less loss on unseen rows, and both losses.
 
     Neither input is touched. Holds one more copy of the student.
     """
     trial = copy.deepcopy(student)
-    if not settled(trial, before, kept, batches):
+    if not settled(trial, before, kept, calibration.fit):
         return student, []
-    tries = [judged(name, model, batches, loss) for name, model in (("cut", student), ("settled", trial))]
+    tries = [judged(name, model, calibration.judge, loss) for name, model in (("cut", student), ("settled", trial))]
     return (trial if tries[1].loss < tries[0].loss else student), tries
 
 

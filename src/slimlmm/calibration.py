@@ -1,0 +1,57 @@
+"""The few rows by which cuts are chosen and repaired: pictures that fits see, and others on which choices are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimlmm.collate import Batch, Collator
+from slimlmm.data import Row, by_picture
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.importance import Loss
+from slimlmm.losses import Seen, combine
+from slimlmm.teacher import TeacherCache
+
+#: most calibration rows of one picture: what a picture says of the towers it says with its first question
+EACH = 2
+#: pictures in a batch
+PICTURES = 4
+#: one picture in so many is kept from fits, to judge them
+JUDGES = 3
+LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Batches that scores and repairs are fitted on, and batches of other pictures on which choices between them are judged."""
+
+    fit: Sequence[Batch]
+    judge: Sequence[Batch]
+
+
+def calibration_of(rows: Sequence[Row], collator: Collator, device: torch.device) -> Calibration:
+    """Return the rows as batches: every third picture judges; of fewer than three pictures all do both."""
+    groups = by_picture(rows, 16)
+    judges = groups[JUDGES - 1 :: JUDGES]
+    fits = [group for number, group in enumerate(groups, 1) if number % JUDGES]
+
+    def batches(groups: list[list[Row]]) -> list[Batch]:
+        return [to_device(collator(groups[at : at + PICTURES]), device) for at in range(0, len(groups), PICTURES)]
+
+    fit = batches(fits)
+    return Calibration(fit=fit, judge=batches(judges) if judges else fit)
+
+
+def loss_against(cache: TeacherCache) -> Loss:
+    """Return cross-entropy + forward KL against the cached teacher, mean per answer token."""
+
+    def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+        logits_AV, labels_A, _ = answer_logits(model, batch)
+        teacher_AV = cache.logits(cache.of(batch).to(model.device))
+        return combine(LOSSES, Seen(logits_AV, labels_A, teacher_AV))["total"] / labels_A.numel()
+
+    return loss
