@@ -157,13 +157,20 @@ def test_fine_tuning_lowers_the_loss_and_is_the_same_bytes_for_the_same_seed(tmp
 
 def test_micro_batches_give_the_step_of_one_large_batch(tmp_path, rows):
     states = []
+    step = {
+        "steps": 1,
+        "warmup": 0.0,
+        "losses": {"cross_entropy": 1.0},
+        "schedule": "constant",
+        "precision": "float32",
+    }
     for accumulate in (1, 4):
         model, processor = tiny(NAME)
         train(
             model,
             processor,
             rows.train,
-            settings(steps=1, warmup=0.0, accumulate=accumulate, losses={"cross_entropy": 1.0}, schedule="constant"),
+            settings(**step, accumulate=accumulate),
             tmp_path,
         )
         states.append(model.state_dict())

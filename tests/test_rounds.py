@@ -203,4 +203,4 @@ def test_judging_blocks_leaves_no_trace_in_what_the_teacher_said(teacher, ads, t
     assert len(rows) == len(kept) >= 20
     batch = cache.collator(by_picture(rows, 16))
     for row, live in zip(batch["rows"], cache.live(batch), strict=True):
-        assert torch.allclose(kept[cache.key(row)].float(), live, atol=5e-3 * float(live.abs().max()))
+        assert torch.allclose(kept[cache.key(row)].float(), live, atol=2e-2 * float(live.abs().max()))

@@ -19,7 +19,7 @@ def test_cached_equals_live_up_to_half_precision(tmp_path, rows):
     cache.flush()
     live, _, _ = answer_logits(model, batch)
     cached = TeacherCache(model, collator, tmp_path).logits(TeacherCache(model, collator, tmp_path).of(batch))
-    assert torch.allclose(cached, live, atol=5e-3 * float(live.abs().max()))
+    assert torch.allclose(cached, live, atol=2e-2 * float(live.abs().max()))
 
 
 def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows):
@@ -29,7 +29,7 @@ def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows)
     first = TeacherCache(model, collator, tmp_path)
     seen = model.model.get_image_features(batch["pixel_values"]).pooler_output
     wanted = torch.cat(list(seen))
-    assert torch.allclose(first.pictures(batch).float(), wanted, atol=5e-3 * float(wanted.abs().max()))
+    assert torch.allclose(first.pictures(batch).float(), wanted, atol=2e-2 * float(wanted.abs().max()))
     first.flush()
     again = TeacherCache(model, collator, tmp_path)
     again.live = None  # a call would fail

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
+from slimlmm.half import has_half, quick_attention
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
@@ -225,7 +227,7 @@ def train(
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model=model,
-        args=_arguments(settings, out, seed),
+        args=_arguments(settings, out, seed, model.device),
         data_collator=collate,
         train_dataset=groups,
         optimizers=(_optimizer(model, anatomy, settings, readouts), None),
@@ -235,9 +237,12 @@ def train(
         temperature=settings.temperature,
         callbacks=[report, *keeper],
     )
-    row_flops = _row_flops(trainer, model, collate([groups[0]]))
+    batch = collate([groups[0]])
+    row_flops = _row_flops(trainer, model, batch)
     began = time.perf_counter()
-    _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
+    quick = quick_attention(model, to_device(batch, model.device)) if trainer.args.bf16 else nullcontext()
+    with quick:
+        _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
     return TrainResult(
         steps=trainer.state.global_step,
         row_visits=trainer.row_visits,
@@ -286,6 +291,8 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
         try:
             trainer.train()
         finally:
+            # accelerate leaves its half-precision forward on the model, which would be measured in it from now on
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model.eval()
             if teacher:
                 teacher.flush()
@@ -324,7 +331,7 @@ def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) ->
     return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
-def _arguments(settings: Training, out: Path, seed: int) -> TrainingArguments:
+def _arguments(settings: Training, out: Path, seed: int, device: torch.device) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=settings.steps,
@@ -344,7 +351,8 @@ def _arguments(settings: Training, out: Path, seed: int) -> TrainingArguments:
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        use_cpu=device.type == "cpu",
+        bf16=settings.precision == "auto" and has_half(device),
     )
 
 

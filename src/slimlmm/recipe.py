@@ -89,6 +89,11 @@ class Training(Settings):
     stop_after: int = Field(
         4, gt=0, description="Looks in a row without a new best after which a training with `validate_every` stops."
     )
+    precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="auto multiplies matrices in bfloat16 where the device has units for it (CUDA from Ampere on, CPUs with "
+        "AMX); weights and sums stay float32 either way.",
+    )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
 

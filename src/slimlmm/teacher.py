@@ -26,6 +26,7 @@ from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
+from slimlmm.half import half
 
 VALUES_A_SHARD = 16_000_000
 PICTURES_A_BATCH = 16
@@ -120,7 +121,7 @@ class TeacherCache:
                 with states_into(block, where_BT.to(self.model.device)) as seen:
                     self._add([self.key(row) for row in small["rows"]], self.live(small))
             else:
-                with torch.inference_mode():
+                with torch.inference_mode(), half(self.model.device):
                     seen = [states_until(self.model, block, to_device(small, self.model.device))]
             self._add([self.picture_key(row) for row in small["heads"]], seen[0].split(where_BT.sum(1).tolist()))
         return self._read_all([self.picture_key(row) for row in batch["heads"]])
@@ -149,7 +150,8 @@ class TeacherCache:
     @torch.inference_mode()
     def live(self, batch: Batch) -> list[Tensor]:
         """Return the hidden states [A, H] of every row, computed now."""
-        _, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
+        with half(self.model.device):
+            _, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
         return list(hidden_AH.split(self.lengths(batch["rows"])))
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
