@@ -1,4 +1,4 @@
-"""The headline: the bundled teacher to 1/18 of its parameters on AdReview, with its control arms.
+"""The headline: the bundled teacher to 1/18 of its parameters on AdReview by headline-18x.yaml, with its control arms.
 
     python benchmarks/headline.py --out runs/headline                      # hours on 2 cores, minutes on a GPU; resumes
     python benchmarks/headline.py --out runs/headline --controls scratch random-init random-units
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,23 +23,18 @@ from slimlmm.demo import BUNDLE, bundled
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, paired_bootstrap
 from slimlmm.progress import Reporter, reporter
-from slimlmm.recipe import LEVELS, Recipe, read
+from slimlmm.recipe import read
 from slimlmm.results import Control, Results
 
-#: towers as shallow as the teacher's lose most with their blocks (docs/lab-notes.md)
-ORDER = ("inner", "width", "blocks")
-#: those of the published run; the teacher's nine heads leave hardly a width that is a multiple of 64
-MULTIPLES = {"width": 16, "ffn": 16, "text.width": 1}
+RECIPE = Path(__file__).with_name("headline-18x.yaml")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/headline"))
-    parser.add_argument("--shrink", type=float, default=18.0)
-    parser.add_argument("--row-visits", type=int, default=3_000_000)
-    parser.add_argument("--train-rows", type=int, default=400_000)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--train-rows", type=int, default=800_000)
     parser.add_argument("--test-rows", type=int, default=5_000)
-    parser.add_argument("--order", nargs=3, choices=LEVELS, default=ORDER, help="order of the levels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--controls", nargs="*", choices=sorted(controls.DESCRIPTIONS), default=[])
     parser.add_argument("--publish", action="store_true")
@@ -48,13 +44,7 @@ def main() -> None:
         if not (folder / "version.json").exists():
             tell.say("writing AdReview", rows=arguments.train_rows)
             adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=arguments.seed)
-        recipe = Recipe(
-            shrink=arguments.shrink,
-            row_visits=arguments.row_visits,
-            order=arguments.order,
-            multiples=MULTIPLES,
-            seed=arguments.seed,
-        )
+        recipe = read(arguments.recipe).model_copy(update={"seed": arguments.seed})
         run = arguments.out / "run"
         found = pipeline.run(teacher, folder, run, recipe, command=_command(arguments), tell=tell)
         for name in controls.DESCRIPTIONS:
@@ -75,9 +65,10 @@ def main() -> None:
 
 def _command(arguments: argparse.Namespace) -> str:
     """Return the command that makes this run, with what decides it."""
-    told = {name: getattr(arguments, name) for name in ("shrink", "row_visits", "train_rows", "test_rows", "seed")}
+    told = {"recipe": os.path.relpath(arguments.recipe)}
+    told |= {name: getattr(arguments, name) for name in ("train_rows", "test_rows", "seed")}
     words = [f"--{name.replace('_', '-')} {value}" for name, value in told.items()]
-    return " ".join(["python benchmarks/headline.py", *words, "--order", *arguments.order])
+    return " ".join(["python benchmarks/headline.py", *words])
 
 
 def control(name: str, out: Path, folder: Path, found: Results, tell: Reporter) -> Control:
