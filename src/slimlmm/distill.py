@@ -215,14 +215,14 @@ def train(
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
-    `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone, and
-    not at all in a training that has no such loss. `validation` are the rows that ``settings.validate_every`` looks at.
+    `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
+    `validation` are the rows that ``settings.validate_every`` looks at.
 
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     _check_settings(settings, rows, teacher, validation)
-    anatomy, report = describe(model.config), _Report(progress)
+    anatomy, report, began = describe(model.config), _Report(progress), time.perf_counter()
     groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teacher, taught)
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
@@ -237,11 +237,9 @@ def train(
         temperature=settings.temperature,
         callbacks=[report, *keeper],
     )
-    batch = collate([groups[0]])
+    batch = to_device(collate([groups[0]]), model.device)
     row_flops = _row_flops(trainer, model, batch)
-    began = time.perf_counter()
-    quick = quick_attention(model, to_device(batch, model.device)) if trainer.args.bf16 else nullcontext()
-    with quick:
+    with quick_attention(model, batch) if trainer.args.bf16 else nullcontext():
         _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
     return TrainResult(
         steps=trainer.state.global_step,
@@ -323,7 +321,6 @@ def _check_settings(
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
     """Return floating-point operations per row of one forward and backward pass, as far as the losses look."""
     counter = flop_counter()
-    batch = to_device(batch, model.device)
     with counter:
         combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)

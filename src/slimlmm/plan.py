@@ -27,13 +27,13 @@ SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "w
 #: halvings of the interval in which the scale of all axes is sought
 BISECTIONS = 30
 #: most that one round may divide the parameters by
-ROUND_RATIO = 1.8
+ROUND_RATIO = 2.5
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
-LAST_SHARE = 0.5
+LAST_SHARE = 0.75
 #: share of a round's row visits that stop at the language model
 STATES_SHARE = 0.5
 #: peak learning rate of the first round, and how many times higher it ends
-FIRST_RATE, RATE_RISE = 1e-4, 8
+FIRST_RATE, RATE_RISE = 1e-4, 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,27 +358,30 @@ def _steps(
     last = dict(current)
     legal = {name: (grid or Grid()).sizes(config, anatomy.axis(name)) for name in final}
     for index in range(1, count + 1):
-        sizes = {}
+        sizes: dict[str, int] = {}
         for name, size in final.items():
             wanted = current[name] * (size / current[name]) ** (index / count)
-            choices = [c for c in legal[name] if c >= size] or [size]
-            sizes[name] = size if index == count else min(choices, key=lambda c: abs(math.log(c / wanted)))
+            choices = [c for c in legal[name] if size <= c < last[name]] if index < count else []
+            near = sorted(choices, key=lambda c: abs(math.log(c / wanted)))
+            sizes |= _accepted(config, last | sizes, name, [*near, size])
         sizes = {name: size for name, size in sizes.items() if size < last[name]}
-        if not sizes:
-            continue
-        sizes = _accepted(config, {**last, **sizes}, sizes, final)
-        last |= sizes
-        steps.append(sizes)
+        if sizes:
+            last |= sizes
+            steps.append(sizes)
     return steps
 
 
-def _accepted(config: Any, whole: Mapping[str, int], sizes: dict[str, int], final: Mapping[str, int]) -> dict[str, int]:
-    """Keep an intermediate shape that the stock config accepts; where it does not, move that level to its final sizes."""
-    try:
-        resized(config, follow_width(describe(config), whole, whole))
-    except UserError:
-        return {name: final[name] for name in sizes}
-    return sizes
+def _accepted(config: Any, others: Mapping[str, int], name: str, choices: Sequence[int]) -> dict[str, int]:
+    """Return the first size of the axis that the stock config accepts beside the others (heads divide the width, for one)."""
+    anatomy = describe(config)
+    for size in choices:
+        whole = {**others, name: size}
+        try:
+            resized(config, follow_width(anatomy, whole, whole))
+        except UserError:
+            continue
+        return {name: size}
+    return {name: choices[-1]}
 
 
 def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
