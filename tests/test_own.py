@@ -81,6 +81,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_own_answers
     assert all(history[0][f"loss/{name}"] < 0.05 for name in states)
 
 
+def test_nor_where_every_question_has_a_sequence_of_its_own(tmp_path, rows):
+    model, processor = tiny("qwen2_5_vl")
+    cache = TeacherCache(model, Collator(processor, packed=False), tmp_path / "cache")
+    every = settings(steps=1, own_answers=1.0, losses={"forward_kl": 1.0})
+    history = train(copy.deepcopy(model), processor, rows.train[:40], every, tmp_path, teacher=cache).history
+    assert history[0]["loss/forward_kl"] == pytest.approx(0, abs=2e-4)
+
+
 def test_the_loss_of_a_packed_batch_is_that_of_separate_rows_token_by_token(tmp_path, rows, taught):
     """Of three pictures one is answered by the student: its rows count in the divergence alone, the others in all losses."""
     cache, processor = taught
@@ -157,13 +165,12 @@ def test_answers_are_written_by_the_weights_of_their_step(tmp_path, rows, taught
 def test_one_seed_one_training(tmp_path, rows, taught):
     cache, processor = taught
     found = []
-    for seed in (5, 5, 6):
+    for seed in (5, 5):
         student = student_of(cache, 0.3)
         half = settings(own_answers=0.5, learning_rate=1e-3)
         train(student, processor, rows.train[:40], half, tmp_path, teacher=cache, seed=seed)
         found.append(student)
-    assert same(found[0], found[1])
-    assert not same(found[0], found[2])
+    assert same(*found)
 
 
 def test_learning_from_own_answers_lowers_the_divergence_there(tmp_path, rows, taught):

@@ -97,7 +97,8 @@ class Training(Settings):
         le=1,
         description="Share of the pictures of each step, of those that the teacher is asked about, that are learnt from answers "
         "which the student samples itself, with the teacher's distribution at those tokens (on-policy distillation, GKD). "
-        "cross_entropy and pairwise_margin do not count there: their labels would be the student's own.",
+        "cross_entropy and pairwise_margin do not count there: their labels would be the student's own. The student writes and "
+        "the teacher runs at every such step, nothing of it is cached: several times the cost of a step on given answers.",
     )
     own_temperature: float = Field(
         1.0, ge=0, description="Temperature at which the student samples its own answers; 0 for the likeliest tokens."
