@@ -10,7 +10,18 @@ from slimlmm.errors import UserError
 from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
 from tiny import tiny
 
-SWEEPS = ["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+SWEEPS = [
+    "orders",
+    "criteria",
+    "losses",
+    "teachers",
+    "own-answers",
+    "repairs",
+    "rounds",
+    "samples",
+    "frontier",
+    "controls",
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,7 @@ def test_every_sweep_makes_its_arms(planned):
         orders,
         {f"criterion-{name}" for name in ("taylor", "activation", "magnitude", "random")},
         {f"losses-{name}" for name in ("margin", "no-margin", "ce", "kl", "ce-kl", "no-teacher")},
+        {"teachers-first", "teachers-previous", "teachers-both", *(f"own-answers-{share}" for share in (0, 50, 100))},
         {
             "repair-all",
             "repair-none",
@@ -111,7 +123,15 @@ def test_every_sweep_makes_its_arms(planned):
 
 def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
     same = {name: arm.same_as for name, arm in planned.arms.items() if arm.same_as}
-    for name in ("order-blocks-inner-width", "criterion-taylor", "losses-margin", "repair-all", "samples-100"):
+    for name in (
+        "order-blocks-inner-width",
+        "criterion-taylor",
+        "losses-margin",
+        "repair-all",
+        "samples-100",
+        "teachers-first",
+        "own-answers-0",
+    ):
         assert same[name] == "base"
     assert same["frontier-4"] == same["rounds-planned"] == "base"
     assert same["losses-ce-kl"] == "losses-no-margin"
@@ -169,6 +189,13 @@ def test_an_arm_changes_what_it_says_and_nothing_else(planned):
         assert one.model_copy(update={"losses": had.losses}) == had
     assert {str(one.losses) for one in trainings("losses-no-teacher")} == {"{'cross_entropy': 1.0}"}
     assert {one.learning_rate for one in trainings("lone")} == {1e-5}
+    for name, key, value in (
+        ("teachers-both", "teachers", {"first": 1.0, "previous": 1.0}),
+        ("teachers-previous", "teachers", {"previous": 1.0}),
+        ("own-answers-50", "own_answers", 0.5),
+    ):
+        for one, had in zip(trainings(name), trainings("base"), strict=True):
+            assert one == had.model_copy(update={key: value} if "forward_kl" in had.losses else {})
     rounds = [turn for stage in planned.recipes["control-random-units"].stages for turn in stage.rounds]
     assert all(turn.model_dump().items() >= controls.AT_RANDOM.items() for turn in rounds)
 
@@ -178,6 +205,19 @@ def test_only_some_arms_bring_those_whose_shape_they_take(planned):
     assert planned.todo(["frontier-4"]) == ["base"]
     with pytest.raises(UserError, match="no arm nobody"):
         planned.todo(["nobody"])
+
+
+def test_arms_without_a_teachers_distribution_leave_out_what_needs_one():
+    teachers = {"first": 1.0, "previous": 1.0}
+    stages = (Stage(name="a", rounds=(Round(train=(Training(steps=1, own_answers=0.5, teachers=teachers),)),)),)
+    study_of = studies.parse({"model": "m", "data": "d", "sweeps": ["losses", "teachers"]}, "s")
+    arms, _ = sweeps.expand(study_of, sweeps.TrainRows(9, 1))
+    for name, changed in (("losses-ce", True), ("losses-no-teacher", True), ("losses-kl", False)):
+        (one,) = arms[name].change(stages)[0].rounds[0].train
+        assert (one.own_answers, one.teachers) == ((0.0, {"first": 1.0}) if changed else (0.5, teachers)), name
+    labels = arms["losses-ce"].change(stages)
+    with pytest.raises(UserError, match="no training of the base has one of"):
+        arms["teachers-both"].change(labels)
 
 
 def test_merging_all_rounds_keeps_order_sizes_and_visits():

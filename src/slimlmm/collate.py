@@ -37,6 +37,10 @@ class Prompter:
         """Return the text before the answer, the picture's placeholder included."""
         return self.turns(question, "x")[0]
 
+    def answer_ids(self, row: Row) -> list[int]:
+        """Return the token ids of a row's answer, end token included; where a model wrote it, the very tokens that it wrote."""
+        return list(row.tokens) or self.ids(self.turns(row.question, row.answer)[1])
+
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         """Return the token ids of a text; `special` lets the tokenizer add what it puts around a prompt."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -124,8 +128,7 @@ class Collator:
         encoded = []
         for index, row in enumerate(flat):
             mask = whole["attention_mask"][index].bool()
-            _, answer = self.prompter.turns(row.question, row.answer)
-            ids = torch.tensor(self.prompter.ids(answer))
+            ids = torch.tensor(self.prompter.answer_ids(row))
             extras = {key: whole[key][index][mask] for key in per_token}
             encoded.append(_Encoded(whole["input_ids"][index][mask], ids, extras))
         return encoded, {key: first[key] for key in keys if key not in per_token}

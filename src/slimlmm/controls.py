@@ -90,6 +90,7 @@ def untrained(
         freeze=(),
         losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
         temperature=last.temperature,
+        **({} if kind == "scratch" else last.model_dump(include={"teachers", "own_answers", "own_temperature"})),
     )
     asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
     teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)

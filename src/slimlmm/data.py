@@ -38,6 +38,8 @@ class Row:
     question: str
     answer: str
     task: str = ""
+    tokens: tuple[int, ...] = ()
+    """token ids that a model wrote in place of the answer, end token included where it came to one; none in data"""
 
     def picture_bytes(self) -> bytes:
         """Return the encoded picture file."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ from slimlmm.losses import (
     Seen,
     combine,
 )
+from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
 from slimlmm.stopping import KeepBest
-from slimlmm.teacher import TeacherCache
+from slimlmm.teacher import TeacherCache, Teachers
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -57,8 +58,8 @@ class TrainResult(BaseModel):
     """What a training took and gave.
 
     Losses are means per answer token; `history` holds one record per logging interval. `flops` are those of the student's
-    forward and backward passes, counted on one batch and scaled by row visits (the teacher's passes are not in it). `looks` are
-    (step, validation loss), `kept_step` is the step whose weights stayed.
+    forward and backward passes, counted on one batch and scaled by row visits (neither the teachers' passes are in it nor the
+    student's own answering). `looks` are (step, validation loss), `kept_step` is the step whose weights stayed.
     """
 
     steps: int
@@ -100,22 +101,36 @@ class DistillTrainer(Trainer):
         self,
         *args: Any,
         weights: Mapping[Any, float],
-        teacher: TeacherCache | None,
+        teachers: Teachers | None,
         readouts: Readouts,
         temperature: float,
+        own: OwnAnswers | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.weights = weights
-        self.teacher = teacher
+        self.teachers = teachers
+        self.own = own
         self.readouts = readouts
         self.temperature = temperature
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
         )
+        if own is not None:
+            refuse_shards(self)
         self.row_visits = 0
         self._sums: dict[str, float] = {}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the batches of one step and their answer tokens; here the student, as it is at this step, answers first."""
+        if self.own is not None:
+            student: Any = self.model
+            epoch_iterator = self.own.batches(student, epoch_iterator, device)
+        found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return found
 
     def compute_loss(
         self,
@@ -144,9 +159,11 @@ class DistillTrainer(Trainer):
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
         stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
         logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
-        teacher_AV = None
-        if self.teacher and not DIVERGENCES.keys().isdisjoint(self.weights):
-            teacher_AV = self.teacher.logits(inputs["teacher_hidden"])
+        teacher_AV = second_AV = None
+        if self.teachers and not DIVERGENCES.keys().isdisjoint(self.weights):
+            teacher_AV = self.teachers.lead.logits(inputs["teacher_hidden"])
+            if self.teachers.second is not None:
+                second_AV = self.teachers.second.logits(inputs["second_hidden"])
         return Seen(
             logits_AV.float(),
             labels_A,
@@ -157,6 +174,9 @@ class DistillTrainer(Trainer):
             },
             self.temperature,
             inputs.get("taught_answers"),
+            second_AV,
+            self.teachers.share if self.teachers else 0.0,
+            inputs.get("given_answers"),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -208,6 +228,7 @@ def train(
     out: Path,
     *,
     teacher: TeacherCache | None = None,
+    previous: TeacherCache | None = None,
     taught: Taught = None,
     validation: Sequence[Row] = (),
     seed: int = 0,
@@ -216,35 +237,47 @@ def train(
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
-    `validation` are the rows that ``settings.validate_every`` looks at.
+    `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation` are the rows that
+    ``settings.validate_every`` looks at.
 
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
+    refuse(settings, teacher, previous)
     _check_settings(settings, rows, teacher, validation)
-    anatomy, report, began = describe(model.config), _Report(progress), time.perf_counter()
-    groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teacher, taught)
+    anatomy, report = describe(model.config), _Report(progress)
+    teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
+    groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
+    own = own_answers(model, processor, rows, settings, collate, taught, seed)
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model=model,
         args=_arguments(settings, out, seed, model.device),
-        data_collator=collate,
+        data_collator=groups_as_they_are if own else collate,
         train_dataset=groups,
         optimizers=(_optimizer(model, anatomy, settings, readouts), None),
         weights=dict(settings.losses),
-        teacher=teacher,
+        teachers=teachers,
         readouts=readouts,
         temperature=settings.temperature,
+        own=own,
         callbacks=[report, *keeper],
     )
     batch = to_device(collate([groups[0]]), model.device)
     row_flops = _row_flops(trainer, model, batch)
+    began = time.perf_counter()
     with quick_attention(model, batch) if trainer.args.bf16 else nullcontext():
-        _run(trainer, model, _frozen(model, anatomy, settings.freeze), teacher)
+        _run(trainer, model, _frozen(model, anatomy, settings.freeze), teachers)
+    return _result(trainer, time.perf_counter() - began, row_flops, report, keeper)
+
+
+def _result(
+    trainer: DistillTrainer, seconds: float, row_flops: float, report: _Report, keeper: Sequence[KeepBest]
+) -> TrainResult:
     return TrainResult(
         steps=trainer.state.global_step,
         row_visits=trainer.row_visits,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         flops=row_flops * trainer.row_visits,
         history=report.history,
         looks=[look for one in keeper for look in one.looks],
@@ -268,13 +301,14 @@ def _lessons(
     anatomy: Anatomy,
     rows: Sequence[Row],
     settings: Training,
-    teacher: TeacherCache | None,
+    teachers: Teachers | None,
     taught: Taught,
 ) -> tuple[_Groups, Collate, Readouts]:
     """Return what a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
     known = [row for row in rows if taught is None or row.picture_key() in taught]
     packed = can_pack(model, processor, rows)
-    collate = collator_for(processor, packed=packed, teacher=teacher, losses=settings.losses, taught=taught)
+    lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
+    collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
     few = _Groups(known, settings.questions_per_picture)
     readouts = fitted_readouts(model, anatomy, settings, collate, few.groups[:32])
     if set(settings.losses) <= NEEDS_TEACHER:  # the other rows would teach nothing
@@ -282,8 +316,8 @@ def _lessons(
     return _Groups(rows, settings.questions_per_picture), collate, readouts
 
 
-def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teacher: TeacherCache | None) -> None:
-    """Train; whatever happens, the model is in eval mode afterwards and what the teacher answered is on disk."""
+def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teachers: Teachers | None) -> None:
+    """Train; whatever happens, the model is in eval mode afterwards and what the teachers answered is on disk."""
     with frozen:
         model.train()
         try:
@@ -292,8 +326,8 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
             # accelerate leaves its half-precision forward on the model, which would be measured in it from now on
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model.eval()
-            if teacher:
-                teacher.flush()
+            if teachers:
+                teachers.flush()
 
 
 def _check_settings(

@@ -9,7 +9,7 @@ models are compared on the same rows: `agreement`, and `paired_bootstrap` over p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,15 +166,27 @@ def answer(
 
     A row's answer ends at the end token or after `max_new_tokens`. The model must be in evaluation mode.
     """
+    tokens_BT = generated(model, processor, rows, generation_settings(model, processor, max_new_tokens), pictures)
+    texts: list[str] = processor.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+    return texts
+
+
+@torch.inference_mode()
+def generated(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    pictures: Sequence[Image.Image] | None = None,
+) -> Tensor:
+    """Return the tokens [B, T] that the model writes after each prompt, padded behind the end token."""
     batch = encode(processor, rows, pictures).to(model.device, dtype=model.dtype)
-    with torch.inference_mode():
-        tokens = model.generate(**batch, **generation_settings(model, processor, max_new_tokens))
+    tokens_BT: Tensor = model.generate(**batch, **settings)
     asked = batch["input_ids"]
     length = asked.shape[1]
-    if tokens.shape[1] >= length and torch.equal(tokens[:, :length], asked):
-        tokens = tokens[:, length:]
-    texts: list[str] = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return texts
+    if tokens_BT.shape[1] >= length and torch.equal(tokens_BT[:, :length], asked):
+        tokens_BT = tokens_BT[:, length:]
+    return tokens_BT
 
 
 def answer_limit(processor: Any, rows: Sequence[Row]) -> int:

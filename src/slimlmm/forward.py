@@ -26,6 +26,8 @@ NOT_INPUTS = (
     "picture_tokens",
     "teacher_hidden",
     "teacher_pictures",
+    "second_hidden",
+    "given_answers",
     "taught_answers",
     "taught_pictures",
 )

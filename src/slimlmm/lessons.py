@@ -52,12 +52,19 @@ def asked_of(rows: Sequence[Row], count: int | None, seed: int) -> tuple[list[Ro
 
 
 def collator_for(
-    processor: Any, *, packed: bool, teacher: TeacherCache | None, losses: Collection[str], taught: Taught
+    processor: Any,
+    *,
+    packed: bool,
+    teacher: TeacherCache | None,
+    losses: Collection[str],
+    taught: Taught,
+    second: TeacherCache | None = None,
 ) -> Collate:
     """Return the Trainer's collator: a batch with what the losses ask of the teacher, of the pictures that are `taught`.
 
     Where not all are, ``taught_answers`` [A] and ``taught_pictures`` [picture tokens] tell which tokens the teacher's states
-    belong to.
+    belong to. Of a `second` teacher only what the divergences ask for comes along, as ``second_hidden``. Where some answers are
+    the student's own, ``given_answers`` [A] tells the others.
     """
     collator = Collator(processor, packed=packed)
     asked = {TEACHER_ENTRIES[name] for name in losses if name in TEACHER_ENTRIES}
@@ -68,6 +75,11 @@ def collator_for(
         batch["row_count"] = torch.tensor(len(batch["rows"]))
         if teacher is not None and asked:
             batch |= _said(batch, teacher, asked, taught)
+        if second is not None:
+            batch["second_hidden"] = _said(batch, second, {"teacher_hidden"}, taught)["teacher_hidden"]
+        if any(row.tokens for row in batch["rows"]):
+            counts = torch.tensor([len(collator.prompter.answer_ids(row)) for row in batch["rows"]])
+            batch["given_answers"] = torch.tensor([not row.tokens for row in batch["rows"]]).repeat_interleave(counts)
         del batch["rows"], batch["heads"]
         return batch
 

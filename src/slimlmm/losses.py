@@ -150,6 +150,12 @@ class Seen:
     """of the divergences"""
     taught_A: Tensor | None = None
     """which answer tokens the teacher was asked about; None for all"""
+    second_AV: Tensor | None = None
+    """logits of a second teacher, at the same tokens as the first's"""
+    second_share: float = 0.0
+    """of the second teacher in the divergences, 0 to 1; the first has the rest"""
+    given_A: Tensor | None = None
+    """which answer tokens are those of given answers, not the student's own; None for all"""
 
 
 def _needed(value: T | None, loss: str) -> T:
@@ -169,10 +175,25 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _divergence(name: str, seen: Seen) -> Tensor:
-    """Return T^2 D(student / T, teacher / T): the factor keeps gradients of one size at all temperatures (arXiv 1503.02531)."""
+    """Return T^2 D(student / T, teacher / T): the factor keeps gradients of one size at all temperatures (arXiv 1503.02531).
+
+    With a second teacher it is the mean over both, (1 - s) D(student, first) + s D(student, second), s its share: a mean of
+    divergences, not the divergence from a mean of distributions.
+    """
     teacher_AV, by = _needed(seen.teacher_AV, name), seen.temperature
     student_AV = seen.student_AV if seen.taught_A is None else seen.student_AV[seen.taught_A]
-    return by * by * DIVERGENCES[name](student_AV / by, teacher_AV / by)
+    found = by * by * DIVERGENCES[name](student_AV / by, teacher_AV / by)
+    if seen.second_AV is None:
+        return found
+    second = by * by * DIVERGENCES[name](student_AV / by, seen.second_AV / by)
+    return (1 - seen.second_share) * found + seen.second_share * second
+
+
+def _labelled(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of given answers: a student that learns its own as labels only gets surer of itself."""
+    if seen.given_A is None:
+        return seen.student_AV, seen.labels_A
+    return seen.student_AV[seen.given_A], seen.labels_A[seen.given_A]
 
 
 def _matched(name: str, seen: Seen) -> Tensor:
@@ -192,8 +213,8 @@ MATCHES = {"answer_states": "teacher_hidden", "picture_states": "teacher_picture
 TEACHER_ENTRIES: dict[str, str] = dict.fromkeys(DIVERGENCES, "teacher_hidden") | MATCHES
 #: name -> loss as a sum over answer tokens
 LOSSES: dict[str, Callable[[Seen], Tensor]] = {
-    "cross_entropy": lambda seen: cross_entropy(seen.student_AV, seen.labels_A),
-    "pairwise_margin": lambda seen: pairwise_margin(seen.student_AV, seen.labels_A),
+    "cross_entropy": lambda seen: cross_entropy(*_labelled(seen)),
+    "pairwise_margin": lambda seen: pairwise_margin(*_labelled(seen)),
     **{name: partial(_divergence, name) for name in DIVERGENCES},
     **{name: partial(_matched, name) for name in MATCHES},
 }

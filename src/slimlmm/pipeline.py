@@ -188,6 +188,7 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
         ):
             records.append(one.record)
             kept = one if one.record.kept_promise else kept
+        job.folder.forget_previous()
         if not records[-1].kept_promise:
             job.tell.say(
                 f"round {number}/{len(turns)} cannot keep the promise; stopping at the smallest model that does"

@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from slimlmm.errors import UserError, nearest
 
@@ -31,6 +31,9 @@ LossName = Literal[
     "answer_states",
     "picture_states",
 ]
+#: losses that compare the student's distribution with the teacher's
+DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "top_k_kl"))
+TeacherName = Literal["first", "previous"]
 Repair = Literal["refit", "rotate", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
@@ -80,6 +83,26 @@ class Training(Settings):
         description="Temperature of the five divergences: logits of student and teacher are divided by it, the loss is "
         "multiplied by its square.",
     )
+    teachers: dict[TeacherName, float] = Field(
+        default={"first": 1.0},
+        min_length=1,
+        description="Weight of each teacher by name: first (the model after the lossless cuts) and previous (the model that the "
+        "round began with, nearer to the student in size; in the first round the two are one). A divergence D is the mean "
+        "over teachers, sum of w D(teacher, student) / sum of w; states are matched with first, or with previous where first is "
+        "left out.",
+    )
+    own_answers: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the pictures of each step, of those that the teacher is asked about, that are learnt from answers "
+        "which the student samples itself, with the teacher's distribution at those tokens (on-policy distillation, GKD). "
+        "cross_entropy and pairwise_margin do not count there: their labels would be the student's own. The student writes and "
+        "the teacher runs at every such step, nothing of it is cached: several times the cost of a step on given answers.",
+    )
+    own_temperature: float = Field(
+        1.0, ge=0, description="Temperature at which the student samples its own answers; 0 for the likeliest tokens."
+    )
     validate_every: int | None = Field(
         None,
         gt=0,
@@ -95,6 +118,31 @@ class Training(Settings):
         "AMX); weights and sums stay float32 either way.",
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
+
+    @field_validator("teachers")
+    @classmethod
+    def _asked(cls, teachers: dict[TeacherName, float]) -> dict[TeacherName, float]:
+        if wrong := [f"{name}: {weight}" for name, weight in teachers.items() if not 0 < weight < float("inf")]:
+            raise ValueError(f"weights are above 0, not {', '.join(wrong)}; leave out a teacher that is not asked")
+        return teachers
+
+    @model_validator(mode="after")
+    def _with_effect(self) -> Self:
+        """Refuse what would change nothing."""
+        if DIVERGENCES & set(self.losses):
+            return self
+        known = ", ".join(sorted(DIVERGENCES))
+        if self.own_answers:
+            raise ValueError(
+                f"own_answers={self.own_answers} needs one of {known} among the losses: nothing else judges them"
+            )
+        if len(self.teachers) > 1:
+            raise ValueError(
+                f"teachers: a second one needs one of {known} among the losses; leave out first or previous"
+            )
+        if "previous" in self.teachers and not {"answer_states", "picture_states"} & set(self.losses):
+            raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
+        return self
 
 
 class Round(Settings):

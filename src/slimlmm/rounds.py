@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ class Job:
     tell: Reporter
     taught: Taught = None
     cache: TeacherCache | None = None
+    previous: TeacherCache | None = None
+    """of the model that the round began with, where a training of it asks that"""
     teacher_validation: Evaluation | None = None
 
 
@@ -121,7 +124,10 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     before, counted = describe(model.config).sizes, model.num_parameters()
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
+    job, start = _beside_previous(job, model, processor, turn), model
     model = _smaller(job, model, processor, turn, folder)
+    if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
+        model = copy.deepcopy(model)
     after = describe(model.config).sizes
     cut_score = _score(job, model, processor, f"{place.name} after the cut")
     trained, score = _recovered(job, model, processor, turn, place, folder)
@@ -149,6 +155,16 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     return Done(model, processor, record)
 
 
+def _beside_previous(job: Job, model: PreTrainedModel, processor: Any, turn: Round) -> Job:
+    """Return the job with `model` as the teacher ``previous``, where a training asks it; the run's teacher, where it is that."""
+    if job.cache is None or not any("previous" in one.teachers for one in turn.train):
+        return job
+    if model is job.cache.model:
+        return replace(job, previous=job.cache)
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    return replace(job, previous=TeacherCache(model, collator, job.folder.previous))
+
+
 def _recovered(
     job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
 ) -> tuple[list[TrainResult], Score | None]:
@@ -173,6 +189,7 @@ def _train(
         settings,
         folder / "training",
         teacher=job.cache,
+        previous=job.previous,
         taught=job.taught,
         validation=job.validation,
         seed=job.recipe.seed + place.number + 1000 * part,

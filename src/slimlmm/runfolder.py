@@ -72,6 +72,15 @@ class RunFolder:
         return self.shared or self.path / "cache"
 
     @property
+    def previous(self) -> Path:
+        """Where the hidden states of the model that the round in work began with are kept, until that round is settled."""
+        return self.path / "previous"
+
+    def forget_previous(self) -> None:
+        """Remove them: the next round begins with another model."""
+        shutil.rmtree(self.previous, ignore_errors=True)
+
+    @property
     def final(self) -> Path:
         """The finished checkpoint."""
         return self.path / "final"

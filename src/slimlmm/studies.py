@@ -16,7 +16,18 @@ from slimlmm import recipe
 from slimlmm.errors import UserError, nearest
 from slimlmm.recipe import Recipe, Round, Settings, Training
 
-Sweep = Literal["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+Sweep = Literal[
+    "orders",
+    "criteria",
+    "losses",
+    "teachers",
+    "own-answers",
+    "repairs",
+    "rounds",
+    "samples",
+    "frontier",
+    "controls",
+]
 Kind = Literal["compress", "scratch", "random-init"]
 #: name of the arm that is the base recipe itself
 BASE = "base"
@@ -36,7 +47,8 @@ class Arm(Settings):
     kind: Kind = Field(
         "compress",
         description="compress: the recipe is run. scratch: the final shape of `like` from random weights, cross-entropy alone. "
-        "random-init: the same with the losses of `like`. Both take as many row visits as `like` took.",
+        "random-init: the same with the losses of `like`, which may not ask a previous model. Both take as many row visits as "
+        "`like` took.",
     )
     like: str | None = Field(None, description="Arm whose shape, rows and row visits an untrained control takes.")
     recipe: dict[str, Any] = Field({}, description="Keys of a recipe, merged deeply into `base`; lists are replaced.")
@@ -289,6 +301,8 @@ groups:
 | `orders` | all six orders of the levels |
 | `criteria` | units by Taylor, activation, magnitude, at random; blocks and key/value groups as in the base |
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
+| `teachers` | divergences from the first teacher, from the model that the round began with, from both |
+| `own-answers` | none, half, all of the pictures that the teacher is asked about learnt from the student's own answers |
 | `repairs` | all, none, and all but each of refit, rotate, bridge and settle |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
 | `samples` | `shares` of the train rows |

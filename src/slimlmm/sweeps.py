@@ -12,13 +12,15 @@ from typing import Any, get_args
 
 from slimlmm import controls
 from slimlmm.errors import UserError
-from slimlmm.recipe import LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
+from slimlmm.recipe import DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
 from slimlmm.studies import BASE, Arm, Group, Kind, Study
 
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
 #: losses on answer tokens
 ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
+#: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
+PLAIN: dict[str, Any] = {"teachers": {"first": 1.0}, "own_answers": 0.0}
 CRITERIA = ("taylor", "activation", "magnitude", "random")
 
 
@@ -135,8 +137,26 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         rest = {name: weight for name, weight in one.losses.items() if name not in ANSWERS}
         if not (wanted := losses(answer)):
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
-        return Training.model_validate({**one.model_dump(), "losses": {**wanted, **rest}})
+        plain = {} if DIVERGENCES & set(wanted) else PLAIN
+        return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}})
 
+    return each(stages, lambda turn: turn, trained)
+
+
+def judged(stages: Stages, keys: Mapping[str, Any]) -> Stages:
+    """Return the stages with these keys set in every training that has a divergence from a teacher.
+
+    Raises:
+        UserError: none has.
+    """
+
+    def trained(one: Training) -> Training:
+        return Training.model_validate({**one.model_dump(), **keys}) if DIVERGENCES & set(one.losses) else one
+
+    if not any(DIVERGENCES & set(one.losses) for stage in stages for turn in stage.rounds for one in turn.train):
+        raise UserError(
+            f"no training of the base has one of {', '.join(sorted(DIVERGENCES))}, so no teacher is heard there."
+        )
     return each(stages, lambda turn: turn, trained)
 
 
@@ -199,7 +219,7 @@ def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     def no_margin(had: dict[str, float]) -> dict[str, float]:
         return {name: weight for name, weight in had.items() if name != "pairwise_margin"}
 
-    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",)}
+    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",), **PLAIN}
     ways: dict[str, tuple[str, Change]] = {
         "margin": ("with the pairwise margin", lambda stages: answered_by(stages, margin)),
         "no-margin": ("without the pairwise margin", lambda stages: answered_by(stages, no_margin)),
@@ -210,6 +230,36 @@ def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     }
     made = {f"losses-{name}": Wanted(description=told, change=change) for name, (told, change) in ways.items()}
     return made, Comparison(title="Losses", arms=tuple(made))
+
+
+def _judged(**keys: Any) -> Change:
+    return lambda stages: judged(stages, keys)
+
+
+def _teachers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    ways: dict[str, tuple[str, dict[str, float]]] = {
+        "first": ("the first teacher", {"first": 1.0}),
+        "previous": ("the model that the round began with", {"previous": 1.0}),
+        "both": ("the first teacher and the model that the round began with", {"first": 1.0, "previous": 1.0}),
+    }
+    made = {
+        f"teachers-{name}": Wanted(description=f"taught by {told}", change=_judged(teachers=weights))
+        for name, (told, weights) in ways.items()
+    }
+    return made, Comparison(title="Teachers", arms=tuple(made))
+
+
+def _own_answers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    shares = (0.0, 0.5, 1.0)
+    made = {
+        f"own-answers-{100 * share:g}": Wanted(
+            description=f"{100 * share:g} % of the pictures learnt from the student's own answers",
+            change=_judged(own_answers=share),
+        )
+        for share in shares
+    }
+    x = dict(zip(made, shares, strict=True))
+    return made, Comparison(title="Own answers", arms=tuple(made), x=x, x_label="share of own answers")
 
 
 def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
@@ -272,6 +322,8 @@ SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparis
     "orders": _orders,
     "criteria": _criteria,
     "losses": _losses,
+    "teachers": _teachers,
+    "own-answers": _own_answers,
     "repairs": _repairs,
     "rounds": _rounds,
     "samples": _samples,

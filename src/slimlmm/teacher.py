@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ PICTURES_A_BATCH = 16
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Return a hash over every parameter and buffer, by name, in storage precision."""
-    digest = hashlib.sha256(json.dumps(_settings(model.config.to_dict()), sort_keys=True, default=str).encode())
+    config = _settings(model.config.to_dict())
+    config.pop("use_cache", None)  # a Trainer leaves it behind, and it changes no answer
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -65,6 +68,11 @@ def identity(model: PreTrainedModel, processor: Any) -> bytes:
     return hashlib.sha256((weights_fingerprint(model) + _rules(processor)).encode()).digest()
 
 
+def _half(states: Tensor) -> Tensor:
+    """Return a copy in half precision, on the CPU."""
+    return states.to("cpu", torch.float16, copy=True)
+
+
 class TeacherCache:
     """Hidden states of a frozen teacher at the answer tokens of rows, kept in safetensors shards of one folder."""
 
@@ -85,7 +93,7 @@ class TeacherCache:
 
     def key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes, prompt, answer)."""
-        texts = "\x1f".join(self.collator.prompter.turns(row.question, row.answer))
+        texts = "\x1f".join((*self.collator.prompter.turns(row.question, row.answer), *map(str, row.tokens)))
         return hashlib.sha256(self._identity + self._picture(row) + texts.encode()).hexdigest()[:32]
 
     def picture_key(self, row: Row) -> str:
@@ -99,12 +107,18 @@ class TeacherCache:
         return self._pictures[name]
 
     def of(self, batch: Batch) -> Tensor:
-        """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new."""
+        """Return the hidden states [A, H] fp16 of a collated batch, in row order; the teacher runs only on what is new.
+
+        Answers that a student wrote are new each time, so what is said about them is not kept.
+        """
         keys = [self.key(row) for row in batch["rows"]]
         missing = [row for row, key in zip(batch["rows"], keys, strict=True) if not self._has(key)]
+        passing: dict[str, Tensor] = {}
         for small in self._batches(missing):
-            self._add([self.key(row) for row in small["rows"]], self.live(small))
-        return self._read_all(keys)
+            states = self.live(small)
+            passing |= {self.key(row): _half(one) for row, one in zip(small["rows"], states, strict=True) if row.tokens}
+            self._add_answers(small["rows"], states)
+        return self._read_all(keys, passing)
 
     def pictures(self, batch: Batch, *, answers: bool = True) -> Tensor:
         """Return the states [N, H] fp16 that enter the teacher's language model at picture tokens, sequence by sequence.
@@ -119,7 +133,7 @@ class TeacherCache:
             where_BT = small["picture_tokens"]
             if answers:
                 with states_into(block, where_BT.to(self.model.device)) as seen:
-                    self._add([self.key(row) for row in small["rows"]], self.live(small))
+                    self._add_answers(small["rows"], self.live(small))
             else:
                 with torch.inference_mode(), half(self.model.device):
                     seen = [states_until(self.model, block, to_device(small, self.model.device))]
@@ -132,17 +146,23 @@ class TeacherCache:
         for start in range(0, len(groups), PICTURES_A_BATCH):
             yield self.collator(groups[start : start + PICTURES_A_BATCH])
 
+    def _add_answers(self, rows: Sequence[Row], states: Sequence[Tensor]) -> None:
+        """Keep the states of given answers."""
+        given = [(self.key(row), one) for row, one in zip(rows, states, strict=True) if not row.tokens]
+        self._add([key for key, _ in given], [one for _, one in given])
+
     def _add(self, keys: Sequence[str], states: Sequence[Tensor]) -> None:
         """Keep in half precision what is not kept yet."""
         for key, value in zip(keys, states, strict=True):
             if not self._has(key):
-                self._pending[key] = value.to("cpu", torch.float16, copy=True)
+                self._pending[key] = _half(value)
                 self._pending_values += value.numel()
 
-    def _read_all(self, keys: Sequence[str]) -> Tensor:
+    def _read_all(self, keys: Sequence[str], passing: Mapping[str, Tensor] | None = None) -> Tensor:
         if not keys:
             return torch.empty(0, self.head.weight.shape[1], dtype=torch.float16)
-        found = torch.cat([self._read(key) for key in keys])
+        passing = passing or {}
+        found = torch.cat([passing[key] if key in passing else self._read(key) for key in keys])
         if self._pending_values >= VALUES_A_SHARD:
             self.flush()
         return found
@@ -157,7 +177,7 @@ class TeacherCache:
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Return the number of answer tokens of every row."""
         prompter = self.collator.prompter
-        return [len(prompter.ids(prompter.turns(row.question, row.answer)[1])) for row in rows]
+        return [len(prompter.answer_ids(row)) for row in rows]
 
     def logits(self, hidden_AH: Tensor) -> Tensor:
         """Return the teacher's logits [A, V] from cached hidden states through its frozen head."""
@@ -192,3 +212,31 @@ class TeacherCache:
     def _register(self, shard: Path) -> None:
         with safe_open(shard, framework="pt") as file:
             self._where.update(dict.fromkeys(file.keys(), shard))
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """Whom one training asks: the teacher whose states are matched, and a second one with its share of the divergences."""
+
+    lead: TeacherCache
+    second: TeacherCache | None = None
+    share: float = 0.0
+
+    @classmethod
+    def of(cls, weights: Mapping[Any, float], first: TeacherCache, previous: TeacherCache | None) -> Teachers:
+        """Return the teachers that have a weight, weights normalised to 1; one alone where both are the same.
+
+        `previous` leads where `first` has no weight. Between a student and a teacher many times its size, one of in-between
+        size helps: LLaVA-CKD, arXiv 2605.10641; at a ratio of about 2.5, the capacity law behind MiniMA.
+        """
+        if previous is None or previous is first or "previous" not in weights:
+            return cls(first)
+        if "first" not in weights:
+            return cls(previous)
+        return cls(first, previous, weights["previous"] / sum(weights.values()))
+
+    def flush(self) -> None:
+        """Write what is not on disk yet."""
+        self.lead.flush()
+        if self.second is not None:
+            self.second.flush()
