@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.grid import Grid
-from slimlmm.lessons import Taught
+from slimlmm.lessons import Taught, asked_of
 from slimlmm.losses import Seen, combine
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
@@ -48,6 +48,23 @@ class Job:
     taught: Taught = None
     cache: TeacherCache | None = None
     teacher_validation: Evaluation | None = None
+
+
+def job_of(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
+    """Return the job of a recipe on its rows by split, drawn as the recipe says."""
+    settings = recipe.data
+    training = data.sample(rows["train"], settings.train_rows, recipe.seed)
+    asked, taught = asked_of(training, settings.teacher_rows, recipe.seed)
+    return Job(
+        folder=folder,
+        recipe=recipe,
+        train_rows=training,
+        calibration=data.sample(asked, settings.calibration_rows, recipe.seed + 1),
+        taught=taught,
+        validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
+        vocabulary_rows=rows["train"] + rows["validation"],
+        tell=tell,
+    )
 
 
 @dataclass(slots=True)
@@ -212,8 +229,7 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
     if not turn.sizes:
         return model
     student, kept = model, {}
-    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    batches = [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
+    batches = _calibration(job, model, processor)
     if job.cache is not None:
         for batch in batches:  # now: the teacher may be the very model whose blocks are left out while they are judged
             job.cache.of(batch)
@@ -231,6 +247,18 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
         job.tell.say("  settling", **{one.name: one.loss for one in tries})
         write_json(folder / "settling.json", {one.name: one.loss for one in tries})
     return student
+
+
+def _calibration(job: Job, model: PreTrainedModel, processor: Any) -> list[Batch]:
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    return [to_device(collator(group), model.device) for group in _chunks(data.by_picture(job.calibration, 16), 4)]
+
+
+def trial(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> tuple[PreTrainedModel, float]:
+    """Make the cuts of a round with their repairs, untrained; return what comes out with its calibration loss."""
+    student = _smaller(job, model, processor, turn, folder)
+    batches = _calibration(job, student, processor)
+    return student, repair.judged("", student, batches, _calibration_loss(job)).loss
 
 
 def _cut(

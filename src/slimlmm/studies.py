@@ -16,7 +16,7 @@ from slimlmm import recipe
 from slimlmm.errors import UserError, nearest
 from slimlmm.recipe import Recipe, Round, Settings, Training
 
-Sweep = Literal["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+Sweep = Literal["orders", "criteria", "losses", "repairs", "rounds", "planners", "samples", "frontier", "controls"]
 Kind = Literal["compress", "scratch", "random-init"]
 #: name of the arm that is the base recipe itself
 BASE = "base"
@@ -291,13 +291,14 @@ groups:
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
 | `repairs` | all, none, and all but each of refit, rotate, bridge and settle |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
+| `planners` | sizes by shares of one scale; by importance per cost (the model is tried when the study is planned) |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
 | `controls` | from scratch; random weights with the same losses; units and blocks at random without repair |
 
 The arm `base` is the base recipe. Arms equal in recipe are run once. The schedule of `shrink` is planned before `rounds` and
-`train` change it, so row visits stay equal; the report says how equal they were. `orders`, `frontier` and the arms of one level
-need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where `data.answers` lets
+`train` change it, so row visits stay equal; the report says how equal they were. `orders`, `planners`, `frontier` and the arms
+of one level need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where `data.answers` lets
 the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
 """
 
