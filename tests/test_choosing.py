@@ -118,7 +118,7 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
         "sizes_by": "search",
         "search_candidates": 2,
         "search_row_visits": 100,
-        "shrink": 1.15,
+        "shrink": 1.05,
         "order": ["blocks"],
     }
     settings = recipe.parse(raw, "test")
@@ -132,7 +132,7 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     assert kept["sizes"] == kept["candidates"][0]["sizes"]
     whole = loaded.model.num_parameters()
     for one in kept["candidates"]:
-        assert one["parameters"] <= whole / 1.15
+        assert one["parameters"] <= whole / 1.05
         assert one["row_visits"] > 0
     reached = {name: size for stage in first for turn in stage.rounds for name, size in turn.sizes.items()}
     assert reached.items() <= kept["sizes"].items()

@@ -211,9 +211,7 @@ def plan(
     size: Annotated[
         str | None, typer.Option("--bytes", help="Budget: bytes in the config's number format, such as 600MB.")
     ] = None,
-    flops: Annotated[
-        str | None, typer.Option(help="Budget: FLOPs of an answer as inspect counts, such as 500G.")
-    ] = None,
+    flops: Annotated[str | None, typer.Option(help="Budget: FLOPs of an answer as in inspect, such as 500G.")] = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="Budget: milliseconds an answer, measured here with random models.")
     ] = None,

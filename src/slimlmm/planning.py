@@ -97,12 +97,9 @@ def plan(
     space = space_of(start.living, Grid.of(settings), settings.order, floors=least, fixes=given)
     watch = _watch(option, tell)
     with TemporaryDirectory() as scratch:
-
-        def ground() -> choosing.Ground:
-            loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=watch.device)
-            return choosing.ground_of(loaded, start.rows, settings, Path(scratch), tell)
-
-        budget, choice = _chosen(start, space, (option, value), watch, (settings.sizes_by, ground))
+        place = Path(scratch)
+        trials = settings.sizes_by, lambda: _ground(model, start, settings, place, trust_remote_code, tell)
+        budget, choice = _chosen(start, space, (option, value), watch, trials)
     sizes = choice.sizes
     measured = _measured(start, space.stated(sizes), watch, budget.limit) if option in MEASURED else None
     found = {
@@ -128,6 +125,15 @@ def _settings(path: Path | None, by: str | None, source: Path | None) -> Recipe:
     if told.sizes_by != "shares" and source is None:
         raise UserError(f"--by {told.sizes_by} tries the model on rows: give --data.")
     return told
+
+
+def _ground(
+    model: str, start: _Start, settings: Recipe, folder: Path, trust_remote_code: bool, tell: Reporter
+) -> choosing.Ground:
+    """Load the model that trial cuts start from."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=device)
+    return choosing.ground_of(loaded, start.rows, settings, folder, tell)
 
 
 def _watch(option: str, tell: Reporter) -> Stopwatch:

@@ -298,8 +298,8 @@ groups:
 
 The arm `base` is the base recipe. Arms equal in recipe are run once. The schedule of `shrink` is planned before `rounds` and
 `train` change it, so row visits stay equal; the report says how equal they were. `orders`, `planners`, `frontier` and the arms
-of one level need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where `data.answers` lets
-the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
+of one level need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where
+`data.answers` lets the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
 """
 
 
