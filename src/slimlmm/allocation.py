@@ -6,7 +6,7 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimlmm.budget import Cost
@@ -15,8 +15,8 @@ from slimlmm.plan import Space
 from slimlmm.sensitivity import Curve, movable
 
 Sizes = dict[str, int]
-#: nodes of the branch and bound, a few milliseconds each
-NODES = 300
+#: most prices that the branch and bound reckons, a few milliseconds each
+PRICES = 2000
 
 
 @dataclass(slots=True)
@@ -43,6 +43,11 @@ class Market:
             self._prices[key] = self.cost(self.space.stated(sizes))
         return self._prices[key]
 
+    @property
+    def reckoned(self) -> int:
+        """Return how many prices were reckoned."""
+        return len(self._prices)
+
     def fits(self, sizes: Mapping[str, int], limit: float) -> bool:
         """Tell whether the price is within the limit and the stock config takes the sizes."""
         if self.price(sizes) > limit:
@@ -59,8 +64,8 @@ def least_loss(market: Market, limit: float, starts: Sequence[Sizes] = ()) -> Si
 
     Greedy descent (`descended`), then exchanges: while any two axes can take other sizes so that the loss falls within the
     limit, the best such pair is taken. Also from each of `starts` that fits, so the outcome is never worse than those. Then
-    branch and bound (`_proven`), which ends with the best shape of all, or after `NODES` with what was found before. What is
-    left of the budget is filled up.
+    branch and bound (`_proven`), which ends with the best shape of all, or after `PRICES` prices with what was found before.
+    What is left of the budget is filled up.
 
     Raises:
         UserError: no shape within the limit was found.
@@ -74,7 +79,7 @@ def least_loss(market: Market, limit: float, starts: Sequence[Sizes] = ()) -> Si
 
 
 def _proven(market: Market, limit: float, best: Sizes) -> Sizes:
-    """Return the shape of least loss by best-first search, or `best` where `NODES` nodes do not find a better one.
+    """Return the shape of least loss by best-first search, or `best` where `PRICES` prices do not find a better one.
 
     A node gives some axes a size. Its bound: their losses, and of each other axis that of its largest size which fits while
     all axes without a size have their least. As a cost rises with every size, no shape below the node has less.
@@ -88,16 +93,12 @@ def _proven(market: Market, limit: float, best: Sizes) -> Sizes:
             return math.inf
         total = sum(market.curves[name].at(size) for name, size in chosen.items())
         for name in axes[len(chosen) :]:
-            choices = market.space.choices[name]
-            fitting = bisect.bisect_right(choices, limit, key=lambda size: market.price({**base, name: size}))
-            total += market.curves[name].at(choices[fitting - 1])
+            total += market.curves[name].at(_affordable(market, limit, base, name)[-1])
         return total
 
-    target, ticket = market.loss(best) - 1e-12, itertools.count()
+    target, ticket, most = market.loss(best) - 1e-12, itertools.count(), market.reckoned + PRICES
     heap: list[tuple[float, int, Sizes]] = [(0.0, next(ticket), {})]
-    for _ in range(NODES):
-        if not heap or heap[0][0] >= target:
-            return best
+    while heap and heap[0][0] < target and market.reckoned < most:
         _, _, chosen = heapq.heappop(heap)
         if len(chosen) == len(axes):
             if market.fits(whole := {**least, **chosen}, limit):
@@ -137,20 +138,29 @@ def descended(market: Market, limit: float) -> Sizes | None:
 
 def _exchanged(market: Market, limit: float, sizes: Sizes) -> Sizes:
     """Change two axes at a time (or one) as long as that lowers the loss within the limit."""
-    axes = movable(market.space)
     while True:
         now = market.loss(sizes)
-        better: list[tuple[float, Sizes]] = []
-        for pair in itertools.combinations(axes, min(2, len(axes))):
-            for pick in itertools.product(*(market.space.choices[name] for name in pair)):
-                other = {**sizes, **dict(zip(pair, pick, strict=True))}
-                if (loss := market.loss(other)) < now - 1e-12:
-                    better.append((loss, other))
-        better.sort(key=lambda one: one[0])
-        step = next((other for _, other in better if market.fits(other, limit)), None)
+        better = [one for one in _pairs(market, limit, sizes) if market.loss(one) < now - 1e-12]
+        step = next((one for one in sorted(better, key=market.loss) if market.fits(one, limit)), None)
         if step is None:
             return sizes
         sizes = step
+
+
+def _pairs(market: Market, limit: float, sizes: Sizes) -> Iterator[Sizes]:
+    """Yield the shapes with other sizes of two axes whose price is in the limit; the larger choice is bisected."""
+    choices, axes = market.space.choices, movable(market.space)
+    for pair in itertools.combinations(axes, 2) if len(axes) > 1 else [(axes[0], axes[0])]:
+        few, many = sorted(pair, key=lambda name: len(choices[name]))
+        for size in choices[few]:
+            for other in _affordable(market, limit, {**sizes, few: size}, many):
+                yield {**sizes, few: size, many: other}
+
+
+def _affordable(market: Market, limit: float, sizes: Sizes, axis: str) -> list[int]:
+    """Return the sizes of one axis whose price is in the limit, the other axes as they are; ascending."""
+    choices = market.space.choices[axis]
+    return choices[: bisect.bisect_right(choices, limit, key=lambda size: market.price({**sizes, axis: size}))]
 
 
 def _filled(market: Market, limit: float, sizes: Sizes) -> Sizes:
