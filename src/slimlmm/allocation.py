@@ -15,7 +15,7 @@ from slimlmm.plan import Space
 from slimlmm.sensitivity import Curve, movable
 
 Sizes = dict[str, int]
-#: most prices that the branch and bound reckons, a few milliseconds each
+#: most nodes that the branch and bound visits, and prices that it reckons, a few milliseconds each
 PRICES = 2000
 
 
@@ -98,7 +98,9 @@ def _proven(market: Market, limit: float, best: Sizes) -> Sizes:
 
     target, ticket, most = market.loss(best) - 1e-12, itertools.count(), market.reckoned + PRICES
     heap: list[tuple[float, int, Sizes]] = [(0.0, next(ticket), {})]
-    while heap and heap[0][0] < target and market.reckoned < most:
+    for _ in range(PRICES):
+        if not heap or heap[0][0] >= target or market.reckoned >= most:
+            return best
         _, _, chosen = heapq.heappop(heap)
         if len(chosen) == len(axes):
             if market.fits(whole := {**least, **chosen}, limit):

@@ -14,6 +14,8 @@ CURVES = (
     "brackets what was reckoned with where that is more (convex in ln(size)). Losses of axes are added up; what two cuts do to "
     "each other is not in it."
 )
+#: median error of the line from which on it is shown as a warning
+POOR = 0.1
 TRIED = "Each shape was cut at once and briefly recovered; the one of least cross-entropy on validation rows is taken."
 
 
@@ -26,6 +28,9 @@ def choice_lines(choice: Mapping[str, Any]) -> list[Any]:
             points = zip(one["sizes"], one["measured"], one["losses"], strict=True)
             table.add_row(one["axis"], Text(", ".join(_point(*point) for point in points), justify="left"))
         lines += ["", table, Text(f"{CURVES} Predicted for the chosen sizes: {choice['predicted']:.3f}.", style="dim")]
+    if (error := choice["line_error"]) is not None:
+        told = f"Between measured shapes the cost was reckoned by a line that is {100 * error:.0f} % off in the median."
+        lines.append(Text(told, style="dim" if error < POOR else "yellow"))
     if choice["candidates"]:
         table = plain("shape", "parameters", "predicted", "loss", "exact")
         for number, one in enumerate(choice["candidates"]):

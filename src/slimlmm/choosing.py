@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -54,11 +55,15 @@ class Tried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The sizes that were chosen, and what they were chosen by: loss curves by axis, tried shapes from the best down."""
+    """The sizes that were chosen, and what they were chosen by: loss curves by axis, tried shapes from the best down.
+
+    `line_error`: of a measured budget the median of |predicted / measured - 1| over the table that its line was drawn through.
+    """
 
     by: str
     sizes: Sizes
     predicted: float | None = None
+    line_error: float | None = None
     curves: Mapping[str, Curve] | None = None
     tried: tuple[Tried, ...] = ()
 
@@ -66,7 +71,8 @@ class Choice:
         """Return all of it for JSON."""
         found = [asdict(one) for one in (self.curves or {}).values()]
         tried = [asdict(one) for one in self.tried]
-        return {"by": self.by, "sizes": self.sizes, "predicted": self.predicted, "curves": found, "candidates": tried}
+        told = {"by": self.by, "sizes": self.sizes, "predicted": self.predicted, "line_error": self.line_error}
+        return told | {"curves": found, "candidates": tried}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +119,18 @@ def chosen(
         return Choice(by="shares", sizes=by_shares)
     here = ground()
     found = curves(here.job, here.model, here.processor, space)
+    error = None
     if measured is None:
         market, limit = Market(space, budget.cost, found), budget.limit
         sizes = least_loss(market, limit, [by_shares])
     else:
         shapes = table(space, lambda scale: plan.scaled(space, scale))
-        line = fitted(space, measured, *_measured(space, budget, shapes))
+        held, costs = _measured(space, budget, shapes)
+        line = fitted(space, measured, held, costs)
+        off = [abs(line.cost(space.stated(one)) / cost - 1) for one, cost in zip(held, costs, strict=True)]
+        error = statistics.median(off)
         market, limit, sizes = within_measured(space, budget, line.cost, found, by_shares)
-    first = Choice(by="importance", sizes=sizes, predicted=market.loss(sizes), curves=found)
+    first = Choice(by="importance", sizes=sizes, predicted=market.loss(sizes), line_error=error, curves=found)
     return first if by == "importance" else _searched(here, market, limit, budget, first, by_shares)
 
 
