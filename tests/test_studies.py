@@ -239,9 +239,21 @@ def test_merging_all_rounds_keeps_order_sizes_and_visits():
 def test_a_base_of_stages_has_no_order_to_change():
     base = Recipe(stages=(Stage(name="a", rounds=(Round(sizes={"text.ffn": 8}),)),))
     assert "the base lists stages" in sweeps.conflicts(base, {"order": ["inner"]})
+    assert "so sizes_by has no effect" in sweeps.conflicts(base, {"sizes_by": "importance"})
     assert sweeps.conflicts(base, {"data": {"train_rows": 3}}) is None
 
 
 def test_the_page_of_studies_is_current():
     page = Path(__file__).parent.parent / "docs" / "study.md"
     assert page.read_text() == studies.page(), "run python -m slimlmm.studies docs/study.md"
+
+
+def test_planners_are_compared_with_the_base():
+    told = {"model": "m", "data": "d", "base": {"shrink": 4}, "sweeps": ["planners"]}
+    arms, (group,) = sweeps.expand(studies.parse(told, "s"), sweeps.TrainRows(9, 1))
+    assert {name: dict(arm.recipe) for name, arm in arms.items()} == {
+        "base": {},
+        "sizes-by-shares": {"sizes_by": "shares"},
+        "sizes-by-importance": {"sizes_by": "importance"},
+    }
+    assert group.arms == ("sizes-by-shares", "sizes-by-importance")

@@ -1,4 +1,4 @@
-"""What a shape may cost: parameters, bytes and FLOPs by arithmetic on the configuration, latency by timing random models of it.
+"""What a shape may cost: parameters, bytes and FLOPs by arithmetic on the configuration, time and energy by measuring models.
 
 A cost is a function of axis sizes, as `resized` takes them; the planner (`plan.sizes_within`) knows no more of it than that.
 """
@@ -35,6 +35,7 @@ UNITS: Mapping[str, Mapping[str, float]] = {
 TOKENS = 8
 #: timed answers of a candidate, after untimed ones
 CALLS, WARMUP = 15, 3
+NOT_TIMED = "Opening and preparing the picture and decoding the text are not in these times."
 #: bytes that a random model in float32 takes while it answers, over those of its weights
 ROOM = 1.3
 
@@ -127,13 +128,28 @@ def flops_at(config: Any, answer: Answer, sizes: Mapping[str, int]) -> float | N
 
 def by_latency(config: Any, limit: float, asked: str, watch: Stopwatch) -> Budget:
     """Return the budget of so many milliseconds an answer, each shape built and timed once; one too large to time is too slow."""
+    return _by_measure(config, limit, asked, watch, "--latency-ms")
+
+
+def by_energy(config: Any, limit: float, asked: str, watch: Stopwatch) -> Budget:
+    """Return the budget of so many joules an answer (`energy`), each shape built and measured once."""
+    return _by_measure(config, limit, asked, watch, "--energy-j")
+
+
+def _by_measure(config: Any, limit: float, asked: str, watch: Stopwatch, option: str) -> Budget:
     return Budget(
         asked=asked,
         limit=limit,
-        cost=lambda sizes: ms if (ms := watch.timed(config, sizes).ms) is not None else math.inf,
-        said=lambda ms: f"{ms:.3g} ms" if ms < math.inf else "more memory than there is",
-        again=lambda ms: f"--latency-ms {math.ceil(10 * ms) / 10:g} or more" if ms < math.inf else "another budget",
+        cost=lambda sizes: value if (value := watch.timed(config, sizes).value) is not None else math.inf,
+        said=lambda value: f"{value:.3g} {watch.unit}" if value < math.inf else "more memory than there is",
+        again=lambda value: f"{option} {upwards(value):g} or more" if value < math.inf else "another budget",
     )
+
+
+def upwards(value: float) -> float:
+    """Return the number rounded up: to a tenth, or to two digits where it is below 1."""
+    step = 10.0 ** min(-1, math.floor(math.log10(value)) - 1) if value > 0 else 0.1
+    return math.ceil(value / step) * step
 
 
 def available_bytes(device: torch.device) -> int:
@@ -143,27 +159,37 @@ def available_bytes(device: torch.device) -> int:
 
 def answer_seconds(configs: Sequence[Any], device: torch.device, n: int) -> list[list[float]]:
     """Return the seconds of `n` answers of a random model of each configuration, in turns, after `WARMUP` untimed turns each."""
-    sides = [(_random(config, device), picture_prompt(config, pixels=PICTURE)) for config in configs]
-    batches = [{key: value.to(device) for key, value in batch.items()} for _, batch in sides]
+    sides = [answerer(config, device) for config in configs]
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(WARMUP + n):
-        for (model, _), batch, found in zip(sides, batches, seconds, strict=True):
-            found.append(_seconds(model, batch, device))
-    del sides, batches
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        for answer, found in zip(sides, seconds, strict=True):
+            start = time.perf_counter()
+            answer()
+            found.append(time.perf_counter() - start)
+    del sides, answer
+    freed(device)
     return [found[WARMUP:] for found in seconds]
 
 
-def _seconds(model: Any, batch: Mapping[str, torch.Tensor], device: torch.device) -> float:
-    """Return the seconds of one answer, to the device's last operation."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        generate(model, batch, TOKENS)
+def answerer(config: Any, device: torch.device) -> Callable[[], None]:
+    """Return a call that lets a random model of a configuration answer a picture prompt, to the device's last operation."""
+    model = _random(config, device)
+    batch = {key: value.to(device) for key, value in picture_prompt(config, pixels=PICTURE).items()}
+
+    def answer() -> None:
+        with torch.no_grad():
+            generate(model, batch, TOKENS)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return answer
+
+
+def freed(device: torch.device) -> None:
+    """Give the memory of models back that nobody holds any more."""
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        torch.cuda.empty_cache()
 
 
 def _random(config: Any, device: torch.device) -> Any:
@@ -176,13 +202,18 @@ def _random(config: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """One shape, its parameters, and the median milliseconds of `n` answers; `ms` is None where `reason` says why."""
+    """One shape, its parameters, and the median of `n` measurements of an answer; `value` is None where `reason` says why."""
 
     sizes: Mapping[str, int]
     parameters: int
-    ms: float | None
+    value: float | None
     n: int
     reason: str = ""
+
+    @property
+    def ms(self) -> float | None:
+        """What a stopwatch of milliseconds measured."""
+        return self.value
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,13 +221,17 @@ class Stopwatch:
     """Times answers of random models of configurations, and remembers: picture prompt in, `TOKENS` tokens out, batch 1.
 
     Weights are float32, as `bench` loads them. Opening and preparing a picture and decoding text are not in the time.
-    `seconds` times models in turns (`answer_seconds`), `available` tells the bytes of memory for them.
+    `seconds` times models in turns (`answer_seconds`), or counts their joules (`energy.joules_of`); `available` tells the bytes
+    of memory for them. A value is `scale` times what was measured, in `unit`.
     """
 
     device: torch.device
     seconds: Callable[[Sequence[Any], torch.device, int], list[list[float]]] = answer_seconds
     available: Callable[[torch.device], int] = available_bytes
     tell: Callable[[Timed], None] = lambda _: None
+    unit: str = "ms"
+    scale: float = 1e3
+    note: str = NOT_TIMED
     found: dict[tuple[tuple[str, int], ...], Timed] = field(default_factory=dict)
 
     def timed(self, config: Any, sizes: Mapping[str, int]) -> Timed:
@@ -211,9 +246,9 @@ class Stopwatch:
         """Return the time of `config` at these sizes, measured now."""
         count = predict_parameters(config, sizes)
         if reason := self.no_room(count):
-            return Timed(sizes=dict(sizes), parameters=count, ms=None, n=0, reason=reason)
+            return Timed(sizes=dict(sizes), parameters=count, value=None, n=0, reason=reason)
         seconds = self.seconds([resized(config, sizes)], self.device, CALLS)[0]
-        return Timed(sizes=dict(sizes), parameters=count, ms=1e3 * float(np.median(seconds)), n=len(seconds))
+        return Timed(sizes=dict(sizes), parameters=count, value=self.scale * float(np.median(seconds)), n=len(seconds))
 
     def pair(self, one: Any, other: Any) -> tuple[list[float], list[float]] | str:
         """Return the seconds of two configurations timed in turns, or why both cannot be held at once."""

@@ -211,18 +211,25 @@ def plan(
     size: Annotated[
         str | None, typer.Option("--bytes", help="Budget: bytes in the config's number format, such as 600MB.")
     ] = None,
-    flops: Annotated[
-        str | None, typer.Option(help="Budget: FLOPs of an answer as inspect counts, such as 500G.")
-    ] = None,
+    flops: Annotated[str | None, typer.Option(help="Budget: FLOPs of an answer as in inspect, such as 500G.")] = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="Budget: milliseconds an answer, measured here with random models.")
+    ] = None,
+    energy_j: Annotated[
+        float | None, typer.Option(help="Budget: joules an answer, by an energy counter of this machine.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="shares, or with --data importance (losses of axes) or search (brief recoveries)."),
     ] = None,
     floor: Annotated[list[str] | None, typer.Option(help="axis=size: the least size of an axis; repeat.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="axis=size: a given size, the rest is chosen; repeat.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe for order, multiples, tensor_parallel, row_visits.")
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows: count the vocabulary trimmed to them.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Rows: the vocabulary is trimmed to them; --by tries axes on them.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write the recipe for compress to.")] = None,
     quiet: Quiet = False,
     json_out: Json = False,
@@ -232,7 +239,7 @@ def plan(
     from slimlmm import planning
     from slimlmm.progress import reporter
 
-    values = (shrink, parameters, size, flops, latency_ms)
+    values = (shrink, parameters, size, flops, latency_ms, energy_j)
     with reporter(quiet) as tell:
         found = planning.plan(
             model,
@@ -242,6 +249,7 @@ def plan(
             recipe=recipe,
             source=data,
             out=out,
+            by=by,
             trust_remote_code=trust_remote_code,
             tell=tell,
         )

@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 
-from slimlmm import checkpoint, data, plan, report, results, vocab
+from slimlmm import checkpoint, choosing, data, plan, report, results, vocab
 from slimlmm.anatomy import describe
-from slimlmm.calibration import EACH
+from slimlmm.budget import by_shrink
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
 from slimlmm.labels import file_of, labelled
-from slimlmm.lessons import asked_of
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results
-from slimlmm.rounds import Done, Job, Place, attempts
+from slimlmm.rounds import Done, Job, Place, attempts, job_of
 from slimlmm.runfolder import RunFolder
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import evaluated, model_record
@@ -88,14 +87,16 @@ def _prepared(
         plan.check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
         file = file_of(RunFolder.open(out, identity, cache), loaded, rows["train"])
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
-    stages = schedule(loaded, rows, recipe)
+    if recipe.sizes_by != "shares" and not recipe.stages:
+        RunFolder.open(out, identity, cache)  # what the choice found is kept in it
+    stages = schedule(loaded, rows, recipe, out, tell)
     plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
     folder = RunFolder.open(out, identity, cache)
     folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
-    return _job(folder, recipe, rows, tell), stages, facts, test
+    return job_of(folder, recipe, rows, tell), stages, facts, test
 
 
 def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:
@@ -111,8 +112,14 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def schedule(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the recipe's stages, or the default schedule for its shrink.
+def schedule(
+    loaded: checkpoint.Loaded,
+    rows: Mapping[str, list[data.Row]],
+    recipe: Recipe,
+    folder: Path | None = None,
+    tell: Reporter | None = None,
+) -> tuple[Stage, ...]:
+    """Return the recipe's stages, or the default schedule for its shrink; a choice that runs the model is kept in `folder`.
 
     Raises:
         UserError: neither is said, or the shrink cannot be reached.
@@ -121,10 +128,12 @@ def schedule(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]], reci
         return recipe.stages
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
-    config, grid, fixed = loaded.model.config, Grid.of(recipe), lossless_sizes(loaded, rows)
-    final = plan.sizes_for(config, recipe.shrink, predict_parameters(config, {}), fixed, grid, recipe.order)
+    config, grid = loaded.model.config, Grid.of(recipe)
+    living = resized(config, lossless_sizes(loaded, rows))
+    space = plan.space_of(living, grid, recipe.order)
+    budget = by_shrink(living, recipe.shrink, predict_parameters(config, {}))
+    final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet())
     per_picture = data.rows_per_picture(rows["train"])
-    living = resized(config, fixed)
     return plan.stages_for(
         living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
     )
@@ -137,22 +146,6 @@ def lossless_sizes(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]
     kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
     tokens = describe(model.config).axis("vocab").size
     return {"vocab": sum(token < tokens for token in kept)} | plan.living_blocks(model.config)
-
-
-def _job(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
-    settings = recipe.data
-    training = data.sample(rows["train"], settings.train_rows, recipe.seed)
-    asked, taught = asked_of(training, settings.teacher_rows, recipe.seed)
-    return Job(
-        folder=folder,
-        recipe=recipe,
-        train_rows=training,
-        calibration=data.spread(asked, settings.calibration_rows, EACH, recipe.seed + 1),
-        taught=taught,
-        validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
-        vocabulary_rows=rows["train"] + rows["validation"],
-        tell=tell,
-    )
 
 
 def _prove(config: Any, stages: Sequence[Stage], tell: Reporter) -> None:

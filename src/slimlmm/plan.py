@@ -57,6 +57,10 @@ class Space:
         """Raise a UserError unless the stock config takes all these sizes at once."""
         resized(self.config, self.stated(sizes))
 
+    def lowered(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the nearest sizes below these that the stock config takes at once, widths before groups."""
+        return _fit(self, dict(sizes))
+
     def whole(self, sizes: Mapping[str, int]) -> bool:
         """Tell whether nothing is cut at these sizes."""
         return all(size == self.axes[name].size for name, size in sizes.items())
@@ -182,6 +186,11 @@ def scaled_within(space: Space, budget: Budget) -> tuple[float, dict[str, int]]:
         fits = budget.cost(space.stated(_fit(space, _scaled(space, middle)))) <= budget.limit
         low, high = (middle, high) if fits else (low, middle)
     return low, _fit(space, _scaled(space, low))
+
+
+def scaled(space: Space, scale: float) -> dict[str, int]:
+    """Return the sizes of a scale in [0, 1], as the stock config takes them (`scaled_within`)."""
+    return _fit(space, _scaled(space, scale))
 
 
 def _count(config: Any, sizes: Mapping[str, int]) -> int:

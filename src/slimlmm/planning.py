@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from slimlmm import budget as budgets
-from slimlmm import checkpoint, data, vocab
+from slimlmm import checkpoint, choosing, data, energy, vocab
 from slimlmm import recipe as recipes
 from slimlmm.anatomy import describe
 from slimlmm.budget import Budget, Stopwatch, quantity
+from slimlmm.choice_view import choice_lines, grouped
+from slimlmm.choosing import Choice
 from slimlmm.collate import texts_of
 from slimlmm.costs import Answer, answer_use
 from slimlmm.deployable import refuse_unsplittable
@@ -30,27 +33,26 @@ from slimlmm.plan import (
     Space,
     check_stages,
     living_blocks,
-    scaled_within,
-    sizes_within,
     space_of,
     stages_for,
 )
 from slimlmm.progress import Quiet, Reporter
-from slimlmm.recipe import Recipe, Stage
+from slimlmm.recipe import Recipe, SizesBy, Stage
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.surgery import new_config
 from slimlmm.tree import human, plain, ratio
 
 #: options that say a budget; one of them is given
-BUDGETS = ("--shrink", "--parameters", "--bytes", "--flops", "--latency-ms")
-NOT_TIMED = "Opening and preparing the picture and decoding the text are not in these times."
+BUDGETS = ("--shrink", "--parameters", "--bytes", "--flops", "--latency-ms", "--energy-j")
+#: those that are measured -> their figure in `costs`
+MEASURED = {"--latency-ms": "latency_ms", "--energy-j": "energy_j"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Start:
     """Where a plan begins: the model's configuration, that of the lossless cuts, and how answers use both.
 
-    `lossless`: sizes that those cuts change; `per_picture`: rows that share a picture.
+    `lossless`: sizes that those cuts change; `per_picture`: rows that share a picture; `rows`: those of the data, by split.
     """
 
     config: Any
@@ -60,6 +62,7 @@ class _Start:
     now: Answer
     then: Answer
     notes: tuple[str, ...]
+    rows: Mapping[str, list[data.Row]]
 
 
 def plan(
@@ -71,6 +74,7 @@ def plan(
     recipe: Path | None = None,
     source: Path | None = None,
     out: Path | None = None,
+    by: str | None = None,
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def plan(
         UserError: not exactly one budget, one that no shape meets or that the model meets already, sizes that cannot be.
     """
     tell = tell or Quiet()
-    settings = recipes.read(recipe) if recipe else Recipe()
+    settings = _settings(recipe, by, source)
     option, value = _asked(asked, settings, recipe)
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists; give a file that does not.")
@@ -91,23 +95,61 @@ def plan(
     anatomy = describe(start.living)
     least, given = sizes_of(floors, anatomy, "--floor"), sizes_of(fixes, anatomy, "--fix")
     space = space_of(start.living, Grid.of(settings), settings.order, floors=least, fixes=given)
-    watch = Stopwatch(
-        device=torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"),
-        tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms),
-    )
-    budget, sizes = _chosen(start, space, (option, value), watch)
-    latency = _latency(start, space.stated(sizes), watch, budget.limit) if option == "--latency-ms" else None
+    watch = _watch(option, tell)
+    with TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        trials = settings.sizes_by, lambda: _ground(model, start, settings, place, trust_remote_code, tell)
+        budget, choice = _chosen(start, space, (option, value), watch, trials)
+    sizes = choice.sizes
+    measured = _measured(start, space.stated(sizes), watch, budget.limit) if option in MEASURED else None
     found = {
         "model": model,
         "model_type": start.config.model_type,
         "dtype": str(dtype_of(start.config)).removeprefix("torch."),
         "budget": {"option": option, "asked": value, "limit": budget.limit},
         "axes": _axes(start, space.stated(sizes), dict.fromkeys(least, "--floor") | dict.fromkeys(given, "--fix")),
-        "costs": _costs(start, space.stated(sizes), latency),
+        "costs": _costs(start, space.stated(sizes), (MEASURED.get(option, ""), measured)),
         "answer": {"tokens": start.now.tokens, "prompt": start.now.prompt, "reason": start.now.reason},
-        "latency": latency,
+        "latency": measured if option == "--latency-ms" else None,
+        "energy": measured if option == "--energy-j" else None,
+        "choice": choice.record(),
     }
     return found | _schedule(start, space, sizes, settings, out)
+
+
+def _settings(path: Path | None, by: str | None, source: Path | None) -> Recipe:
+    """Return the recipe of a file (or the defaults) with the way to choose sizes that the command line asks for."""
+    told = recipes.read(path) if path else Recipe()
+    if by is not None:
+        told = recipes.parse(told.model_dump(mode="json") | {"sizes_by": by}, "--by")
+    if told.sizes_by != "shares" and source is None:
+        raise UserError(f"--by {told.sizes_by} tries the model on rows: give --data.")
+    return told
+
+
+def _ground(
+    model: str, start: _Start, settings: Recipe, folder: Path, trust_remote_code: bool, tell: Reporter
+) -> choosing.Ground:
+    """Load the model that trial cuts start from."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=device)
+    return choosing.ground_of(loaded, start.rows, settings, folder, tell)
+
+
+def _watch(option: str, tell: Reporter) -> Stopwatch:
+    """Return what measures shapes here: a stopwatch, or an energy counter."""
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    if option == "--energy-j":
+        counter = energy.counter_of(device)
+        return Stopwatch(
+            device=device,
+            seconds=energy.joules_of(counter),
+            tell=lambda one: tell.say("measured a shape", parameters=one.parameters, joules=one.value),
+            unit="J",
+            scale=1.0,
+            note=energy.NOT_COUNTED.format(name=counter.name),
+        )
+    return Stopwatch(device=device, tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms))
 
 
 def _schedule(
@@ -126,7 +168,8 @@ def _schedule(
     check_stages(start.config, stages, settings.tensor_parallel)
     warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
     if out is not None:
-        _write(out, settings.model_copy(update={"stages": stages, "shrink": None}))
+        spent = {"shrink": None} | {name: Recipe.model_fields[name].default for name in recipes.CHOOSING}
+        _write(out, settings.model_copy(update={"stages": stages, **spent}))
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
@@ -156,7 +199,7 @@ def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Pa
 def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code: bool) -> _Start:
     """Read the configuration, and what the rows need of the vocabulary where there are rows."""
     config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
-    living, lossless, per_picture = config, dict[str, int](), 1
+    living, lossless, per_picture, rows = config, dict[str, int](), 1, dict[str, list[data.Row]]()
     notes = [
         "vocabulary counted whole, steps for one row a picture; compress trims it to its rows. Give --data to plan with yours."
     ]
@@ -170,7 +213,11 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         kept = [token for token in vocab.needed(config, generation, processor, texts) if token < axis.size]
         living = new_config(config, axis, len(kept), {"vocab": torch.tensor(kept)})
         lossless |= {"vocab": len(kept)}
-        per_picture, notes = data.rows_per_picture(train), splits.notes
+        per_picture, notes, rows = (
+            data.rows_per_picture(train),
+            splits.notes,
+            {"train": train, "validation": validation},
+        )
     blocks = living_blocks(config)
     living = resized(living, blocks) if blocks else living
     return _Start(
@@ -181,6 +228,7 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         now=answer_use(config, budgets.TOKENS),
         then=answer_use(living, budgets.TOKENS),
         notes=tuple(notes),
+        rows=rows,
     )
 
 
@@ -196,13 +244,20 @@ def _budget(start: _Start, config: Any, asked: tuple[str, float], watch: Stopwat
         return budgets.by_bytes(config, value, words, dtype_of(config).itemsize)
     if option == "--flops":
         return budgets.by_flops(config, value, words, start.now if config is start.config else start.then)
-    return budgets.by_latency(config, value, words, watch)
+    by = {"--latency-ms": budgets.by_latency, "--energy-j": budgets.by_energy}[option]
+    return by(config, value, words, watch)
 
 
-def _chosen(start: _Start, space: Space, asked: tuple[str, float], watch: Stopwatch) -> tuple[Budget, dict[str, int]]:
+def _chosen(
+    start: _Start,
+    space: Space,
+    asked: tuple[str, float],
+    watch: Stopwatch,
+    how: tuple[SizesBy, Callable[[], choosing.Ground]],
+) -> tuple[Budget, Choice]:
     """Return the budget and the sizes that it leads to; refuse one that the model meets as it is, or by lossless cuts alone.
 
-    Of a measured budget nothing is spent step by step: one step of one axis is less than timing can tell.
+    Of a measured budget nothing is spent step by step: one step of one axis is less than measuring can tell.
     """
     budget = _budget(start, start.config, asked, watch)
     now = budget.cost({})
@@ -212,13 +267,13 @@ def _chosen(start: _Start, space: Space, asked: tuple[str, float], watch: Stopwa
             "nothing has to be cut."
         )
     budget = _budget(start, space.config, asked, watch)
-    sizes = scaled_within(space, budget)[1] if asked[0] == "--latency-ms" else sizes_within(space, budget)
-    if space.whole(sizes):
+    choice = choosing.chosen(space, budget, *how, start.then if asked[0] in MEASURED else None)
+    if space.whole(choice.sizes):
         raise UserError(
             f"{budget.asked} allows {budget.said(budget.limit)}, which dropping unused tokens and dead blocks alone meets: "
             "no axis has to be cut."
         )
-    return budget, sizes
+    return budget, choice
 
 
 def _axes(start: _Start, stated: Mapping[str, int], given: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -241,7 +296,9 @@ def _followers(stages: Sequence[Stage], stated: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _costs(start: _Start, stated: Mapping[str, int], latency: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def _costs(
+    start: _Start, stated: Mapping[str, int], measured: tuple[str, Mapping[str, Any] | None]
+) -> dict[str, dict[str, Any]]:
     """Return what the model costs now and planned, and how many times less."""
     size = dtype_of(start.config).itemsize
     counts = predict_parameters(start.config, {}), predict_parameters(start.living, stated)
@@ -255,28 +312,34 @@ def _costs(start: _Start, stated: Mapping[str, int], latency: Mapping[str, Any] 
         name: {"now": now, "planned": planned, "ratio": now / planned if now and planned else None}
         for name, (now, planned) in pairs.items()
     }
-    return costs if latency is None else costs | {"latency_ms": latency["costs"]}
+    name, found = measured
+    return costs if found is None else costs | {name: found["costs"]}
 
 
-def _latency(start: _Start, stated: Mapping[str, int], watch: Stopwatch, limit: float) -> dict[str, Any]:
-    """Time the chosen shape again, in turns with the model as it is, and return all times.
+def _measured(start: _Start, stated: Mapping[str, int], watch: Stopwatch, limit: float) -> dict[str, Any]:
+    """Time (or measure) the chosen shape again, in turns with the model as it is, and return all figures.
 
     Where both do not fit into memory at once there is no ratio: times of different moments are not compared.
     """
     found = watch.pair(start.config, resized(start.living, stated))
-    alone = {"now": watch.timed(start.config, {}).ms, "planned": watch.timed(start.living, stated).ms}
+    alone = {"now": watch.timed(start.config, {}).value, "planned": watch.timed(start.living, stated).value}
     costs: dict[str, Any] = alone | {"ratio": None, "reason": found if isinstance(found, str) else ""}
     if not isinstance(found, str):
-        now, planned = (1e3 * float(np.median(seconds)) for seconds in found)
+        now, planned = (watch.scale * float(np.median(values)) for values in found)
         costs |= {"now": now, "planned": planned, "ratio": now / planned, "n": len(found[0])}
     candidates = sorted(watch.found.values(), key=lambda one: -one.parameters)
     return {
         "device": str(watch.device),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
-        "limit_ms": limit,
-        "note": NOT_TIMED,
-        "candidates": [asdict(one) for one in candidates],
+        "unit": watch.unit,
+        "limit": limit,
+        "note": watch.note,
+        "candidates": [
+            {"sizes": dict(one.sizes), "parameters": one.parameters, watch.unit.lower(): one.value}
+            | {"n": one.n, "reason": one.reason}
+            for one in candidates
+        ],
         "chosen": dict(stated),
         "costs": costs,
     }
@@ -314,8 +377,9 @@ def view(found: dict[str, Any]) -> Lines:
     title = Text(f"{found['model']}\n", style="bold")
     title.append(f"{found['model_type']}: a plan for {asked['option']} {asked['asked']:.15g}", style="not bold")
     parts: list[Any] = [title, "", _axes_table(found), "", _costs_table(found), *_reasons(found)]
-    if found["latency"]:
-        parts += ["", *_latency_lines(found["latency"])]
+    parts += choice_lines(found["choice"])
+    if measured := found["latency"] or found["energy"]:
+        parts += ["", *_measured_lines(measured)]
     parts += ["", _rounds_table(found)]
     if found["warnings"]:
         parts += ["", Text("What may stand in the way when it is served (docs/deploy.md):", style="bold")]
@@ -342,19 +406,16 @@ def _costs_table(found: dict[str, Any]) -> Table:
         now, planned = costs[name]["now"], costs[name]["planned"]
         shown = [human(value, "B" if name == "parameters" else "G") for value in (now, planned)]
         table.add_row(label, *(f"{one}B" if name == "bytes" else one for one in shown), ratio(now, planned))
-    if "latency_ms" in costs:
-        latency = costs["latency_ms"]
-        times = latency["ratio"]
-        table.add_row(
-            "latency p50, batch 1",
-            *(_ms(latency[key]) for key in ("now", "planned")),
-            "-" if times is None else f"{times:.2f}x",
-        )
+    for name, label, unit in (("latency_ms", "latency p50, batch 1", "ms"), ("energy_j", "energy p50, batch 1", "J")):
+        if name in costs:
+            times = costs[name]["ratio"]
+            cells = [_shown(costs[name][key], unit) for key in ("now", "planned")]
+            table.add_row(label, *cells, "-" if times is None else f"{times:.2f}x")
     return table
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} ms"
+def _shown(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.1f} ms" if unit == "ms" else f"{value:.3g} {unit}"
 
 
 def _reasons(found: dict[str, Any]) -> list[Text]:
@@ -362,43 +423,35 @@ def _reasons(found: dict[str, Any]) -> list[Text]:
     answer = found["answer"]
     told = f"an answer: a prompt of {answer['prompt']} tokens with a picture, {answer['tokens']} tokens out"
     lines = [answer["reason"] or told]
-    if found["latency"] and (reason := found["costs"]["latency_ms"]["reason"]):
-        lines.append(f"no ratio of latencies: the model beside the chosen shape {reason}")
+    figures = [found["costs"][name] for name in MEASURED.values() if name in found["costs"]]
+    lines += [f"no ratio: the model beside the chosen shape {one['reason']}" for one in figures if one["reason"]]
     return [Text(line, style="dim") for line in lines]
 
 
-def _latency_lines(latency: dict[str, Any]) -> list[Any]:
+def _measured_lines(measured: dict[str, Any]) -> list[Any]:
+    unit = measured["unit"]
     table = plain("sizes", "parameters", "p50", "n")
-    for one in latency["candidates"]:
-        chosen = one["sizes"] == latency["chosen"]
-        sizes = _grouped(one["sizes"]) or "as it is"
-        cells = [human(one["parameters"], "B"), _ms(one["ms"]), str(one["n"])]
+    for one in measured["candidates"]:
+        chosen = one["sizes"] == measured["chosen"]
+        sizes = grouped(one["sizes"]) or "as it is"
+        cells = [human(one["parameters"], "B"), _shown(one[unit.lower()], unit), str(one["n"])]
         table.add_row(sizes + (f" ({one['reason']})" if one["reason"] else ""), *cells, style="bold" if chosen else "")
     told = (
-        f"p50 of n answers on {latency['device']} (threads: {latency['threads']}), {latency['dtype']}, batch 1, random weights; "
-        f"what is quoted above was timed in turns. {latency['note']}"
+        f"p50 of n answers on {measured['device']} (threads: {measured['threads']}), {measured['dtype']}, batch 1, random "
+        f"weights; what is quoted above was measured in turns. {measured['note']}"
     )
     lines: list[Any] = [table, Text(told, style="dim")]
-    planned, limit = latency["costs"]["planned"], latency["limit_ms"]
+    planned, limit = measured["costs"]["planned"], measured["limit"]
     if planned > limit:
-        again = f"Timed again in turns, the chosen shape took {planned:.1f} ms, more than the {limit:.15g} asked for."
-        lines.append(Text(f"{again} Times wander by as much here; plan anew, or for less.", style="yellow"))
+        again = f"Measured again in turns, the chosen shape took {_shown(planned, unit)}, more than the {limit:.15g} asked for."
+        lines.append(Text(f"{again} Figures wander by as much here; plan anew, or for less.", style="yellow"))
     return lines
-
-
-def _grouped(sizes: Mapping[str, int]) -> str:
-    """Say sizes by tower: "text blocks=2 ffn=512; vision width=64"."""
-    towers: dict[str, list[str]] = {}
-    for name, size in sizes.items():
-        tower, _, noun = name.rpartition(".")
-        towers.setdefault(tower, []).append(f"{noun}={size}")
-    return "; ".join(" ".join([tower, *words]).strip() for tower, words in towers.items())
 
 
 def _rounds_table(found: dict[str, Any]) -> Table:
     table = plain("round", "sizes", "parameters", "row visits")
     for one in found["rounds"]:
         table.add_row(
-            one["round"], _grouped(one["sizes"]) or "-", human(one["parameters"], "B"), f"{one['row_visits']:,}"
+            one["round"], grouped(one["sizes"]) or "-", human(one["parameters"], "B"), f"{one['row_visits']:,}"
         )
     return table

@@ -34,10 +34,16 @@ LossName = Literal[
 #: losses that compare the student's distribution with the teacher's
 DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "top_k_kl"))
 TeacherName = Literal["first", "previous"]
+#: ways to choose sizes for a budget
+SizesBy = Literal["shares", "importance", "search"]
 Repair = Literal["refit", "rotate", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
+
+
+#: keys of a recipe that say how sizes are chosen; spent where stages are listed
+CHOOSING = ("sizes_by", "curve_rows", "search_candidates", "search_row_visits")
 
 
 class Settings(BaseModel):
@@ -227,6 +233,21 @@ class Recipe(Settings):
 
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
+    sizes_by: SizesBy = Field(
+        "shares",
+        description="How the default schedule chooses sizes for its budget. shares: every axis keeps a fixed share of one scale. "
+        "importance: least predicted loss, each axis tried alone on train rows (`curve_rows`). search: several shapes are cut at "
+        "once, briefly recovered, and the one of least validation loss is taken.",
+    )
+    curve_rows: int = Field(
+        64, gt=0, description="Train rows that importance and search try axes on; each size is a cut with its repair."
+    )
+    search_candidates: int = Field(
+        6,
+        ge=2,
+        description="Shapes that a search recovers: by shares, by importance, and trades of one axis for another.",
+    )
+    search_row_visits: int = Field(10_000, gt=0, description="Row visits of each of them.")
     order: tuple[Level, ...] = Field(
         LEVELS, description="Levels that the default schedule cuts, in order; one that is left out is not cut."
     )
@@ -270,6 +291,20 @@ class Recipe(Settings):
         ge=0,
         description="Timed calls at batch 1 and a sixth of it at batch 32; 0 to measure neither times nor memory.",
     )
+
+    @model_validator(mode="after")
+    def _heard(self) -> Recipe:
+        """Refuse settings of ways to choose sizes that are not taken."""
+        needs = {
+            "curve_rows": ("importance", "search"),
+            "search_candidates": ("search",),
+            "search_row_visits": ("search",),
+        }
+        fields = type(self).model_fields
+        for name, ways in needs.items():
+            if self.sizes_by not in ways and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect with sizes_by: {self.sizes_by}")
+        return self
 
     @field_validator("multiples", mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from slimlmm import bridging, checkpoint, data, importance, plan, repair, results, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
-from slimlmm.calibration import Calibration, calibration_of, loss_against
+from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
-from slimlmm.lessons import Taught
+from slimlmm.lessons import Taught, asked_of
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
 from slimlmm.resizing import predict_parameters
@@ -49,6 +49,23 @@ class Job:
     previous: TeacherCache | None = None
     """of the model that the round began with, where a training of it asks that"""
     teacher_validation: Evaluation | None = None
+
+
+def job_of(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
+    """Return the job of a recipe on its rows by split, drawn as the recipe says."""
+    settings = recipe.data
+    training = data.sample(rows["train"], settings.train_rows, recipe.seed)
+    asked, taught = asked_of(training, settings.teacher_rows, recipe.seed)
+    return Job(
+        folder=folder,
+        recipe=recipe,
+        train_rows=training,
+        calibration=data.spread(asked, settings.calibration_rows, EACH, recipe.seed + 1),
+        taught=taught,
+        validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
+        vocabulary_rows=rows["train"] + rows["validation"],
+        tell=tell,
+    )
 
 
 @dataclass(slots=True)
@@ -227,16 +244,12 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
     if not turn.sizes:
         return model
     student, kept = model, {}
-    assert job.cache is not None
-    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    calibration, loss = calibration_of(job.calibration, collator, model.device), loss_against(job.cache)
-    for batch in (*calibration.fit, *calibration.judge):
-        job.cache.of(batch)  # now: the teacher may be the very model whose blocks are left out while they are judged
+    calibration, loss = by = _calibration(job, model, processor)
     for axis, size in turn.sizes.items():
         found = describe(student.config).axis(axis)
         if size == found.size:
             continue
-        student, keep = _cut(job, student, turn, (axis, size), (calibration, loss), folder)
+        student, keep = _cut(job, student, turn, (axis, size), by, folder)
         if found.kind == "blocks":
             kept[axis] = keep[axis].tolist()
     if student is model or "settle" not in turn.repair:
@@ -246,6 +259,23 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
         job.tell.say("  settling", **{one.name: one.loss for one in tries})
         write_json(folder / "settling.json", {one.name: one.loss for one in tries})
     return student
+
+
+def _calibration(job: Job, model: PreTrainedModel, processor: Any) -> tuple[Calibration, Loss]:
+    """Return the calibration rows as batches of this model, and the loss that they are judged by; the teacher is asked now."""
+    assert job.cache is not None
+    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
+    calibration = calibration_of(job.calibration, collator, model.device)
+    for batch in (*calibration.fit, *calibration.judge):
+        job.cache.of(batch)  # now: the teacher may be the very model whose blocks are left out while they are judged
+    return calibration, loss_against(job.cache)
+
+
+def trial(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> tuple[PreTrainedModel, float]:
+    """Make the cuts of a round with their repairs, untrained; return what comes out and its loss on rows that no fit saw."""
+    student = _smaller(job, model, processor, turn, folder)
+    calibration, loss = _calibration(job, student, processor)
+    return student, repair.judged("", student, calibration.judge, loss).loss
 
 
 def _cut(

@@ -24,6 +24,7 @@ Sweep = Literal[
     "own-answers",
     "repairs",
     "rounds",
+    "planners",
     "samples",
     "frontier",
     "controls",
@@ -305,14 +306,15 @@ groups:
 | `own-answers` | none, half, all of the pictures that the teacher is asked about learnt from the student's own answers |
 | `repairs` | all, none, and all but each of refit, rotate, bridge and settle |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
+| `planners` | sizes by shares of one scale; by importance per cost (the model is tried when the study is planned) |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
 | `controls` | from scratch; random weights with the same losses; units and blocks at random without repair |
 
 The arm `base` is the base recipe. Arms equal in recipe are run once. The schedule of `shrink` is planned before `rounds` and
-`train` change it, so row visits stay equal; the report says how equal they were. `orders`, `frontier` and the arms of one level
-need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where `data.answers` lets
-the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
+`train` change it, so row visits stay equal; the report says how equal they were. `orders`, `planners`, `frontier` and the arms
+of one level need a base with `shrink`; where a size cannot be reached, the arm is skipped and the report says why. Where
+`data.answers` lets the teacher label rows, sizes are planned before it has answered, with the tokens of the rows as they are.
 """
 
 

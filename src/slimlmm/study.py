@@ -96,8 +96,10 @@ class _Planner:
             raise UserError(told)
         whole = merged(base, wanted.recipe)
         plain = Recipe()
-        spent = {key: getattr(plain, key) for key in ("shrink", "order", "multiples", "row_visits", "seed")}
-        asked = recipe.dump(whole.model_copy(update={"data": plain.data}))
+        keys = ("shrink", "order", "multiples", "row_visits", "seed", *recipe.CHOOSING)
+        spent = {key: getattr(plain, key) for key in keys}
+        rows_matter = whole.sizes_by != "shares"
+        asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
         if asked not in self.schedules:
             self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
         stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)

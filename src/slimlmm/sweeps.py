@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from slimlmm import controls
 from slimlmm.errors import UserError
-from slimlmm.recipe import DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
+from slimlmm.recipe import CHOOSING, DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
 from slimlmm.studies import BASE, Arm, Group, Kind, Study
 
 Stages = tuple[Stage, ...]
@@ -284,6 +284,14 @@ def _rounds(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     return made, Comparison(title="Stages", arms=tuple(made))
 
 
+def _planners(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    made = {
+        f"sizes-by-{way}": Wanted(description=f"sizes by {way}", recipe={"sizes_by": way})
+        for way in ("shares", "importance")
+    }
+    return made, Comparison(title="Choice of sizes", arms=tuple(made))
+
+
 def _samples(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     used = study.base.data.train_rows
     whole, made = min(used or rows.count, rows.count), {}
@@ -326,6 +334,7 @@ SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparis
     "own-answers": _own_answers,
     "repairs": _repairs,
     "rounds": _rounds,
+    "planners": _planners,
     "samples": _samples,
     "frontier": _frontier,
     "controls": _controls,
@@ -334,7 +343,7 @@ SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparis
 
 def conflicts(base: Recipe, overrides: Mapping[str, Any]) -> str | None:
     """Say why overrides of the default schedule have no effect on a recipe that lists stages; None where they have."""
-    lost = [key for key in ("shrink", "order", "row_visits", "multiples") if key in overrides]
+    lost = [key for key in ("shrink", "order", "row_visits", "multiples", *CHOOSING) if key in overrides]
     if base.stages and lost and "stages" not in overrides:
         return f"the base lists stages, so {', '.join(lost)} has no effect; give the base a shrink instead."
     return None

@@ -1,0 +1,223 @@
+"""Sizes for a budget in the way that a recipe asks for: by shares, by importance per cost, or by a short search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slimlmm import checkpoint, data, plan, rounds, surgery, sweeps, vocab
+from slimlmm.allocation import Market, Sizes, least_loss, trades
+from slimlmm.budget import Budget
+from slimlmm.collate import Collator, texts_of
+from slimlmm.costs import Answer
+from slimlmm.distill import can_pack
+from slimlmm.errors import UserError
+from slimlmm.grid import Grid
+from slimlmm.pricing import fitted, table, within_measured
+from slimlmm.progress import Reporter
+from slimlmm.recipe import Recipe
+from slimlmm.resizing import predict_parameters
+from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.sensitivity import Curve, curves
+from slimlmm.stopping import validation_loss
+from slimlmm.teacher import TeacherCache
+
+Rows = Mapping[str, list[data.Row]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One shape of a search: what was predicted for it, and what a brief recovery made of it on validation rows.
+
+    `loss` is the cross-entropy per answer token (nats), which ranks; `accuracy` the exact match of `n` rows.
+    """
+
+    name: str
+    sizes: Sizes
+    parameters: int
+    predicted: float
+    loss: float
+    accuracy: float
+    n: int
+    row_visits: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The sizes that were chosen, and what they were chosen by: loss curves by axis, tried shapes from the best down.
+
+    `line_error`: of a measured budget the median of |predicted / measured - 1| over the table that its line was drawn through.
+    """
+
+    by: str
+    sizes: Sizes
+    predicted: float | None = None
+    line_error: float | None = None
+    curves: Mapping[str, Curve] | None = None
+    tried: tuple[Tried, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        found = [asdict(one) for one in (self.curves or {}).values()]
+        tried = [asdict(one) for one in self.tried]
+        told = {"by": self.by, "sizes": self.sizes, "predicted": self.predicted, "line_error": self.line_error}
+        return told | {"curves": found, "candidates": tried}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What trial cuts start from: the model after the lossless cuts, its processor, rows."""
+
+    job: rounds.Job
+    model: PreTrainedModel
+    processor: Any
+    per_picture: int
+
+
+def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Path, tell: Reporter) -> Ground:
+    """Make the lossless cuts in memory, and a job that promises nothing; what the teacher says is kept in `folder`.
+
+    Raises:
+        UserError: the recipe leaves labels to the teacher and there are rows without, or the vocabulary cannot be trimmed.
+    """
+    if any(not row.answer for row in rows["train"]):
+        raise UserError(
+            f"sizes_by: {recipe.sizes_by} looks at answers, and train rows have none before the teacher labelled them."
+        )
+    texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
+    model, processor = vocab.trim(loaded.model, loaded.processor, texts)
+    model = surgery.living(model)
+    few = recipe.data.model_copy(update={"calibration_rows": recipe.curve_rows})
+    plain = recipe.model_copy(update={"max_drop": None, "data": few})
+    job = rounds.job_of(RunFolder(folder), plain, rows, tell)
+    packed = can_pack(model, processor, job.calibration)
+    job.cache = TeacherCache(model, Collator(processor, packed=packed), folder / "cache")
+    return Ground(job=job, model=model, processor=processor, per_picture=data.rows_per_picture(rows["train"]))
+
+
+def chosen(
+    space: plan.Space, budget: Budget, by: str, ground: Callable[[], Ground], measured: Answer | None = None
+) -> Choice:
+    """Return the sizes for a budget and how they came about. `measured`: how answers use the model, of a budget that is measured.
+
+    Raises:
+        UserError: no shape meets the budget, or an axis cannot be tried alone.
+    """
+    by_shares = (plan.sizes_within if measured is None else lambda *of: plan.scaled_within(*of)[1])(space, budget)
+    if by == "shares" or space.whole(by_shares):
+        return Choice(by="shares", sizes=by_shares)
+    here = ground()
+    found = curves(here.job, here.model, here.processor, space)
+    error = None
+    if measured is None:
+        market, limit = Market(space, budget.cost, found), budget.limit
+        sizes = least_loss(market, limit, [by_shares])
+    else:
+        shapes = table(space, lambda scale: plan.scaled(space, scale))
+        held, costs = _measured(space, budget, shapes)
+        line = fitted(space, measured, held, costs)
+        off = [abs(line.cost(space.stated(one)) / cost - 1) for one, cost in zip(held, costs, strict=True)]
+        error = statistics.median(off)
+        market, limit, sizes = within_measured(space, budget, line.cost, found, by_shares)
+    first = Choice(by="importance", sizes=sizes, predicted=market.loss(sizes), line_error=error, curves=found)
+    return first if by == "importance" else _searched(here, market, limit, budget, first, by_shares)
+
+
+def _measured(space: plan.Space, budget: Budget, shapes: list[Sizes]) -> tuple[list[Sizes], list[float]]:
+    """Return those shapes that the machine can hold, and what they cost."""
+    costs = [(one, budget.cost(space.stated(one))) for one in shapes]
+    held = [(one, cost) for one, cost in costs if cost < float("inf")]
+    return [one for one, _ in held], [cost for _, cost in held]
+
+
+def _searched(ground: Ground, market: Market, limit: float, budget: Budget, first: Choice, by_shares: Sizes) -> Choice:
+    """Cut and briefly recover the shapes of `candidates`; return the one of least validation loss, with all figures."""
+    space, recipe = market.space, ground.job.recipe
+    shapes = {"importance": first.sizes} | ({} if by_shares == first.sizes else {"shares": by_shares})
+    count = recipe.search_candidates - len(shapes)
+    others = trades(market, limit, first.sizes, [by_shares], 2 * count)
+    fitting = [one for one in others if budget.cost(space.stated(one)) <= budget.limit]
+    shapes |= {_traded(first.sizes, one): one for one in fitting[:count]}
+    tried = [
+        tried_shape(ground, space, (name, sizes), (number, len(shapes)), market.loss(sizes))
+        for number, (name, sizes) in enumerate(shapes.items(), 1)
+    ]
+    tried.sort(key=lambda one: one.loss)
+    return replace(first, by="search", sizes=tried[0].sizes, predicted=tried[0].predicted, tried=tuple(tried))
+
+
+def _traded(before: Sizes, after: Sizes) -> str:
+    """Name a trade: "text.ffn+ vision.width-"."""
+    changed = [name for name in before if before[name] != after[name]]
+    return " ".join(f"{name}{'+' if after[name] > before[name] else '-'}" for name in changed)
+
+
+def tried_shape(
+    ground: Ground, space: plan.Space, shape: tuple[str, Sizes], place: tuple[int, int], predicted: float
+) -> Tried:
+    """Cut to a shape at once and recover it for `search_row_visits` with the losses of the default schedule, as a round does."""
+    (name, sizes), (number, of), job = shape, place, ground.job
+    began, recipe = time.perf_counter(), job.recipe
+    planned = plan.stages_for(
+        space.config,
+        sizes,
+        row_visits=recipe.search_row_visits,
+        rows_per_picture=ground.per_picture,
+        order=recipe.order,
+        grid=Grid.of(recipe),
+    )
+    turn = sweeps.one_shot(planned)[-1].rounds[-1]
+    told = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]  # a run that goes on must find this very shape
+    where = rounds.Place(number, of, f"candidate-{told}", number)
+    done = next(rounds.attempts(job, ground.model, ground.processor, turn, where))
+    assert done.record.after_recovery is not None
+    collator = Collator(done.processor, packed=can_pack(done.model, done.processor, job.validation))
+    groups = data.by_picture(job.validation, 16)
+    loss = validation_loss(done.model, [collator(groups[at : at + 16]) for at in range(0, len(groups), 16)])
+    job.tell.say(f"candidate {number}/{of}", shape=name, validation_loss=loss)
+    return Tried(
+        name=name,
+        sizes=sizes,
+        parameters=predict_parameters(space.config, space.stated(sizes)),
+        predicted=predicted,
+        loss=loss,
+        accuracy=done.record.after_recovery.accuracy,
+        n=done.record.after_recovery.n,
+        row_visits=done.record.row_visits or 0,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def sizes_for_run(
+    space: plan.Space,
+    budget: Budget,
+    loaded: checkpoint.Loaded,
+    rows: Rows,
+    recipe: Recipe,
+    folder: Path | None,
+    tell: Reporter,
+) -> Sizes:
+    """Return the sizes for a run; a choice that ran the model is read from its `folder` (``sizes.json``) where it is finished."""
+    if recipe.sizes_by == "shares":
+        return plan.sizes_within(space, budget)
+    with TemporaryDirectory() as scratch:
+        place = Path(scratch) if folder is None else folder / "sizes"
+        record = place.with_suffix(".json")
+        if not record.exists():
+            place.mkdir(exist_ok=True)
+            choice = chosen(space, budget, recipe.sizes_by, lambda: ground_of(loaded, rows, recipe, place, tell))
+            write_json(record, choice.record())
+            shutil.rmtree(place)
+        sizes: Sizes = json.loads(record.read_text(encoding="utf-8"))["sizes"]
+    return sizes
