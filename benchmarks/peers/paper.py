@@ -83,8 +83,8 @@ class Ramp:
     taken where the unit is read, and the least important units are chosen until there are round(gone * i / (T - 1)) of them,
     gone = units - kept; a unit once chosen stays so. A chosen unit's mask is 0, or where units are few `FADE` times what it was.
     Blocks are chosen from the last on, and fade by a straight line, one after the other. Within the with-block the model computes
-    with the masks, and norms average over the channels that are not chosen, so that a plain cut of the chosen units after the ramp
-    leaves what the masked model computed.
+    with the masks, and norms average over the channels that are not chosen, so that a plain cut of the chosen units after the
+    ramp leaves what the masked model computed.
     """
 
     def __init__(self, model: PreTrainedModel, axis: Axis, size: int, steps: int) -> None:

@@ -26,7 +26,7 @@ from slimlmm.resizing import predict_parameters
 
 #: one of three blocks goes, and four of five FFN neurons: 16,550,208 parameters
 BLOCKS_GONE, NEURONS_GONE = 1, 80
-CALIBRATION_PICTURES = 32
+CALIBRATION_PICTURES = 16
 LANGUAGE = "model.language_model."
 
 

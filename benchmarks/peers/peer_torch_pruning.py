@@ -22,6 +22,10 @@ from slimlmm.resizing import predict_parameters
 #: shares that are tried, in these parts of the teacher's sizes: all widths and FFNs come out whole
 PARTS = 96
 HEAD_DIM = 64
+#: query heads that stay with every key/value head: at one it takes the group for plain heads, would empty the keys, and cuts none
+LEAST_QUERIES = 2
+#: what nothing reads in this LLaVA (it takes the states before the last norm): no graph reaches it, so it is left as initialised
+UNUSED = tuple(f"model.vision_tower.{name}" for name in ("embeddings.mask_token", "layernorm.weight", "layernorm.bias"))
 
 
 def reach(task: Task) -> Outcome:
@@ -43,8 +47,8 @@ def reach(task: Task) -> Outcome:
         notes=tuple(notes),
         could_not=(
             "blocks: it cuts no depth, so the student keeps all 7 + 3",
-            "key/value heads: under grouped queries only query heads go",
-            "the unused mask token of the vision tower, which its graph does not reach (zeros in its place)",
+            "key/value heads: under grouped queries only query heads go, and not down to one a group",
+            "parameters that nothing reads (mask token and last norm of the vision tower): its graph does not reach them",
         ),
     )
 
@@ -53,17 +57,20 @@ def smaller(model: PreTrainedModel, whole: Any, most: int) -> tuple[PreTrainedMo
     """Return the model cut to the largest share of the teacher's sizes with at most `most` parameters, and that share."""
     for share in range(PARTS - 1, 0, -1):
         config = shape(whole, share)
-        if predict_parameters(config, {}) <= most:
+        if config is not None and predict_parameters(config, {}) <= most:
             return cut(model, config), share
     raise UserError(f"torch-pruning: even 1/{PARTS} of the widths has more than {most:,} parameters.")
 
 
 def shape(whole: Any, share: int) -> Any:
-    """Return the teacher's configuration with `share` / `PARTS` of its widths, FFNs and heads; key/value heads stay."""
+    """Return the teacher's configuration with `share` / `PARTS` of its widths, FFNs and heads; key/value heads stay.
+
+    None where the stock class refuses it, because its query heads do not divide the width.
+    """
     stored = whole.to_dict()
     text, vision = stored["text_config"], stored["vision_config"]
     groups = text["num_key_value_heads"]
-    per_group = max(1, round(text["num_attention_heads"] // groups * share / PARTS))
+    per_group = max(LEAST_QUERIES, round(text["num_attention_heads"] // groups * share / PARTS))
     text |= {
         "hidden_size": text["hidden_size"] * share // PARTS,
         "intermediate_size": text["intermediate_size"] * share // PARTS,
@@ -75,7 +82,7 @@ def shape(whole: Any, share: int) -> Any:
         "num_attention_heads": max(1, round(vision["num_attention_heads"] * share / PARTS)),
         "head_dim": HEAD_DIM,
     }
-    return type(whole)(**stored)
+    return type(whole)(**stored) if text["hidden_size"] % text["num_attention_heads"] == 0 else None
 
 
 def cut(model: PreTrainedModel, config: Any) -> PreTrainedModel:
@@ -84,6 +91,7 @@ def cut(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     Raises:
         UserError: what it left has other shapes, or the stock model gives other logits.
     """
+    model.set_attn_implementation("eager")  # its graph does not follow grouped queries through fused attention
     prompt = {**picture_prompt(model.config), "use_cache": False}
     heads, ratios = attention(model, config)
     pruner = tp.pruner.BasePruner(
@@ -102,9 +110,9 @@ def cut(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     told_heads(model, config)
     student: PreTrainedModel = stock_class(config).from_config(config, dtype=torch.float32)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    unused = "model.vision_tower.embeddings.mask_token"
-    state[unused] = torch.zeros(1, config.vision_config.hidden_size)
-    student.load_state_dict(state)
+    student.load_state_dict({**state, **{name: student.state_dict()[name] for name in UNUSED}})
+    towers: Any = model.model
+    towers.vision_tower.layernorm = torch.nn.Identity()  # it runs, at its old size, and nothing reads it
     with torch.no_grad():
         theirs, stock = model.eval()(**prompt).logits, student.eval()(**prompt).logits
     off = float((theirs - stock).abs().max() / theirs.abs().max())
