@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from arms import ARMS, HERE, Arm, arm
+from arms import ARMS, HERE, arm
 from pydantic import Field
 from shared import Outcome, Task
 
@@ -46,6 +47,9 @@ class Result(File):
     row_visits: int = Field(description="Rows seen in training.")
     training_seconds: float = Field(description="Wall time of its trainings.")
     seconds: float = Field(description="Wall time of everything before the evaluation.")
+    cpu_seconds: float = Field(
+        description="Processor time of the same, which other work on the machine does not lengthen."
+    )
     threads: int = Field(description="Threads of its process.")
     accuracy: Accuracy = Field(description="Exact match on the test rows, with n and standard errors.")
     behind: Interval | None = Field(
@@ -92,11 +96,12 @@ def measured(name: str, arguments: argparse.Namespace) -> Result:
     if name != chosen.own and not (task.own / "answers.json").exists():
         raise UserError(f"{name} is compared with {chosen.own}, which is not there yet; run that first.")
     claimed(task)
-    began = time.perf_counter()
-    if not (task.out / "outcome.json").exists():
-        carried_out(task, chosen, out / "environments", arguments.timeout)
-        (task.out / "seconds.json").write_text(json.dumps(time.perf_counter() - began))
-    seconds = json.loads((task.out / "seconds.json").read_text())
+    took = task.out / "seconds.json"
+    if not took.exists():
+        python = (
+            environment_of(chosen.environment, out / "environments") if chosen.environment else Path(sys.executable)
+        )
+        took.write_text(json.dumps(carried_out(task, python, arguments.timeout)))
     answers = answered(task, arguments.test_rows)
     did = Outcome.load(task.out / "outcome.json")
     own = None if name == chosen.own else Evaluation.model_validate_json((task.own / "answers.json").read_bytes())
@@ -109,7 +114,7 @@ def measured(name: str, arguments: argparse.Namespace) -> Result:
         parameters=checkpoint.load(task.student).model.num_parameters(),
         row_visits=did.row_visits,
         training_seconds=did.training_seconds,
-        seconds=seconds,
+        **json.loads(took.read_text()),
         threads=torch.get_num_threads(),
         accuracy=answers.summary,
         behind=None if own is None else drop(own, answers, seed=task.seed),
@@ -139,13 +144,13 @@ def claimed(task: Task) -> None:
     task.save(path)
 
 
-def carried_out(task: Task, chosen: Arm, environments: Path, hours: float) -> None:
-    """Run the arm in its environment.
+def carried_out(task: Task, python: Path, hours: float) -> dict[str, float]:
+    """Run the arm by the Python of its environment; return the wall and processor time that it took.
 
     Raises:
         UserError: it failed, or took longer than `hours`.
     """
-    python = Path(sys.executable) if not chosen.environment else environment_of(chosen.environment, environments)
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     package = str(Path(slimlmm.__file__).parent.parent)
     order = [str(python), str(HERE / "arms.py"), str(task.out / "task.json")]
     try:
@@ -154,6 +159,9 @@ def carried_out(task: Task, chosen: Arm, environments: Path, hours: float) -> No
         raise UserError(f"{task.arm} was given up after {hours} hours.") from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"{task.arm} failed with exit code {error.returncode}; what it said stands above.") from error
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu}
 
 
 def environment_of(name: str, environments: Path) -> Path:

@@ -47,7 +47,7 @@ def kept() -> list[Result]:
 def table(results: list[Result]) -> str:
     """Return the table, then what each peer could not do and what else it said, as Markdown."""
     lines = [
-        "| arm | how | parameters | row visits | exact match, test rows | behind ours, points | seconds (training) |",
+        "| arm | how | parameters | row visits | exact match, test rows | behind ours, points | thread-minutes |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     lines += [_row(one) for one in results]
@@ -67,7 +67,7 @@ def _row(one: Result) -> str:
     error = score.clustered_se if score.clustered_se is not None else score.se
     behind = "" if gap is None else f"{100 * gap.mean:.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
     exact = f"{100 * score.accuracy:.1f} ± {100 * error:.1f} % of {score.n:,}"
-    times = f"{one.seconds:,.0f} ({one.training_seconds:,.0f})"
+    times = f"{one.cpu_seconds / 60:,.0f}"
     return f"| `{one.arm}` | {one.told} | {one.parameters:,} | {one.row_visits:,} | {exact} | {behind} | {times} |"
 
 
