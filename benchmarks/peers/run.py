@@ -46,7 +46,7 @@ class Result(File):
     parameters: int = Field(description="Parameters of its student, all counted.")
     row_visits: int = Field(description="Rows seen in training.")
     training_seconds: float = Field(description="Wall time of its trainings.")
-    seconds: float = Field(description="Wall time of everything before the evaluation, of the last attempt where it was interrupted.")
+    seconds: float = Field(description="Wall time before the evaluation, of the last attempt where it was interrupted.")
     cpu_seconds: float = Field(
         description="Processor time of the same, which other work on the machine does not lengthen."
     )
