@@ -31,7 +31,7 @@ LossName = Literal[
     "answer_states",
     "picture_states",
 ]
-Repair = Literal["refit", "rotate", "bridge", "settle"]
+Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
@@ -113,8 +113,9 @@ class Round(Settings):
     repair: tuple[Repair, ...] = Field(
         REPAIRS,
         description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
-        "residual stream before a width cut), bridge (what dropped blocks added), settle (the stream, block by block, after all "
-        "cuts of the round). Of the ways to make a cut the one of least calibration loss stays; [] for none.",
+        "residual stream before a width cut), merge (dropped heads into kept ones, values and all), bridge "
+        "(what dropped blocks added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a "
+        "cut the one of least calibration loss stays; [] for none.",
     )
     train: tuple[Training, ...] = Field(
         (),

@@ -242,6 +242,7 @@ def _cut(
     found = anatomy.axis(axis)
     scores: dict[str, Tensor] = {}
     tries: list[repair.Choice] = []
+    reason = ""
     if found.kind == "blocks":
         keep: Keep = {axis: _blocks(job, model, turn, (axis, size), batches)}
     else:
@@ -251,11 +252,12 @@ def _cut(
         keep = plan.choose(scores, anatomy, axis, size)
     if found.kind == "blocks" and "bridge" in turn.repair:
         student, tries = bridging.bridge_best(model, anatomy, axis, keep, batches, _calibration_loss(job))
-    elif scores and {"refit", "rotate"} & set(turn.repair):
+    elif scores and {"refit", "rotate", "merge"} & set(turn.repair):
         statistics = repair.collect(model, anatomy, axis, batches)
         student, keep, tries = repair.fold_best(
             model, anatomy, axis, keep, statistics, batches, _calibration_loss(job), turn.repair
         )
+        reason = statistics.reason
     else:
         student = surgery.cut(model, anatomy, axis, keep)
     kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size
@@ -273,6 +275,7 @@ def _cut(
             "before": found.size,
             "after": size,
             "repairs_tried": {one.name: one.loss for one in tries},
+            "not_tried_because": reason or None,
             "keep": {name: units.tolist() for name, units in keep.items()},
         },
     )

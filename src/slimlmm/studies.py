@@ -289,7 +289,7 @@ groups:
 | `orders` | all six orders of the levels |
 | `criteria` | units by Taylor, activation, magnitude, at random; blocks and key/value groups as in the base |
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
-| `repairs` | all, none, and all but each of refit, rotate, bridge and settle |
+| `repairs` | all, none, and all but each of refit, rotate, merge, bridge and settle |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
