@@ -13,9 +13,9 @@ from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
 #: alternations between values and reads; each can only lower the error of the fit
-SWEEPS = 6
+SWEEPS = 3
 #: most steps of conjugate gradients for the values of one group, and the residual that ends them
-STEPS, ENOUGH = 30, 1e-6
+STEPS, ENOUGH = 10, 1e-3
 #: jitter on inner Gram matrices, relative to the mean of their diagonal
 JITTER = 1e-10
 
@@ -131,12 +131,13 @@ def _values(found: Factors, inner: Tensor, target: Tensor, group: int) -> Factor
     """
     terms = len(found.of)
     mine = (found.of == group).nonzero().flatten()
-    others = found.whole().unflatten(1, (terms, -1)).clone()
-    others[:, mine] = 0
-    rest = (target - others.flatten(1) @ inner).unflatten(1, (terms, -1))
-    reads = found.reads[mine]
-    own = _blocks(inner, terms)[mine][:, :, mine]  # [k, x, l, x]
-    right = torch.einsum("kod,okx->dx", reads, rest[:, mine])
+    blocks = _blocks(inner, terms)[:, :, mine]  # [k, x, l, x]
+    rest = target.unflatten(1, (terms, -1))[:, mine]
+    for term in (found.of != group).nonzero().flatten().tolist():
+        seen = found.values[found.of[term]] @ blocks[term].flatten(1)
+        rest = rest - (found.reads[term] @ seen).unflatten(1, (len(mine), -1))
+    reads, own = found.reads[mine], blocks[mine]
+    right = torch.einsum("kod,okx->dx", reads, rest)
     crossed = torch.einsum("kod,loe->kdle", reads, reads)
     count, dim = len(mine), reads.shape[-1]
 

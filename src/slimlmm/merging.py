@@ -31,8 +31,8 @@ from slimlmm.wiring import owner
 
 #: axes whose units are heads
 NOUNS = ("kv_groups", "queries")
-#: ridge strengths tried, relative to the mean power of a channel of the pooled stream
-POOLED_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+#: ridge strengths, relative to the mean power of a channel of the pooled stream, tried in turn while the error falls
+POOLED_RIDGES = (1e-1, 1e-2, 1e-3)
 #: those of a plain refit of an attention output
 REFIT_RIDGES = tuple(ridge for ridge in RIDGES if ridge >= ATTENTION_RIDGE)
 #: most features of all kept heads together: their Gram matrices take 16 bytes for each pair
@@ -165,7 +165,8 @@ def _path(view: View, modules: dict[str, nn.Module], parameter: str, stays: Tens
 def listen(model: PreTrainedModel, path: Path, batches: Sequence[Batch], *, text: bool) -> Moments:
     """Return the moments of (pooled stream of the kept heads, what the dropped ones write); [K * X + O]."""
     size = len(path.kept) * (path.value.in_features + path.constant) + path.output.out_features
-    moments = Moments(size, model.device)
+    products = torch.promote_types(path.value.weight.dtype, torch.float32)  # many features
+    moments = Moments(size, model.device, products)
     dropped = torch.ones(path.output.in_features, dtype=torch.bool)
     dropped[path.columns] = False
     lost = path.output.weight[:, dropped.to(path.output.weight.device)]
@@ -261,6 +262,8 @@ def _fold(path: Path, moments: Moments) -> Merged:
         found = fitted(before, moments.gram(0, centred=_centred(path)), ridge)
         if found.whole().norm() <= GROWTH * before.whole().norm():
             errors[ridge] = _error(path, moments, before, found)
+            if errors[ridge] > min(errors.values()):
+                break
     best = min(errors, key=errors.__getitem__, default=None)
     if best is None or errors[best] >= refit_error:
         _write(path, moments, before, plain)

@@ -18,9 +18,15 @@ ATTENTION_RIDGE = 3e-2
 
 
 class Moments:
-    """Count, sum and Gram matrix of vectors, fp64, apart for two halves of the samples (fit, held out)."""
+    """Count, sum and Gram matrix of vectors, fp64, apart for two halves of the samples (fit, held out).
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    `products` is the number format that the products of one call are made in before they are summed up in fp64.
+    """
+
+    def __init__(
+        self, features: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64
+    ) -> None:
+        self.products = products
         self.gram_2NN = torch.zeros(2, features, features, dtype=torch.float64, device=device)
         self.total_2N = torch.zeros(2, features, dtype=torch.float64, device=device)
         self.count_2 = torch.zeros(2, dtype=torch.float64, device=device)
@@ -35,12 +41,12 @@ class Moments:
         middle = values.shape[0] // 2
         first = self.calls % 2
         for half, part in ((first, slice(middle, None)), (1 - first, slice(0, middle))):
-            rows = values[part].detach().reshape(-1, values.shape[-1]).double()
-            times = rows.new_ones(len(rows)) if weight is None else weight[part].reshape(-1).double()
+            rows = values[part].detach().reshape(-1, values.shape[-1]).to(self.products)
+            times = rows.new_ones(len(rows)) if weight is None else weight[part].reshape(-1).to(rows)
             weighted = rows * times[:, None]
             self.gram_2NN[half] += weighted.T @ rows
-            self.total_2N[half] += weighted.sum(0)
-            self.count_2[half] += times.sum()
+            self.total_2N[half] += weighted.sum(0, dtype=torch.float64)
+            self.count_2[half] += times.sum(dtype=torch.float64)
         self.calls += 1
 
     def gram(self, half: int | None = None, *, centred: bool = False) -> Tensor:
