@@ -105,6 +105,7 @@ def aligned(model, described, axis, *, half):
 def test_heads_that_attend_alike_are_merged_without_loss(name, axis, half, monkeypatch):
     """Also where their values have nothing in common, but together no more than one head holds; there a refit loses."""
     monkeypatch.setattr(merging, "POOLED_RIDGES", (1e-10,))
+    monkeypatch.setattr(merging, "SWEEPS", 40)
     model, described, batches = case(name)
     model = copy.deepcopy(model)
     aligned(model, described, axis, half=half)

@@ -10,7 +10,7 @@ from slimlmm.errors import UserError
 from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
 from tiny import tiny
 
-SWEEPS = ["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+SWEEPS = ["orders", "criteria", "losses", "repairs", "fades", "rounds", "samples", "frontier", "controls"]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,9 @@ def test_every_sweep_makes_its_arms(planned):
             "repair-none",
             "repair-without-settle",
             "repair-without-bridge",
+            "fade-none",
+            "fade-25",
+            "fade-50",
             "rounds-planned",
             "rounds-per-level",
             "rounds-one-shot",

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
-#: alternations between values and reads; each can only lower the error of the fit
-SWEEPS = 3
 #: most steps of conjugate gradients for the values of one group, and the residual that ends them
 STEPS, ENOUGH = 10, 1e-3
 #: jitter on inner Gram matrices, relative to the mean of their diagonal
@@ -66,7 +64,7 @@ class Factors:
         return Factors(values, reads, self.of)
 
 
-def fitted(before: Factors, gram: Tensor, ridge: float, *, sweeps: int = SWEEPS) -> Factors:
+def fitted(before: Factors, gram: Tensor, ridge: float, *, sweeps: int) -> Factors:
     """Return the factors that make up for what is lost as well as terms of this rank can.
 
     With p [K * X] the features, y [O] what is lost, G = E[p p^T] and L = E[y p^T] (both in `gram`, features first), minimises

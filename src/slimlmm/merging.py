@@ -33,6 +33,8 @@ from slimlmm.wiring import owner
 NOUNS = ("kv_groups", "queries")
 #: ridge strengths, relative to the mean power of a channel of the pooled stream, tried in turn while the error falls
 POOLED_RIDGES = (1e-1, 1e-2, 1e-3)
+#: alternations between values and reads; each can only lower the error of the fit, most of which the start has taken
+SWEEPS = 3
 #: those of a plain refit of an attention output
 REFIT_RIDGES = tuple(ridge for ridge in RIDGES if ridge >= ATTENTION_RIDGE)
 #: most features of all kept heads together: their Gram matrices take 16 bytes for each pair
@@ -259,7 +261,7 @@ def _fold(path: Path, moments: Moments) -> Merged:
     plain, refit_error = _refitted(path, moments, before)
     errors: dict[float, float] = {}
     for ridge in POOLED_RIDGES if float(moments.count_2.min()) else ():  # without held-out samples nothing tells which
-        found = fitted(before, moments.gram(0, centred=_centred(path)), ridge)
+        found = fitted(before, moments.gram(0, centred=_centred(path)), ridge, sweeps=SWEEPS)
         if found.whole().norm() <= GROWTH * before.whole().norm():
             errors[ridge] = _error(path, moments, before, found)
             if errors[ridge] > min(errors.values()):
@@ -268,7 +270,9 @@ def _fold(path: Path, moments: Moments) -> Merged:
     if best is None or errors[best] >= refit_error:
         _write(path, moments, before, plain)
         return Merged(name=path.name, error=refit_error, refit_error=refit_error, ridge=None)
-    _write(path, moments, before, fitted(before, moments.gram(centred=_centred(path)), best).like(before))
+    _write(
+        path, moments, before, fitted(before, moments.gram(centred=_centred(path)), best, sweeps=SWEEPS).like(before)
+    )
     return Merged(name=path.name, error=errors[best], refit_error=refit_error, ridge=best)
 
 

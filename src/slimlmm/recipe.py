@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from slimlmm.errors import UserError, nearest
 
@@ -33,6 +33,8 @@ LossName = Literal[
 ]
 Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
+#: what can fade out in a training, by noun
+FADING = ("ffn", "kv_groups", "queries", "blocks", "decoder_blocks")
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
 
@@ -91,6 +93,11 @@ class Training(Settings):
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
+    @property
+    def sees_pictures_alone(self) -> bool:
+        """Tell whether its losses look no further than what enters the language model."""
+        return set(self.losses) == {"picture_states"}
+
 
 class Round(Settings):
     """One turn of score, cut, recover, evaluate."""
@@ -117,6 +124,15 @@ class Round(Settings):
         "(what dropped blocks added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a "
         "cut the one of least calibration loss stays; [] for none.",
     )
+    fade: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps of the first training over which what goes fades out before it is cut: the whole model "
+        "trains, what reads units that go gets m = (1 + cos(pi step / fade)) / 2 of them, and what blocks that go add is scaled "
+        "likewise. At m = 0 the cut loses nothing, so there is nothing to repair (`repair: []`), and the small model makes the "
+        "other steps of that training, its learning rates going on, Adam's moments begun anew, `validate_every` from there on. "
+        "For ffn, kv_groups, queries and blocks; all units are chosen before. 0 cuts at once.",
+    )
     train: tuple[Training, ...] = Field(
         (),
         description="Recovery trainings after the cut, one after the other; one alone needs no list; none by default.",
@@ -126,6 +142,31 @@ class Round(Settings):
     @classmethod
     def _one_alone(cls, train: Any) -> Any:
         return [] if train is None else [train] if isinstance(train, Mapping | Training) else train
+
+    @model_validator(mode="after")
+    def _can_fade(self) -> Round:
+        if self.fade and (reason := self.cannot_fade()):
+            raise ValueError(f"fade={self.fade}: {reason}")
+        return self
+
+    def cannot_fade(self) -> str:
+        """Say what else in this round keeps `fade` from being done, "" where nothing does."""
+        if not self.sizes or not self.train:
+            return "needs sizes that are cut and a training that they fade in"
+        if other := [axis for axis in self.sizes if axis.rpartition(".")[2] not in FADING]:
+            return f"{', '.join(other)} cannot fade, only {', '.join(FADING)}; cut it in a round without fade"
+        if self.fade >= self.train[0].steps:
+            return (
+                f"must be less than the {self.train[0].steps} steps of the first training, whose others follow the cut"
+            )
+        if self.repair:
+            return "what has faded says nothing, so its cut needs no repair; write repair: []"
+        if self.train[0].sees_pictures_alone and (text := [a for a in self.sizes if not a.startswith("vision.")]):
+            return (
+                f"picture_states alone does not run the language model, where {', '.join(text)} would be missed; "
+                + ("put a training of answers first")
+            )
+        return ""
 
 
 class Stage(Settings):

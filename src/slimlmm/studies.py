@@ -16,7 +16,7 @@ from slimlmm import recipe
 from slimlmm.errors import UserError, nearest
 from slimlmm.recipe import Recipe, Round, Settings, Training
 
-Sweep = Literal["orders", "criteria", "losses", "repairs", "rounds", "samples", "frontier", "controls"]
+Sweep = Literal["orders", "criteria", "losses", "repairs", "fades", "rounds", "samples", "frontier", "controls"]
 Kind = Literal["compress", "scratch", "random-init"]
 #: name of the arm that is the base recipe itself
 BASE = "base"
@@ -290,6 +290,7 @@ groups:
 | `criteria` | units by Taylor, activation, magnitude, at random; blocks and key/value groups as in the base |
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
 | `repairs` | all, none, and all but each of refit, rotate, merge, bridge and settle |
+| `fades` | what goes of inner dimensions and blocks is cut at once, or fades out over a quarter or half of the first training |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
