@@ -86,7 +86,7 @@ def case(
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
             statistics = repair.collect(repaired, anatomy, axis, calibration.fit)
-            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration.judge, loss)
+            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration, loss)
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
     began = time.perf_counter()

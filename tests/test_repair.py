@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slimlmm import anatomy, repair, surgery
+from slimlmm.calibration import Calibration
 from slimlmm.errors import UserError
 from slimlmm.importance import forward, score
 from slimlmm.moments import Moments, predict
@@ -207,7 +208,9 @@ def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():
     keep = half(axis, model, described)
     before = copy.deepcopy(model)
     statistics = calibrated(MAIN, axis.name)
-    student, kept, tries = repair.fold_best(model, described, axis.name, keep, statistics, batches, loss)
+    student, kept, tries = repair.fold_best(
+        model, described, axis.name, keep, statistics, Calibration(fit=batches, judge=batches), loss
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert {name: len(units) for name, units in kept.items()} == {name: len(units) for name, units in keep.items()}
     assert [t.name for t in tries] == ["slice", "refit", "rotate:0", "rotate:0.5", "rotate:1"]

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import reduce
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -48,6 +49,7 @@ from slimlmm.losses import (
 )
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
+from slimlmm.spans import Span, check_schedule, schedule, warmup_steps
 from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache, Teachers
 
@@ -233,18 +235,19 @@ def train(
     validation: Sequence[Row] = (),
     seed: int = 0,
     progress: Progress | None = None,
+    span: Span | None = None,
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
-    `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation` are the rows that
-    ``settings.validate_every`` looks at.
+    `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation`: rows that are looked at;
+    `span`: the steps that are made.
 
     Raises:
         UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
     """
     refuse(settings, teacher, previous)
-    _check_settings(settings, rows, teacher, validation)
+    _check_settings(settings, rows, teacher, validation, span)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
     groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
@@ -252,16 +255,16 @@ def train(
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model=model,
-        args=_arguments(settings, out, seed, model.device),
+        args=_arguments(settings, out, seed, model.device, span),
         data_collator=groups_as_they_are if own else collate,
         train_dataset=groups,
-        optimizers=(_optimizer(model, anatomy, settings, readouts), None),
+        optimizers=_optimizers(model, anatomy, settings, readouts, span),
         weights=dict(settings.losses),
         teachers=teachers,
         readouts=readouts,
         temperature=settings.temperature,
         own=own,
-        callbacks=[report, *keeper],
+        callbacks=[report, *keeper, *(span.callbacks if span else ())],
     )
     batch = to_device(collate([groups[0]]), model.device)
     row_flops = _row_flops(trainer, model, batch)
@@ -331,8 +334,10 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
 
 
 def _check_settings(
-    settings: Training, rows: Sequence[Row], teacher: TeacherCache | None, validation: Sequence[Row]
+    settings: Training, rows: Sequence[Row], teacher: TeacherCache | None, validation: Sequence[Row], span: Span | None
 ) -> None:
+    if span is not None:
+        check_schedule(settings)
     if not rows:
         raise UserError("no rows to train on.")
     if settings.validate_every and not validation:
@@ -362,17 +367,18 @@ def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) ->
     return float(counter.get_total_flops() / int(batch["row_count"]))
 
 
-def _arguments(settings: Training, out: Path, seed: int, device: torch.device) -> TrainingArguments:
+def _arguments(settings: Training, out: Path, seed: int, device: torch.device, span: Span | None) -> TrainingArguments:
+    steps = settings.steps if span is None else span.last - span.first
     return TrainingArguments(
         output_dir=str(out),
-        max_steps=settings.steps,
+        max_steps=steps,
         per_device_train_batch_size=settings.pictures_per_step // settings.accumulate,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=max(1, int(settings.steps * settings.warmup)),
+        warmup_steps=warmup_steps(settings),
         max_grad_norm=settings.clip,
-        logging_steps=min(settings.log_every, settings.steps),
+        logging_steps=min(settings.log_every, steps),
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,
@@ -411,6 +417,14 @@ def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
     if isinstance(module, nn.Conv2d | nn.Conv3d) and "vision" in parts:
         parts.append("patch_embedding")
     return parts or (["projector"] if "lm_head" not in name else ["text"])
+
+
+def _optimizers(
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts, span: Span | None
+) -> tuple[torch.optim.Optimizer, LambdaLR | None]:
+    """Return the optimizer, and the schedule of a span; the Trainer makes that of a whole training."""
+    optimizer = _optimizer(model, anatomy, settings, readouts)
+    return optimizer, None if span is None else schedule(optimizer, settings, span.first)
 
 
 def _optimizer(

@@ -234,7 +234,7 @@ def activation(task: Task) -> Scores:
 
     def block(group: Group, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before, after = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+            before, after = hidden_of(args, kwargs), output[0] if isinstance(output, tuple) else output
             change = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
             squares[group.name][index] += change.mean().item()
 
@@ -399,7 +399,7 @@ def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would)."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_of(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as stack:
@@ -409,7 +409,7 @@ def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states that a layer was called with, first or by name."""
     hidden: Tensor = (
         args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)

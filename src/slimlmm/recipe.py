@@ -36,8 +36,10 @@ DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl"
 TeacherName = Literal["first", "previous"]
 #: ways to choose sizes for a budget
 SizesBy = Literal["shares", "importance", "search"]
-Repair = Literal["refit", "rotate", "bridge", "settle"]
+Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
+#: what can fade out in a training, by noun
+FADING = ("ffn", "kv_groups", "queries", "blocks", "decoder_blocks")
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
 MULTIPLES = {"width": 64, "ffn": 64}
 
@@ -150,6 +152,11 @@ class Training(Settings):
             raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
         return self
 
+    @property
+    def sees_pictures_alone(self) -> bool:
+        """Tell whether its losses look no further than what enters the language model."""
+        return set(self.losses) == {"picture_states"}
+
 
 class Round(Settings):
     """One turn of score, cut, recover, evaluate."""
@@ -172,8 +179,18 @@ class Round(Settings):
     repair: tuple[Repair, ...] = Field(
         REPAIRS,
         description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
-        "residual stream before a width cut), bridge (what dropped blocks added), settle (the stream, block by block, after all "
-        "cuts of the round). Of the ways to make a cut the one of least calibration loss stays; [] for none.",
+        "residual stream before a width cut), merge (dropped heads into kept ones, values and all), bridge "
+        "(what dropped blocks added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a "
+        "cut the one of least calibration loss stays; [] for none.",
+    )
+    fade: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps of the first training over which what goes fades out before it is cut: the whole model "
+        "trains, what reads units that go gets m = (1 + cos(pi step / fade)) / 2 of them, and what blocks that go add is scaled "
+        "likewise. At m = 0 the cut loses nothing, so there is nothing to repair (`repair: []`), and the small model makes the "
+        "other steps of that training, its learning rates going on, Adam's moments begun anew, `validate_every` from there on. "
+        "For ffn, kv_groups, queries and blocks; all units are chosen before. 0 cuts at once.",
     )
     train: tuple[Training, ...] = Field(
         (),
@@ -184,6 +201,31 @@ class Round(Settings):
     @classmethod
     def _one_alone(cls, train: Any) -> Any:
         return [] if train is None else [train] if isinstance(train, Mapping | Training) else train
+
+    @model_validator(mode="after")
+    def _can_fade(self) -> Round:
+        if self.fade and (reason := self.cannot_fade()):
+            raise ValueError(f"fade={self.fade}: {reason}")
+        return self
+
+    def cannot_fade(self) -> str:
+        """Say what else in this round keeps `fade` from being done, "" where nothing does."""
+        if not self.sizes or not self.train:
+            return "needs sizes that are cut and a training that they fade in"
+        if other := [axis for axis in self.sizes if axis.rpartition(".")[2] not in FADING]:
+            return f"{', '.join(other)} cannot fade, only {', '.join(FADING)}; cut it in a round without fade"
+        if self.fade >= self.train[0].steps:
+            return (
+                f"must be less than the {self.train[0].steps} steps of the first training, whose others follow the cut"
+            )
+        if self.repair:
+            return "what has faded says nothing, so its cut needs no repair; write repair: []"
+        if self.train[0].sees_pictures_alone and (text := [a for a in self.sizes if not a.startswith("vision.")]):
+            return (
+                f"picture_states alone does not run the language model, where {', '.join(text)} would be missed; "
+                + ("put a training of answers first")
+            )
+        return ""
 
 
 class Stage(Settings):

@@ -2,8 +2,8 @@
 
 All repairs change the *uncut* model in place, so that the slice which follows is the repaired student;
 keeping everything changes nothing. Inner dimensions (FFN, KV groups, heads, projector interior): ridge refit
-of the consumer. Residual width: rotation of the stream, then refit of its readers. `fold` returns the
-keep-sets to cut with, because after a rotation the kept channels are the first ones.
+of the consumer; heads also by merging (`merging`). Residual width: rotation of the stream, then refit of its
+readers. `fold` returns the keep-sets to cut with, because after a rotation the kept channels are the first ones.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlmm import surgery
+from slimlmm import merging, surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
+from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
-from slimlmm.moments import RIDGES, Moments, Prediction, predict
+from slimlmm.merging import NotMergeableError, merge
+from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
-
-#: least ridge for attention outputs: with 1e-3 a refit blew weights up in our first trial (rms .07 -> 1.1)
-ATTENTION_RIDGE = 3e-2
 
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
     """Calibration moments of one axis: of consumers' inputs by parameter name, and of the residual stream.
 
-    `stream` is None where the axis has no residual group or its basis cannot be changed; `reason` says why.
+    `stream` is None where the axis has no residual group or its basis cannot be changed; `reason` says why, or why heads are
+    not merged.
     """
 
     axis: str
@@ -214,29 +214,36 @@ def fold_best(
     axis: str,
     keep: Keep,
     statistics: Statistics,
-    batches: Sequence[Batch],
+    calibration: Calibration,
     loss: Loss,
-    ways: Collection[str] = ("refit", "rotate"),
+    ways: Collection[str] = ("refit", "rotate", "merge"),
 ) -> tuple[PreTrainedModel, Keep, list[Choice]]:
-    """Try ways to repair this cut; return the cut model of least loss, its keep-sets, and all tries. `model` stays untouched.
+    """Try ways to repair this cut; return the cut model of least loss on unseen rows, its keep-sets, and all tries.
 
     Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
-    the embedding). Measured, because a rotation is approximate behind tied heads and opening norms. Holds one more copy and
-    two cut models.
+    the embedding); dropped heads merged into kept ones. Measured, because a rotation is approximate behind tied heads and
+    opening norms. A way that turns out to be impossible is left out, and ``statistics.reason`` says why. Holds one more copy
+    and two cut models.
     """
     made: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
     if "refit" in ways:
         made.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
     for power in tied_powers(statistics) if "rotate" in ways else ():
         made.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
+    if "merge" in ways and anatomy.axis(axis).noun in merging.NOUNS:
+        made.append(("merge", _merging(anatomy, axis, keep, calibration.fit)))
     tries: list[Choice] = []
     best: tuple[Choice, PreTrainedModel, Keep] | None = None
     for name, way in made:
         trial = copy.deepcopy(model)
-        kept = way(trial)
+        try:
+            kept = way(trial)
+        except NotMergeableError as reason:
+            statistics.reason = str(reason)
+            continue
         cut = surgery.cut(trial, anatomy, axis, kept)
         del trial
-        tries.append(judged(name, cut, batches, loss))
+        tries.append(judged(name, cut, calibration.judge, loss))
         if best is None or tries[-1].loss < best[0].loss:
             best = tries[-1], cut, kept
     assert best is not None
@@ -265,6 +272,14 @@ def linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[Sl
     for slot in group.slots:
         if slot.role == "consume" and isinstance(modules.get(owner(slot.parameter)), nn.Linear):
             yield slot
+
+
+def _merging(anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> Callable[[PreTrainedModel], Keep]:
+    def way(model: PreTrainedModel) -> Keep:
+        merge(model, anatomy, axis, keep, batches)
+        return keep
+
+    return way
 
 
 def _rotation(

@@ -89,6 +89,10 @@ class Round(Record):
     kept_promise: bool = Field(
         True, description="Whether validation stayed within `max_drop`; else it was rolled back."
     )
+    fade: int = Field(
+        0,
+        description="Optimizer steps over which the units that went faded out; counted in `steps`, not in `trainings`.",
+    )
     trainings: int = Field(0, description="Trainings made, those repeated for a missed promise included.")
     after_cut: Score | None = Field(None, description="Validation score after cut and repair, before any training.")
     after_recovery: Score | None = Field(None, description="Validation score after training; null if there was none.")

@@ -22,6 +22,7 @@ from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
+from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
 from slimlmm.lessons import Taught, asked_of
@@ -30,6 +31,7 @@ from slimlmm.recipe import Recipe, Round, Training
 from slimlmm.resizing import predict_parameters
 from slimlmm.runfolder import RunFolder, write_json
 from slimlmm.settling import settle_best
+from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
 
 
@@ -142,12 +144,12 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
     job, start = _beside_previous(job, model, processor, turn), model
-    model = _smaller(job, model, processor, turn, folder)
+    model, faded = _without(job, model, processor, turn, place, folder)
     if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
         model = copy.deepcopy(model)
     after = describe(model.config).sizes
     cut_score = _score(job, model, processor, f"{place.name} after the cut")
-    trained, score = _recovered(job, model, processor, turn, place, folder)
+    trained, score = _recovered(job, model, processor, turn, place, folder, start=turn.fade if faded else 0)
     changed = [axis for axis in after if after[axis] != before[axis]]
     record = results.Round(
         number=place.number,
@@ -162,9 +164,10 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         after_cut=cut_score,
         after_recovery=score,
         kept_promise=_promise(job, score or cut_score),
+        fade=turn.fade if faded else 0,
         trainings=len(trained),
         seconds=time.perf_counter() - began,
-        **_training_facts(trained),
+        **_training_facts([*faded, *trained]),
     )
     checkpoint.save(model, processor, folder / "model")
     (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -183,11 +186,15 @@ def _beside_previous(job: Job, model: PreTrainedModel, processor: Any, turn: Rou
 
 
 def _recovered(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path, *, start: int
 ) -> tuple[list[TrainResult], Score | None]:
-    """Make the round's trainings, and the last one again, up to `patience` times, while the promise is missed."""
+    """Make the round's trainings, the first from `start` on; the last one again, up to `patience` times, if it must be."""
     parts = list(turn.train)
-    trained = [_train(job, model, processor, part, (place, number), folder) for number, part in enumerate(parts)]
+    rest = [Span(first=start, last=parts[0].steps)] if start else []
+    trained = [
+        _train(job, model, processor, part, (place, number), folder, *rest[number:])
+        for number, part in enumerate(parts)
+    ]
     score = _score(job, model, processor, f"{place.name} recovered") if trained else None
     while trained and not _promise(job, score) and len(trained) < len(parts) + job.recipe.patience:
         trained.append(_train(job, model, processor, parts[-1], (place, len(trained)), folder))
@@ -196,7 +203,13 @@ def _recovered(
 
 
 def _train(
-    job: Job, model: PreTrainedModel, processor: Any, settings: Training, where: tuple[Place, int], folder: Path
+    job: Job,
+    model: PreTrainedModel,
+    processor: Any,
+    settings: Training,
+    where: tuple[Place, int],
+    folder: Path,
+    span: Span | None = None,
 ) -> TrainResult:
     place, part = where
     return train(
@@ -209,10 +222,11 @@ def _train(
         previous=job.previous,
         taught=job.taught,
         validation=job.validation,
-        seed=job.recipe.seed + place.number + 1000 * part,
+        seed=job.recipe.seed + place.number + 1000 * part + (500 if span and span.first else 0),
         progress=lambda facts: job.tell.step(
             f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
         ),
+        span=span,
     )
 
 
@@ -237,6 +251,29 @@ def _drop(what: str, job: Job, model: PreTrainedModel, processor: Any) -> tuple[
     if what == "unused_tokens":
         return vocab.trim(model, processor, texts_of(processor, job.vocabulary_rows))
     return surgery.living(model), processor
+
+
+def _without(
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
+) -> tuple[PreTrainedModel, list[TrainResult]]:
+    """Return the model without what goes in this round, and the training in which that faded, if it did."""
+    anatomy = describe(model.config)
+    sizes = {axis: size for axis, size in turn.sizes.items() if size != anatomy.axis(axis).size}
+    if not turn.fade or not sizes:
+        return _smaller(job, model, processor, turn, folder), []
+    if reason := turn.cannot_fade():  # of a recipe that another was made from
+        raise UserError(f"{place}: fade={turn.fade}: {reason}.")
+    by, keeps, gate = _calibration(job, model, processor), {}, Gate()
+    for axis in cuts_in_order(anatomy, sizes):
+        scores, keeps[axis] = _choose(job, model, turn, (axis, sizes[axis]), by)
+        _written(job, (axis, anatomy.axis(axis).size, sizes[axis]), keeps[axis], scores, [], "", folder)
+    student = copy.deepcopy(model)  # the model itself may be the teacher, or what a rollback hands over
+    with fading(student, anatomy, keeps, gate):
+        check_cut(student, keeps, gate, by[0].judge[0])
+        settings = turn.train[0].model_copy(update={"validate_every": None})
+        span = Span(first=0, last=turn.fade, callbacks=(Ramp(gate, turn.fade),))
+        trained = _train(job, student, processor, settings, (place, 0), folder, span)
+    return cut_all(student, keeps), [trained]
 
 
 def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> PreTrainedModel:
@@ -285,22 +322,15 @@ def _cut(
     (axis, size), (calibration, loss) = what, by
     anatomy = describe(model.config)
     found = anatomy.axis(axis)
-    scores: dict[str, Tensor] = {}
     tries: list[repair.Choice] = []
-    if found.kind == "blocks":
-        keep: Keep = {axis: _blocks(job, model, turn, (axis, size), by)}
-    else:
-        scores = importance.score(
-            model, anatomy, [axis], _criterion(turn, axis), calibration.fit, loss, seed=job.recipe.seed
-        )
-        keep = plan.choose(scores, anatomy, axis, size)
+    reason = ""
+    scores, keep = _choose(job, model, turn, what, by)
     if found.kind == "blocks" and "bridge" in turn.repair:
         student, tries = bridging.bridge_best(model, anatomy, axis, keep, calibration, loss)
-    elif scores and {"refit", "rotate"} & set(turn.repair):
+    elif scores and {"refit", "rotate", "merge"} & set(turn.repair):
         statistics = repair.collect(model, anatomy, axis, calibration.fit)
-        student, keep, tries = repair.fold_best(
-            model, anatomy, axis, keep, statistics, calibration.judge, loss, turn.repair
-        )
+        student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, calibration, loss, turn.repair)
+        reason = statistics.reason
     else:
         student = surgery.cut(model, anatomy, axis, keep)
     kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size
@@ -309,20 +339,49 @@ def _cut(
         raise UserError(
             f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted."
         )
+    _written(job, (axis, found.size, size), keep, scores, tries, reason, folder)
+    return student, keep
+
+
+def _choose(
+    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss]
+) -> tuple[dict[str, Tensor], Keep]:
+    """Return the scores of an axis (none of blocks) and what stays of it."""
+    (axis, size), (calibration, loss) = what, by
+    anatomy = describe(model.config)
+    if anatomy.axis(axis).kind == "blocks":
+        return {}, {axis: _blocks(job, model, turn, what, by)}
+    scores = importance.score(
+        model, anatomy, [axis], _criterion(turn, axis), calibration.fit, loss, seed=job.recipe.seed
+    )
+    return scores, plan.choose(scores, anatomy, axis, size)
+
+
+def _written(
+    job: Job,
+    what: tuple[str, int, int],
+    keep: Keep,
+    scores: dict[str, Tensor],
+    tries: list[repair.Choice],
+    reason: str,
+    folder: Path,
+) -> None:
+    """Write down what one axis loses, by which scores, and what repairs were tried."""
+    axis, before, after = what
     if scores:
         save_file({name: values.contiguous() for name, values in scores.items()}, folder / f"scores-{axis}.safetensors")
     write_json(
         folder / f"plan-{axis}.json",
         {
             "axis": axis,
-            "before": found.size,
-            "after": size,
+            "before": before,
+            "after": after,
             "repairs_tried": {one.name: one.loss for one in tries},
+            "not_tried_because": reason or None,
             "keep": {name: units.tolist() for name, units in keep.items()},
         },
     )
-    job.tell.say(f"  {axis} {found.size} -> {size}", **{one.name: one.loss for one in tries})
-    return student, keep
+    job.tell.say(f"  {axis} {before} -> {after}", **{one.name: one.loss for one in tries})
 
 
 def _blocks(

@@ -23,6 +23,7 @@ Sweep = Literal[
     "teachers",
     "own-answers",
     "repairs",
+    "fades",
     "rounds",
     "planners",
     "samples",
@@ -304,7 +305,8 @@ groups:
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
 | `teachers` | divergences from the first teacher, from the model that the round began with, from both |
 | `own-answers` | none, half, all of the pictures that the teacher is asked about learnt from the student's own answers |
-| `repairs` | all, none, and all but each of refit, rotate, bridge and settle |
+| `repairs` | all, none, and all but each of refit, rotate, merge, bridge and settle |
+| `fades` | what goes of inner dimensions and blocks is cut at once, or fades out over a quarter or half of the first training |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
 | `planners` | sizes by shares of one scale; by importance per cost (the model is tried when the study is planned) |
 | `samples` | `shares` of the train rows |

@@ -273,6 +273,47 @@ def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparis
     return made, Comparison(title="Repair", arms=tuple(made))
 
 
+def _fades(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+    ways = {"none": ("at once", 0.0), "25": ("over a quarter", 0.25), "50": ("over half", 0.5)}
+    made = {
+        f"fade-{name}": Wanted(description=f"units go {told} of the first training, no repair", change=_fading(share))
+        for name, (told, share) in ways.items()
+    }
+    return made, Comparison(title="Fade against hard cut", arms=tuple(made))
+
+
+def _fading(share: float) -> Change:
+    return lambda stages: faded(stages, share)
+
+
+def faded(stages: Stages, share: float) -> Stages:
+    """Return the stages where units fade over a share of the first training, in every round in which they can, without repair.
+
+    There the trainings of answers come first, for any share, 0 (the hard cut) included, so that arms differ in nothing else.
+
+    Raises:
+        UserError: in no round they can.
+    """
+    able = 0
+
+    def turned(turn: Round) -> Round:
+        nonlocal able
+        trainings = tuple(sorted(turn.train, key=lambda one: one.sees_pictures_alone))
+        first = trainings[0].steps if trainings else 0
+        whole = turn.model_copy(update={"train": trainings, "repair": (), "fade": min(round(share * first), first - 1)})
+        if first < 2 or whole.cannot_fade():
+            return turn
+        able += 1
+        return whole
+
+    found = each(stages, turned, lambda one: one)
+    if not able:
+        raise UserError(
+            "the base has no round of inner dimensions or blocks alone that trains answers, so nothing can fade."
+        )
+    return found
+
+
 def _rounds(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "rounds-planned": Wanted(description="all rounds, each recovered"),
@@ -333,6 +374,7 @@ SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparis
     "teachers": _teachers,
     "own-answers": _own_answers,
     "repairs": _repairs,
+    "fades": _fades,
     "rounds": _rounds,
     "planners": _planners,
     "samples": _samples,
