@@ -40,7 +40,7 @@ NORMS = ("layer", "rms", "last")
 def reach(task: Task) -> Outcome:
     """Reach our shape by the paper's three stages at our row visits."""
     rows, loaded = train_rows(task), checkpoint.load(task.teacher)
-    cache, student = cache_of(task, loaded, rows), loaded.model
+    cache, student = cache_of(task, loaded, rows), checkpoint.load(task.teacher).model
     final: dict[str, int] = {}
     for stage in recipe_of(task, rows).stages:
         for turn in stage.rounds:

@@ -31,7 +31,7 @@ UNUSED = tuple(f"model.vision_tower.{name}" for name in ("embeddings.mask_token"
 def reach(task: Task) -> Outcome:
     """Cut to our parameter counts round by round, each followed by our trainings of that round."""
     rows, loaded = train_rows(task), checkpoint.load(task.teacher)
-    cache, student = cache_of(task, loaded, rows), loaded.model
+    cache, student = cache_of(task, loaded, rows), checkpoint.load(task.teacher).model
     done, notes = [], []
     for number, turn in enumerate(rounds_of(loaded.model.config, recipe_of(task, rows)), 1):
         student, share = smaller(student, loaded.model.config, turn.parameters)

@@ -131,6 +131,7 @@ def trained(
     number: int,
 ) -> TrainResult:
     """Make one training with our trainer; `number` moves the seed of its order."""
+    assert teacher is None or teacher.model is not model, "a teacher that is trained answers what the student does"
     with Lines() as tell:
         return train(
             model,
