@@ -32,7 +32,7 @@ from slimlmm.wiring import owner
 #: axes whose units are heads
 NOUNS = ("kv_groups", "queries")
 #: ridge strengths, relative to the mean power of a channel of the pooled stream, tried in turn while the error falls
-POOLED_RIDGES = (1e-1, 1e-2, 1e-3)
+POOLED_RIDGES = (1.0, 3e-1, 1e-1, 1e-2, 1e-3)
 #: alternations between values and reads; each can only lower the error of the fit, most of which the start has taken
 SWEEPS = 3
 #: those of a plain refit of an attention output
