@@ -131,7 +131,7 @@ def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
         "order-blocks-inner-width",
         "criterion-taylor",
         "losses-margin",
-        "repair-all",
+        "repair-without-merge",
         "samples-100",
         "teachers-first",
         "own-answers-0",
