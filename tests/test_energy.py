@@ -97,8 +97,11 @@ def test_the_search_by_joules_keeps_the_budget():
 
     config = tiny_config("llava-dinov2-llama")
     watch = Stopwatch(device=CPU, seconds=fake, unit="J", scale=1.0)
-    limit = 0.8e-6 * predict_parameters(config, {})
-    space, allowed = plan.space_of(config), budget.by_energy(config, limit, "--energy-j 1", watch)
+    limit = 1.4e-6 * predict_parameters(config, {})
+    space, allowed = (
+        plan.space_of(config, levels=("blocks", "inner")),
+        budget.by_energy(config, limit, "--energy-j 1", watch),
+    )
     sizes = plan.scaled_within(space, allowed)[1]
     assert 2e-6 * predict_parameters(config, space.stated(sizes)) <= limit
     with pytest.raises(UserError, match=r"takes [\d.e-]+ J\. Ask for --energy-j") as caught:
