@@ -11,7 +11,7 @@ from slimlmm import pipeline, recipe
 from slimlmm.errors import UserError
 
 RAW = {
-    "bench_calls": 3,
+    "bench_calls": 0,
     "data": {"calibration_rows": 20, "validation_rows": 20, "test_rows": 20},
     "stages": [
         {"name": "lossless", "rounds": [{"drop": ["unused_tokens", "dead_blocks"]}]},
@@ -21,6 +21,9 @@ RAW = {
         {"name": "width", "rounds": [{"sizes": {"text.width": 36, "vision.width": 24}, "train": {"steps": 2}}]},
     ],
 }
+
+
+TIMED = {**RAW, "bench_calls": 3}
 
 
 class Recorder:
@@ -41,7 +44,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def finished(teacher, ads, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
+    return out, pipeline.run(teacher, ads, out, recipe.parse(TIMED, "test"))
 
 
 def test_a_run_leaves_a_stock_checkpoint_of_the_planned_size(finished):
@@ -94,7 +97,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(teacher, ads, f
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     with pytest.raises(UserError, match=r"belongs to another run .*recipe"):
-        pipeline.run(teacher, ads, out, recipe.parse({**RAW, "seed": 1}, "test"))
+        pipeline.run(teacher, ads, out, recipe.parse({**TIMED, "seed": 1}, "test"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="not empty and is no slimlmm run"):
