@@ -10,7 +10,6 @@ Shape legend: B sequences, T tokens, H residual channels, I FFN neurons.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss, skipped
+from slimlmm.importance import Loss, at_least_one, evaluating, forward, greedily, mean_loss, skipped
 from slimlmm.moments import Moments, predict
 from slimlmm.repair import Choice, judged, linear_consumers
 from slimlmm.wiring import owner
@@ -94,12 +93,7 @@ def greedy_bridged(
             stack.enter_context(evaluating(model))
             return mean_loss(model, calibration.judge, loss)
 
-    kept = list(range(group.units))
-    while len(kept) > keep:
-        tries = [[other for other in kept if other != unit] for unit in kept]
-        costs = [cost(stays) if group.allows(stays) else math.inf for stays in tries]
-        kept = tries[costs.index(min(costs))]
-    return kept
+    return greedily(group, keep, cost)
 
 
 def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -340,17 +340,21 @@ def greedy_blocks(
     blocks, group = _blocks(model, anatomy.axis(axis)), anatomy.axis(axis).groups[0]
     if not group.least <= keep <= len(blocks):
         raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for {group.least} to {len(blocks)}.")
-    kept = list(range(len(blocks)))
-    with evaluating(model), ExitStack() as gone:
-        while len(kept) > keep:
-            costs = {}
-            for candidate in kept:
-                if group.allows([other for other in kept if other != candidate]):
-                    with skipped(blocks[candidate]):
-                        costs[candidate] = mean_loss(model, batches, loss)
-            worst = min(costs, key=costs.__getitem__)
-            kept.remove(worst)
-            gone.enter_context(skipped(blocks[worst]))
+
+    def cost(stays: list[int]) -> float:
+        with skipped([block for unit, each in enumerate(blocks) if unit not in stays for block in each]):
+            return mean_loss(model, batches, loss)
+
+    with evaluating(model):
+        return greedily(group, keep, cost)
+
+
+def greedily(group: Group, keep: int, cost: Callable[[list[int]], float]) -> list[int]:
+    """Return the `keep` units that stay when, one by one, the unit is dropped without which the others cost least; ascending."""
+    kept = list(range(group.units))
+    while len(kept) > keep:
+        tries = [[other for other in kept if other != unit] for unit in kept]
+        kept = min((stays for stays in tries if group.allows(stays)), key=cost)
     return kept
 
 
