@@ -33,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/headline"))
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--train-rows", type=int, default=800_000)
-    parser.add_argument("--test-rows", type=int, default=5_000)
+    parser.add_argument("--train-rows", type=int, default=1_200_000)
+    parser.add_argument("--test-rows", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--controls", nargs="*", choices=sorted(controls.DESCRIPTIONS), default=[])
     parser.add_argument("--publish", action="store_true")
@@ -43,7 +43,7 @@ def main() -> None:
     with reporter(quiet=False) as tell:
         if not (folder / "version.json").exists():
             tell.say("writing AdReview", rows=arguments.train_rows)
-            adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=arguments.seed)
+            adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=0)
         recipe = read(arguments.recipe).model_copy(update={"seed": arguments.seed})
         run = arguments.out / "run"
         found = pipeline.run(teacher, folder, run, recipe, command=_command(arguments), tell=tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.forward import answer_logits, to_device
+from slimlmm.half import half
 from slimlmm.importance import Loss
 from slimlmm.losses import Seen, combine
 from slimlmm.teacher import TeacherCache
@@ -47,11 +49,15 @@ def calibration_of(rows: Sequence[Row], collator: Collator, device: torch.device
 
 
 def loss_against(cache: TeacherCache) -> Loss:
-    """Return cross-entropy + forward KL against the cached teacher, mean per answer token."""
+    """Return cross-entropy + forward KL against the cached teacher, mean per answer token.
+
+    Without gradients it is there to compare models, many of them, and runs in bfloat16 where that is quick.
+    """
 
     def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-        logits_AV, labels_A, _ = answer_logits(model, batch)
+        with nullcontext() if torch.is_grad_enabled() else half(model.device):
+            logits_AV, labels_A, _ = answer_logits(model, batch)
         teacher_AV = cache.logits(cache.of(batch).to(model.device))
-        return combine(LOSSES, Seen(logits_AV, labels_A, teacher_AV))["total"] / labels_A.numel()
+        return combine(LOSSES, Seen(logits_AV.float(), labels_A, teacher_AV))["total"] / labels_A.numel()
 
     return loss

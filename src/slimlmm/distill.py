@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,12 @@ from transformers import (
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
+from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
-from slimlmm.half import has_half, quick_attention
+from slimlmm.half import has_half
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
@@ -266,10 +266,10 @@ def train(
         own=own,
         callbacks=[report, *keeper, *(span.callbacks if span else ())],
     )
-    batch = to_device(collate([groups[0]]), model.device)
+    batch = to_device(collate(groups.groups[:2]), model.device)
     row_flops = _row_flops(trainer, model, batch)
     began = time.perf_counter()
-    with quick_attention(model, batch) if trainer.args.bf16 else nullcontext():
+    with quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
         _run(trainer, model, _frozen(model, anatomy, settings.freeze), teachers)
     return _result(trainer, time.perf_counter() - began, row_flops, report, keeper)
 

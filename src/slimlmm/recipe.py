@@ -127,6 +127,11 @@ class Training(Settings):
         description="auto multiplies matrices in bfloat16 where the device has units for it (CUDA from Ampere on, CPUs with "
         "AMX); weights and sums stay float32 either way.",
     )
+    compile: bool = Field(
+        False,
+        description="Run vision and text blocks compiled (torch.compile). Compiling takes half a minute or more, so it is for "
+        "long trainings; a CPU needs a C++ compiler.",
+    )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
     @field_validator("teachers")
@@ -220,6 +225,8 @@ class Round(Settings):
             return (
                 f"must be less than the {self.train[0].steps} steps of the first training, whose others follow the cut"
             )
+        if self.train[0].compile:
+            return "what fades changes at every step, which cannot be compiled; compile a training after the first"
         if self.repair:
             return "what has faded says nothing, so its cut needs no repair; write repair: []"
         if self.train[0].sees_pictures_alone and (text := [a for a in self.sizes if not a.startswith("vision.")]):

@@ -351,9 +351,10 @@ def _choose(
     anatomy = describe(model.config)
     if anatomy.axis(axis).kind == "blocks":
         return {}, {axis: _blocks(job, model, turn, what, by)}
-    scores = importance.score(
-        model, anatomy, [axis], _criterion(turn, axis), calibration.fit, loss, seed=job.recipe.seed
-    )
+    criterion = _criterion(turn, axis)
+    # a pass for each unit: fewer pictures rank them as well as all that a fit needs
+    batches = calibration.judge if criterion == "ablation" else calibration.fit
+    scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed)
     return scores, plan.choose(scores, anatomy, axis, size)
 
 
@@ -402,7 +403,7 @@ def _blocks(
         return group.best(torch.rand(group.units, generator=generator), count)
     if "bridge" in turn.repair:
         return torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))
-    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, calibration.fit, loss, count))
+    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, calibration.judge, loss, count))
 
 
 def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:

@@ -20,7 +20,10 @@ def validation_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     training, total, count = model.training, 0.0, 0
     model.eval()
     for batch in batches:
-        logits_AV, labels_A, _ = answer_logits(model, to_device(batch, model.device))
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # a compiled training looks seldom: this mode is not worth compiling
+            logits_AV, labels_A, _ = answer_logits(model, to_device(batch, model.device))
         total += float(cross_entropy(logits_AV.float(), labels_A))
         count += labels_A.numel()
     model.train(training)
