@@ -30,7 +30,7 @@ SAME_IN_HALF = 0.05
 def quick(
     model: PreTrainedModel, anatomy: Anatomy, settings: Training, batch: Batch, *, in_half: bool
 ) -> Iterator[None]:
-    """Within the block the model runs as a training wants it: attending eagerly where that pays, compiled if the recipe says so."""
+    """Within the block the model runs as a training wants it: eager attention where that pays, compiled if the recipe says so."""
     with ExitStack() as stack:
         if in_half:
             stack.enter_context(quick_attention(model, batch))
