@@ -84,3 +84,18 @@ def test_a_step_in_bfloat16_is_that_in_fp32_within_rounding(rows, teacher, tmp_p
         )
     assert not torch.equal(*changes)
     assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.9
+
+
+@pytest.mark.skipif(not half.has_half(CPU), reason="this CPU does not multiply bfloat16 by units of its own")
+def test_every_training_of_a_model_is_in_bfloat16_and_none_leaves_a_forward_behind(rows, teacher, tmp_path):
+    loaded = checkpoint.load(teacher)
+    seen = set()
+    loaded.model.model.multi_modal_projector.register_forward_hook(
+        lambda module, inputs, output: seen.add((output.dtype, module.training))
+    )
+    for _ in range(3):
+        seen.clear()
+        settings = Training(steps=2, pictures_per_step=4, losses={"cross_entropy": 1.0})
+        train(loaded.model, loaded.processor, rows.train, settings, tmp_path)
+        assert {dtype for dtype, training in seen if training} >= {torch.bfloat16}
+        assert "forward" not in vars(loaded.model)

@@ -36,7 +36,7 @@ from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
-from slimlmm.half import has_half
+from slimlmm.half import as_it_was, has_half
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
@@ -326,8 +326,7 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teach
         try:
             trainer.train()
         finally:
-            # accelerate leaves its half-precision forward on the model, which would be measured in it from now on
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            as_it_was(model)
             model.eval()
             if teachers:
                 teachers.flush()

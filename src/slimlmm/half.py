@@ -28,6 +28,16 @@ def half(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if has_half(device) else nullcontext()
 
 
+def as_it_was(model: PreTrainedModel) -> None:
+    """Take off what accelerate leaves on a model that it prepared.
+
+    With its half-precision forward the model would be measured in it from now on; with its mark the next training would be in
+    full precision, and over several processes unshared, because accelerate prepares no model twice.
+    """
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
+
+
 @contextmanager
 def quick_attention(model: PreTrainedModel, batch: Batch) -> Iterator[bool]:
     """Within the block a model on a CPU attends eagerly, for bfloat16, if that gives the logits of `batch` as before.
