@@ -99,3 +99,10 @@ def test_every_training_of_a_model_is_in_bfloat16_and_none_leaves_a_forward_behi
         train(loaded.model, loaded.processor, rows.train, settings, tmp_path)
         assert {dtype for dtype, training in seen if training} >= {torch.bfloat16}
         assert "forward" not in vars(loaded.model)
+
+
+def test_a_training_leaves_a_model_that_accelerate_prepares_again(rows, teacher, tmp_path):
+    loaded = checkpoint.load(teacher)
+    before = set(vars(loaded.model))
+    train(loaded.model, loaded.processor, rows.train, Training(steps=1, losses={"cross_entropy": 1.0}), tmp_path)
+    assert set(vars(loaded.model)) == before
