@@ -422,11 +422,11 @@ def demo_page(found: dict[str, Any]) -> Lines:
         one, headline = found["student"], Results.model_validate(found["student"]["headline"])
         score, totals = one["accuracy"]["overall"], headline.totals
         whole = live.teacher.parameters["total"]
-        lost = "" if headline.effect is None else f"; its own run lost {points(headline.effect.drop)} points"
+        lost = "" if headline.effect is None else f"; drop in its own run {points(headline.effect.drop)} points"
         cost = (
             ""
             if totals is None
-            else f" and took {duration(totals.seconds)} on {headline.environment.gpu or headline.environment.cpu}"
+            else f", which took {duration(totals.seconds)} on {headline.environment.gpu or headline.environment.cpu}"
         )
         parts.append(
             f"bundled student: {one['parameters']:,} parameters ({whole / one['parameters']:.1f}x fewer), "
