@@ -50,7 +50,7 @@ def batch_for(model: tf.PreTrainedModel, size: int) -> dict[str, Tensor]:
 
 def loss(model: tf.PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     """Return next-token cross-entropy on the text after the picture."""
-    from slimlmm.importance import forward
+    from slimlmm.forward import forward
 
     logits = forward(model, batch).logits[:, -16:-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -15:].flatten())

@@ -143,6 +143,23 @@ def test_all_kept_or_the_first_ones_dropped_leave_nothing_to_bridge(case):
     assert [one.name for one in tries] == ["slice"]
 
 
+def test_two_gaps_are_bridged_as_each_alone():
+    config = tiny_config("llava-dinov2-llama")
+    config.text_config.num_hidden_layers = 5
+    model, axis = random_model(config), "text.blocks"
+    anatomy, batches = describe(config), batches_of("llava-dinov2-llama", model, count=2)
+
+    def writers(keep):
+        trial = copy.deepcopy(model)
+        found = bridged(trial, anatomy, axis, {axis: torch.tensor(keep)}, batches)
+        return {gap.first: gap.writer.weight for gap in found}
+
+    alone = writers([0, 2, 3, 4]) | writers([0, 1, 2, 4])
+    both = writers([0, 2, 4])
+    assert both.keys() == alone.keys() == {1, 3}
+    assert all(torch.equal(both[first], alone[first]) for first in both)
+
+
 def test_a_norm_behind_the_ffn_is_no_factor():
     from slimlmm.prompts import picture_prompt
 

@@ -9,7 +9,7 @@ import torch
 from slimlmm import merging, repair, surgery
 from slimlmm.anatomy import describe
 from slimlmm.calibration import Calibration
-from slimlmm.importance import forward
+from slimlmm.forward import forward
 from slimlmm.merging import Merged, NotMergeableError, merge, paths
 from slimlmm.selfcheck import random_model
 from tiny import tiny, tiny_batch

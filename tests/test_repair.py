@@ -10,7 +10,8 @@ import torch
 from slimlmm import anatomy, repair, surgery
 from slimlmm.calibration import Calibration
 from slimlmm.errors import UserError
-from slimlmm.importance import forward, score
+from slimlmm.forward import forward
+from slimlmm.importance import score
 from slimlmm.moments import Moments, predict
 from tiny import NAMES, tiny, tiny_batch
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slimlmm import anatomy, repair, surgery
-from slimlmm.importance import forward
+from slimlmm.forward import forward
 from slimlmm.rotation import basis, rotate
 from slimlmm.wiring import NotRotatable, norm_of, trace
 from tiny import NAMES, tiny, tiny_batch

@@ -10,7 +10,7 @@ Shape legend: B sequences, T tokens, H residual channels, I FFN neurons.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,15 +25,21 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, greedily, mean_loss, skipped
+from slimlmm.forward import forward, output_of
+from slimlmm.importance import Loss, at_least_one, evaluating, greedily, mean_loss, skipped
 from slimlmm.moments import Moments, predict
 from slimlmm.repair import Choice, judged, linear_consumers
+from slimlmm.resuming import Memory
 from slimlmm.wiring import owner
 
 #: ridges relative to the mean power of a neuron; few neurons hold most of it, so that small ones are safe
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: largest relative deviation of a block from adding what its FFN puts out, scaled channel by channel
 LINEAR = 1e-3
+
+
+#: parameters of a linear by name
+Patch = dict[str, Tensor]
 
 
 class NoBridgeError(Exception):
@@ -77,40 +83,49 @@ def greedy_bridged(
     for each gap; weights are changed in place while a choice is judged, and put back.
     """
     group, layers = anatomy.axis(axis).groups[0], anatomy.axis(axis).layers
-    patches: dict[tuple[int, int], dict[str, Tensor]] = {}
+    patches: dict[tuple[int, int], Patch | None] = {}
+    with evaluating(model):
+        memory = Memory.of(model, anatomy, calibration.fit[0])
 
     def cost(stays: list[int]) -> float:
-        gone = [unit for unit in range(group.units) if unit not in stays]
+        gone = [
+            unit * group.stride + i for unit in range(group.units) if unit not in stays for i in range(group.stride)
+        ]
+        found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}))
+        for gap in found:
+            if (gap.first, gap.last) not in patches:
+                patches[gap.first, gap.last] = _patch(model, layers, gap, calibration.fit, memory)
         with ExitStack() as stack:
-            for gap in gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}):
-                span = (gap.first, gap.last)
-                if span not in patches:
-                    patches[span] = _patch(model, layers, gap, calibration.fit)
+            for gap in found:
                 stack.enter_context(_put_back(gap.writer))
-                _put(gap.writer, patches[span])
-            numbers = (unit * group.stride + i for unit in gone for i in range(group.stride))
-            stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in numbers]))
+                _put(gap.writer, patches[gap.first, gap.last])
+            stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in gone]))
             stack.enter_context(evaluating(model))
+            stack.enter_context(
+                memory.resumed(model, f"{layers}.{max(0, gone[0] - 1)}")
+            )  # the bridge stands before the gap
             return mean_loss(model, calibration.judge, loss)
 
     return greedily(group, keep, cost)
 
 
-def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Return the parameters of the gap's writer once it is bridged, those that it has where it cannot be."""
+def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch], memory: Memory) -> Patch | None:
+    """Return the parameters of the gap's writer once it is bridged, None where it cannot be; the model stays as it is."""
+    before, after = (f"{layers}.{number}" for number in (gap.first - 1, gap.last))
+    moments = partial(_moments, model, gap.writer, (before, after), batches, memory)
     with _put_back(gap.writer):
-        _bridge(model, layers, gap, batches)
-        return _weights(gap.writer)
+        done = mend(model, model.get_submodule(before), gap.writer, batches, moments)
+        return _weights(gap.writer) if done else None
 
 
-def _weights(linear: nn.Linear) -> dict[str, Tensor]:
+def _weights(linear: nn.Linear) -> Patch:
     return {name: value.detach().clone() for name, value in linear.named_parameters()}
 
 
 @torch.no_grad()
-def _put(linear: nn.Linear, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in linear.named_parameters():
-        parameter.copy_(weights[name])
+def _put(linear: nn.Linear, patch: Patch | None) -> None:
+    for name, values in (patch or {}).items():
+        linear.get_parameter(name).copy_(values)
 
 
 @contextmanager
@@ -130,15 +145,13 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     diag(1/g) c for the ridge regression d ~ A h + c (`moments.predict`; the ridge of least held-out error), g [H] being what
     the block makes of its writer's output on the way to the stream (layer scale, else 1).
     """
-    layers = anatomy.axis(axis).layers
-    return [gap for gap in gaps(model, anatomy, axis, keep) if _bridge(model, layers, gap, batches)]
-
-
-def _bridge(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch]) -> bool:
-    """Bridge one gap of the uncut model; return whether that could be done."""
-    before, after = (model.get_submodule(f"{layers}.{number}") for number in (gap.first - 1, gap.last))
-    moments = partial(_moments, model, gap.writer, before, after, batches)
-    return mend(model, before, gap.writer, batches, moments)
+    layers, memory = anatomy.axis(axis).layers, Memory(())
+    found = list(gaps(model, anatomy, axis, keep))
+    # all of the model as it is: patched, it would add twice what the blocks add that still run
+    patches = [_patch(model, layers, gap, batches, memory) for gap in found]
+    for gap, patch in zip(found, patches, strict=True):
+        _put(gap.writer, patch)
+    return [gap for gap, patch in zip(found, patches, strict=True) if patch]
 
 
 def mend(
@@ -221,22 +234,19 @@ def gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Bat
 
 
 def _moments(
-    model: PreTrainedModel, writer: nn.Linear, before: nn.Module, after: nn.Module, batches: Sequence[Batch]
+    model: PreTrainedModel, writer: nn.Linear, ends: tuple[str, str], batches: Sequence[Batch], memory: Memory
 ) -> Moments:
     """Return the moments of (h, d) [I + H] over the calibration tokens: the writer's inputs and what the blocks behind add."""
-    moments = Moments(writer.in_features + writer.out_features, model.device)
+    moments = Moments(writer.in_features + writer.out_features, model.device, torch.float32)
     seen: dict[str, Tensor] = {}
-
-    def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        added_BTH = stream(output) - seen["stream"]
-        moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1))
-
+    before, after = (model.get_submodule(name) for name in ends)
     with ExitStack() as stack:
         stack.callback(writer.register_forward_pre_hook(lambda _, inputs: seen.update(neurons=inputs[0])).remove)
         stack.callback(before.register_forward_hook(lambda *call: seen.update(stream=stream(call[-1]))).remove)
-        stack.callback(after.register_forward_hook(measure).remove)
+        stack.enter_context(memory.resumed(model, ends[0]))
         for batch in batches:
-            forward(model, batch)
+            added_BTH = stream(output_of(model, after, batch)) - seen["stream"]
+            moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1))
     return moments
 
 

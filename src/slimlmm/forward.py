@@ -38,6 +38,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def forward(model: PreTrainedModel, batch: Batch) -> Any:
+    """Run the model on a batch as the collator made it, without a cache."""
+    return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
+
+
 @contextmanager
 def head_at(model: PreTrainedModel, where_BT: Tensor) -> Iterator[list[Tensor]]:
     """Within the block the head sees only the hidden states at `where_BT`, as [1, A, H]; yields the list that collects them."""
@@ -89,7 +94,7 @@ class _ReachedError(Exception):
 def _run_to(model: PreTrainedModel, block: nn.Module, batch: Batch, handle: RemovableHandle) -> None:
     """Run the model on a batch until the hook of `handle` at `block` raises _ReachedError; the hook is removed."""
     try:
-        model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
+        forward(model, batch)
     except _ReachedError:
         return
     finally:

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from slimlmm.axes import Anatomy, Axis, Group, Slot
 from slimlmm.collate import Batch
 from slimlmm.errors import UserError, nearest
-from slimlmm.forward import NOT_INPUTS
+from slimlmm.forward import forward
+from slimlmm.resuming import Memory
 
 #: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
@@ -274,13 +275,15 @@ def ablation(task: Task) -> Scores:
             "Use taylor."
         )
     assert task.loss is not None
-    batches = list(task.batches)
-    named = dict(task.model.named_parameters(remove_duplicate=False))
-    uncut = mean_loss(task.model, batches, task.loss)
-    totals = _zeros(task)
+    batches = list(at_least_one(task.batches, "ablation"))
+    named, totals = dict(task.model.named_parameters(remove_duplicate=False)), _zeros(task)
+    memory = Memory.of(task.model, task.anatomy, batches[0])
+    with memory.resumed(task.model, memory.last):
+        uncut = mean_loss(task.model, batches, task.loss)
     for group in task.groups:
+        first = memory.before(slot.parameter for slot in group.slots if slot.role == "consume")
         for unit in range(group.units):
-            with _unread(named, group, unit):
+            with _unread(named, group, unit), memory.resumed(task.model, first):
                 totals[group.name][unit] = mean_loss(task.model, batches, task.loss) - uncut
     return totals
 
@@ -363,11 +366,6 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss) -> f
     with torch.no_grad():
         values = [float(loss(model, batch)) for batch in at_least_one(batches, "measuring the loss")]
     return sum(values) / len(values)
-
-
-def forward(model: PreTrainedModel, batch: Batch) -> Any:
-    """Run the model on a batch as the collator made it, without a cache."""
-    return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from slimlmm import merging, surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
-from slimlmm.importance import Loss, at_least_one, evaluating, forward, mean_loss
+from slimlmm.forward import forward
+from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
 from slimlmm.merging import NotMergeableError, merge
 from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ from slimlmm.forward import output_of
 from slimlmm.importance import Loss, evaluating
 from slimlmm.moments import Moments
 from slimlmm.repair import Choice, judged
+from slimlmm.resuming import Memory
 
 
 def settle_best(
@@ -63,14 +65,28 @@ def settled(
     """
     mended = []
     with evaluating(student), evaluating(before), torch.no_grad():
+        now, then = (_Side(model, Memory.of(model, describe(model.config), batches[0])) for model in (student, before))
         for place, wanted in _pairs(student, before, kept):
-            block, writer = student.get_submodule(place), writer_of(student, place)
+            writer = writer_of(student, place)
             if writer is None:
                 continue
-            moments = partial(_lacking, student, before, writer, (block, before.get_submodule(wanted)), batches)
-            if mend(student, block, writer, batches, moments):
+            moments = partial(_lacking, (now, place), (then, wanted), writer, batches)
+            if mend(student, student.get_submodule(place), writer, batches, moments):
                 mended.append(place)
     return mended
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two models; before a block whose stream is asked for nothing changes any more."""
+
+    model: PreTrainedModel
+    memory: Memory
+
+    def behind(self, block: str, batch: Batch) -> Tensor:
+        """Return the stream behind a block; the model stops there."""
+        with self.memory.resumed(self.model, block):
+            return stream(output_of(self.model, self.model.get_submodule(block), batch))
 
 
 def _pairs(
@@ -96,20 +112,13 @@ def _pairs(
     return pairs
 
 
-def _lacking(
-    student: PreTrainedModel,
-    before: PreTrainedModel,
-    writer: nn.Linear,
-    blocks: tuple[nn.Module, nn.Module],
-    batches: Sequence[Batch],
-) -> Moments:
-    """Return the moments of (h, d) [I + H] over the calibration tokens; both models stop behind the block."""
-    moments = Moments(writer.in_features + writer.out_features, student.device)
+def _lacking(now: tuple[_Side, str], then: tuple[_Side, str], writer: nn.Linear, batches: Sequence[Batch]) -> Moments:
+    """Return the moments of (h, d) [I + H] over the calibration tokens."""
+    moments = Moments(writer.in_features + writer.out_features, writer.weight.device, torch.float32)
     for batch in batches:
-        wanted_BTH = stream(output_of(before, blocks[1], batch))
         neurons: list[Tensor] = []
         handle = writer.register_forward_pre_hook(lambda _, inputs, heard=neurons: heard.append(inputs[0]))
-        lacking_BTH = wanted_BTH - stream(output_of(student, blocks[0], batch))
+        lacking_BTH = then[0].behind(then[1], batch) - now[0].behind(now[1], batch)
         handle.remove()
         moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1))
     return moments

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
 from slimlmm.collate import Batch
-from slimlmm.importance import evaluating, forward
+from slimlmm.forward import forward
+from slimlmm.importance import evaluating
 from slimlmm.norms import NormKind, classify
 
 #: autograd nodes that only move numbers around
