@@ -25,7 +25,7 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
-from slimlmm.forward import forward, output_of
+from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating, greedily, mean_loss, skipped
 from slimlmm.moments import Moments, predict
 from slimlmm.repair import Choice, judged, linear_consumers
@@ -210,7 +210,7 @@ def gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Bat
     """Return g [H]: how much of each channel of the writer's output reaches the block's; refuse where that is no plain factor."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    forward(model, batch)
+    output_of(model, block, batch)
     handle.remove()
     args, kwargs = calls[0]
     plain_BTH = stream(block(*args, **kwargs))

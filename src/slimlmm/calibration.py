@@ -34,6 +34,11 @@ class Calibration:
     fit: Sequence[Batch]
     judge: Sequence[Batch]
 
+    @property
+    def rank(self) -> Sequence[Batch]:
+        """Every other batch that judges, for what takes a pass for each unit: they keep nearly the heads that all keep."""
+        return self.judge[::2]
+
 
 def calibration_of(rows: Sequence[Row], collator: Collator, device: torch.device) -> Calibration:
     """Return the rows as batches: every third picture judges; of fewer than three pictures all do both."""

@@ -80,7 +80,7 @@ def collect(
                 ):  # groups of one block may share it: the heads of an attention output
                     continue
                 linear = modules[owner(slot.parameter)]
-                moments = Moments(linear.get_parameter("weight").shape[1], model.device)
+                moments = Moments(linear.get_parameter("weight").shape[1], model.device, torch.float32)
                 found.consumers[slot.parameter] = moments
                 ears.attach(linear, moments)
         for batch in at_least_one(batches, f"repairing {axis}"):

@@ -68,7 +68,9 @@ class Memory:
             return memory
         wanted = memory._end(model, "", batch)
         try:
-            ends = [memory._end(model, first, batch) for first in memory.order[1:] for _ in ("remember", "hand out")]
+            ends = [
+                memory._end(model, first, batch) for first in (memory.last, *memory.order[1:])
+            ]  # remembered, handed out
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             return cls(())
         most = SAME * wanted.abs().max()

@@ -352,8 +352,7 @@ def _choose(
     if anatomy.axis(axis).kind == "blocks":
         return {}, {axis: _blocks(job, model, turn, what, by)}
     criterion = _criterion(turn, axis)
-    # a pass for each unit: fewer pictures rank them as well as all that a fit needs
-    batches = calibration.judge if criterion == "ablation" else calibration.fit
+    batches = calibration.rank if criterion == "ablation" else calibration.fit
     scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed)
     return scores, plan.choose(scores, anatomy, axis, size)
 
