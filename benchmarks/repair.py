@@ -23,6 +23,7 @@ from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
+from slimlmm.recipe import Round
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -30,6 +31,8 @@ CASES = {
     "width: half of both": {"text.width": 288, "vision.width": 192},
     "blocks: vision 7 -> 5, text 3 -> 2": {"vision.blocks": 5, "text.blocks": 2},
 }
+#: those of a recipe that says nothing of them
+REPAIRS = Round(sizes={"text.ffn": 1}).repair
 #: rows that cuts and repairs are fitted on
 CALIBRATION = 256
 
@@ -86,7 +89,7 @@ def case(
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
             statistics = repair.collect(repaired, anatomy, axis, calibration.fit)
-            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration, loss)
+            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration, loss, REPAIRS)
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
     began = time.perf_counter()
@@ -125,7 +128,8 @@ def chosen(model: Any, anatomy: Any, axis: str, size: int, calibration: Calibrat
         count = anatomy.axis(axis).groups[0].kept(size)
         return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))}
     criterion = "ablation" if noun_of(axis) == "kv_groups" else "taylor"
-    return plan.choose(importance.score(model, anatomy, [axis], criterion, calibration.fit, loss), anatomy, axis, size)
+    batches = calibration.rank if criterion == "ablation" else calibration.fit
+    return plan.choose(importance.score(model, anatomy, [axis], criterion, batches, loss), anatomy, axis, size)
 
 
 if __name__ == "__main__":
