@@ -10,6 +10,7 @@ from slimlmm.anatomy import describe
 from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps, greedy_bridged
 from slimlmm.calibration import Calibration
 from slimlmm.forward import answer_logits
+from slimlmm.importance import mean_loss
 from slimlmm.losses import cross_entropy
 from slimlmm.selfcheck import random_model
 from tiny import tiny_batch, tiny_config
@@ -131,6 +132,27 @@ def test_the_block_that_goes_is_the_one_that_costs_least_once_bridged(case):
     assert found == [unit for unit in range(size) if unit != costs.index(min(costs))]
     assert len(greedy_bridged(model, anatomy, axis, Calibration(fit=batches, judge=batches), loss, 1)) == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_every_cost_is_that_of_whole_passes(monkeypatch):
+    config = tiny_config("llava-dinov2-llama")
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 5
+    model = random_model(config)
+    batches = batches_of("llava-dinov2-llama", model, count=3)
+    calibration = Calibration(fit=batches[:2], judge=batches[2:])
+    for axis in ("vision.blocks", "text.blocks"):
+        costs = []
+        for memory in (bridging.Memory.of, lambda *_: bridging.Memory(())):
+            seen = []
+            with monkeypatch.context() as patched:
+                patched.setattr(bridging.Memory, "of", memory)
+                patched.setattr(
+                    bridging, "mean_loss", lambda *each, seen=seen: seen.append(mean_loss(*each)) or seen[-1]
+                )
+                greedy_bridged(model, describe(config), axis, calibration, loss, 2)
+            costs.append(seen)
+        assert len(costs[0]) == 5 + 4 + 3
+        assert costs[0] == pytest.approx(costs[1], abs=1e-6)
 
 
 def test_all_kept_or_the_first_ones_dropped_leave_nothing_to_bridge(case):

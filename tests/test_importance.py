@@ -227,13 +227,14 @@ def test_ablation_of_a_group_agrees_with_the_cut_model(name, axis):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     scores = score(model, described, [axis], "ablation", batches, loss)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    group, uncut = found.groups[-1], mean_loss(model, batches, loss)
-    alone = dataclasses.replace(described, axes={axis: dataclasses.replace(found, groups=(group,))})
-    for unit in range(group.units):
-        keep = {group.name: torch.tensor([other for other in range(group.units) if other != unit])}
-        with surgery.masked(model, alone, axis, keep):
-            growth = mean_loss(model, batches, loss) - uncut
-        assert float(scores[group.name][unit]) == pytest.approx(growth, abs=1e-5)
+    uncut = mean_loss(model, batches, loss)
+    for group in found.groups:
+        alone = dataclasses.replace(described, axes={axis: dataclasses.replace(found, groups=(group,))})
+        for unit in range(group.units):
+            keep = {group.name: torch.tensor([other for other in range(group.units) if other != unit])}
+            with surgery.masked(model, alone, axis, keep):
+                growth = mean_loss(model, batches, loss) - uncut
+            assert float(scores[group.name][unit]) == pytest.approx(growth, abs=1e-5)
 
 
 def test_greedy_drops_first_what_costs_least_and_then_measures_again():

@@ -113,6 +113,20 @@ def test_weights_that_would_blow_up_take_a_larger_ridge():
     assert wild.matrix.norm() > 100 * tame.matrix.norm()
 
 
+def test_products_in_fp32_keep_what_varies_beside_a_large_mean():
+    rng = torch.Generator().manual_seed(0)
+    calls = [torch.randn(6, 5, 8, generator=rng) + 1000.0 * (torch.arange(8) < 3) for _ in range(3)]
+    weight = torch.randint(0, 2, (6, 5), generator=rng)
+    exact, quick = Moments(8), Moments(8, products=torch.float32)
+    for values in calls:
+        exact.add(values, weight)
+        quick.add(values, weight)
+    for half in (0, 1, None):
+        assert (quick.gram(half, centred=True) - exact.gram(half, centred=True)).abs().max() < 1e-4
+        assert torch.allclose(quick.mean(half), exact.mean(half), rtol=1e-6)
+        assert (quick.gram(half) - exact.gram(half)).abs().max() < 1e-6 * exact.gram(half).abs().max()
+
+
 def test_moments_count_only_what_the_mask_lets_through():
     values, mask = torch.randn(5, 3, 2), torch.randint(0, 2, (5, 3))
     moments = Moments(2)

@@ -107,8 +107,8 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     }
     found = made(students, x=x)
     found.save(tmp_path / "study.json")
-    page = study_page.write(found, tmp_path / "one" / "README.md")
-    again = study_page.write(sr.StudyResults.load(tmp_path / "study.json"), tmp_path / "two" / "results.md")
+    page = study_page.write([found], tmp_path / "one" / "README.md")
+    again = study_page.write([sr.StudyResults.load(tmp_path / "study.json")], tmp_path / "two" / "results.md")
     assert page.read_bytes() == again.read_bytes()
     plots = [sorted((one.parent / "plots").iterdir()) for one in (page, again)]
     assert [one.name for one in plots[0]] == [one.name for one in plots[1]] == ["made-01-a-b.png"]
@@ -117,6 +117,21 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     assert "| a | - | 1 k | 5,000 | 2 s | 1 |" in text
     assert "| never | - | - | - | - | 0 | - | - | - | - |" in text
     assert "- Row visits are equal within 0.0 % (from 5,000 to 5,000)." in text
+
+
+def test_several_studies_on_one_page(tmp_path):
+    one = made({"a": {0: answered(drawn(0.8, 0))}, "b": {0: answered(drawn(0.5, 1))}})
+    other = one.model_copy(update={"name": "other", "title": "Less data", "about": "Does it take all rows?"})
+    text = study_page.write([one, other], tmp_path / "results.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith(("# ", "## "))] == [
+        "# Results",
+        "## made",
+        "## Less data",
+    ]
+    assert "Does it take all rows?" in text
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["made-01-a-b.png", "other-01-a-b.png"]
+    with pytest.raises(UserError, match="two studies are named 'made'"):
+        study_page.write([one, one], tmp_path / "results.md")
 
 
 @pytest.fixture

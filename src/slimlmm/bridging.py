@@ -85,7 +85,7 @@ def greedy_bridged(
     group, layers = anatomy.axis(axis).groups[0], anatomy.axis(axis).layers
     patches: dict[tuple[int, int], Patch | None] = {}
     with evaluating(model):
-        memory = Memory.of(model, anatomy, calibration.fit[0])
+        memory = Memory.of(model, anatomy, list(at_least_one(calibration.fit, "ranking blocks")))
 
     def cost(stays: list[int]) -> float:
         gone = [
@@ -165,9 +165,9 @@ def mend(
     with evaluating(model), torch.no_grad():
         try:
             gain_H = gain(model, block, writer, next(at_least_one(batches, "mending the stream")))
+            return fold(writer, gain_H, moments())
         except NoBridgeError:
             return False
-        return fold(writer, gain_H, moments())
 
 
 def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[Gap]:
@@ -245,7 +245,10 @@ def _moments(
         stack.callback(before.register_forward_hook(lambda *call: seen.update(stream=stream(call[-1]))).remove)
         stack.enter_context(memory.resumed(model, ends[0]))
         for batch in batches:
-            added_BTH = stream(output_of(model, after, batch)) - seen["stream"]
+            behind_BTH = stream(output_of(model, after, batch))
+            if behind_BTH.shape != seen["stream"].shape:
+                raise NoBridgeError("a block of the gap changes the number of tokens")
+            added_BTH = behind_BTH - seen["stream"]
             moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1))
     return moments
 

@@ -262,7 +262,9 @@ def plan(
 )
 def study(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study; with --page, the folder of one.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="YAML study; with --page, folders or study.json files.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
     arms: Annotated[
         list[str] | None,
@@ -280,12 +282,13 @@ def study(
     from slimlmm import commands
     from slimlmm.progress import reporter
 
-    if context.args and not arms:
+    if context.args and not arms and not page:
         raise UserError(f"unexpected {' '.join(context.args)!r}: one STUDY at a time; arms come after --arms.")
+    others = [Path(name) for name in context.args] if page else []
     only = [name for text in (*(arms or ()), *context.args) for name in text.replace(",", " ").split()]
     with reporter(quiet) as tell:
         found, shown = commands.study(
-            source,
+            [source, *others],
             out=out,
             only=only,
             dry_run=dry_run,

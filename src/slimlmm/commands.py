@@ -285,7 +285,7 @@ def evaluate(
 
 
 def study(
-    source: Path,
+    sources: Sequence[Path],
     *,
     out: Path | None,
     only: Sequence[str],
@@ -295,11 +295,11 @@ def study(
     tell: Reporter,
     trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], Lines]:
-    """Plan and run a study, or render the page of one anew; return the record and its terminal view."""
+    """Plan and run a study, or render the page of some anew; return the record and its terminal view."""
     if page is not None:
-        told = StudyResults.load(source / "study.json")
+        told = [StudyResults.load(one / "study.json" if one.is_dir() else one) for one in sources]
         return {"page": str(study_page.write(told, page))}, Lines(f"{page} and its plots")
-    settings = studies.read(source)
+    settings = studies.read(sources[0])
     if out is None and not dry_run:
         raise UserError("say where the runs go: --out DIR; or --dry-run to see what would run.")
     planned = studying.plan(settings, trust_remote_code=trust_remote_code, tell=tell)

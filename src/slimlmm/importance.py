@@ -277,7 +277,7 @@ def ablation(task: Task) -> Scores:
     assert task.loss is not None
     batches = list(at_least_one(task.batches, "ablation"))
     named, totals = dict(task.model.named_parameters(remove_duplicate=False)), _zeros(task)
-    memory = Memory.of(task.model, task.anatomy, batches[0])
+    memory = Memory.of(task.model, task.anatomy, batches)
     with memory.resumed(task.model, memory.last):
         uncut = mean_loss(task.model, batches, task.loss)
     for group in task.groups:

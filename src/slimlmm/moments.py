@@ -20,7 +20,8 @@ ATTENTION_RIDGE = 3e-2
 class Moments:
     """Count, sum and Gram matrix of vectors, fp64, apart for two halves of the samples (fit, held out).
 
-    `products` is the number format that the products of one call are made in before they are summed up in fp64.
+    `products` is the number format that the products of one call are made in before they are summed up in fp64. Coarser than
+    that, they are of vectors less the mean of the first call: where the mean is large, squares would lose what varies.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Moments:
         self.gram_2NN = torch.zeros(2, features, features, dtype=torch.float64, device=device)
         self.total_2N = torch.zeros(2, features, dtype=torch.float64, device=device)
         self.count_2 = torch.zeros(2, dtype=torch.float64, device=device)
+        self.shift_N: Tensor | None = None
         self.calls = 0
 
     def add(self, values: Tensor, weight: Tensor | None = None) -> None:
@@ -43,11 +45,26 @@ class Moments:
         for half, part in ((first, slice(middle, None)), (1 - first, slice(0, middle))):
             rows = values[part].detach().reshape(-1, values.shape[-1]).to(self.products)
             times = rows.new_ones(len(rows)) if weight is None else weight[part].reshape(-1).to(rows)
-            weighted = rows * times[:, None]
-            self.gram_2NN[half] += weighted.T @ rows
-            self.total_2N[half] += weighted.sum(0, dtype=torch.float64)
-            self.count_2[half] += times.sum(dtype=torch.float64)
+            self._add(half, rows, times)
         self.calls += 1
+
+    def _add(self, half: int, rows: Tensor, times: Tensor) -> None:
+        """Add rows [samples, N] to one half: E (x - s)(x - s)^T with the shift s put back in fp64."""
+        if self.products != torch.float64 and self.shift_N is None and len(rows):
+            self.shift_N = rows.mean(0)
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows if self.shift_N is None else rows - self.shift_N
+            weighted = rows * times[:, None]
+            gram_NN = (weighted.T @ rows).double()
+        total_N, count = weighted.sum(0, dtype=torch.float64), times.sum(dtype=torch.float64)
+        if self.shift_N is not None:
+            shift_N = self.shift_N.double()
+            across_NN = torch.outer(total_N, shift_N)
+            gram_NN += across_NN + across_NN.T + count * torch.outer(shift_N, shift_N)
+            total_N = total_N + count * shift_N
+        self.gram_2NN[half] += gram_NN
+        self.total_2N[half] += total_N
+        self.count_2[half] += count
 
     def gram(self, half: int | None = None, *, centred: bool = False) -> Tensor:
         """Return E[x x^T], or the covariance if `centred`, of one half or of both; [N, N]."""

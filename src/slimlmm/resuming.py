@@ -7,11 +7,12 @@ that stands between blocks still runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from slimlmm.collate import Batch
 from slimlmm.forward import forward, output_of
 
 #: most bytes that are remembered; blocks beyond it run
-MOST_BYTES = 4 << 30
+MOST_BYTES = 2 << 30
 #: largest relative deviation of what the last block gives between a whole pass and one that begins later
 SAME = 1e-5
 
@@ -44,10 +45,28 @@ class _Given:
 
 
 @dataclass(slots=True)
+class _Pass:
+    """The pass that is under way: the token ids that the model was called with, and how often each block ran in it."""
+
+    batch: Tensor | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def watch(self, model: PreTrainedModel) -> RemovableHandle:
+        """Follow the passes of a model until the handle is removed."""
+
+        def look(_module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.batch = named["input_ids"]
+            self.calls.clear()
+
+        return model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@dataclass(slots=True)
 class Memory:
     """What the blocks of a model gave for some batches, by name of the block; none where a pass cannot begin later.
 
     It holds for a model and for copies of it that differ behind the blocks that are handed out, which is for the caller to say.
+    Passes with gradients are whole.
     """
 
     order: tuple[str, ...]
@@ -57,24 +76,27 @@ class Memory:
     _bytes: int = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, anatomy: Anatomy, batch: Batch) -> Memory:
-        """Return an empty memory of a model in evaluation mode, tried out.
+    def of(cls, model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batch]) -> Memory:
+        """Return an empty memory of a model in evaluation mode, tried out on its first and last batch.
 
-        On `batch`, passes that begin at any block have to end as whole ones do, else all passes will be whole. They do not where
-        blocks leave more behind than they return, such as keys that others read.
+        Passes that begin at any block have to end as whole ones do, else all passes will be whole. They do not where blocks leave
+        more behind than they return: keys that others read; a second batch shows what stays on a module from the one before.
         """
-        memory = cls(_order(model, anatomy, batch))
+        few = [batches[0], batches[-1]]
+        memory = cls(_order(model, anatomy, few[0]))
         if not memory.order:
             return memory
-        wanted = memory._end(model, "", batch)
         try:
-            ends = [
-                memory._end(model, first, batch) for first in (memory.last, *memory.order[1:])
-            ]  # remembered, handed out
+            wanted = [memory._end(model, "", batch) for batch in few]
+            remembered = [memory._end(model, memory.last, batch) for batch in few]
+            right = all(map(_same, remembered, wanted)) and all(
+                _same(memory._end(model, first, batch), end)
+                for first in memory.order[1:]
+                for batch, end in zip(few, wanted, strict=True)
+            )
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
-            return cls(())
-        most = SAME * wanted.abs().max()
-        return cls(memory.order if all(bool((end - wanted).abs().max() <= most) for end in ends) else ())
+            right = False
+        return cls(memory.order if right else ())
 
     @torch.no_grad()
     def _end(self, model: PreTrainedModel, first: str, batch: Batch) -> Tensor:
@@ -86,45 +108,32 @@ class Memory:
     def resumed(self, model: PreTrainedModel, first: str) -> Iterator[None]:
         """Within the block passes of `model` begin at the block `first`: those before it hand out what they gave for the batch.
 
-        Whatever they give for a batch that was not seen yet is remembered. A name that is not in `order`: all blocks run.
+        Whatever they give for a batch that was not seen yet is remembered. A name that is not in `order`: all blocks run. The
+        model cannot be copied meanwhile.
         """
         ahead = self.order[: self.order.index(first)] if first in self.order else ()
-        now: list[Tensor] = []
+        now = _Pass()
         with ExitStack() as stack:
             if ahead:
-                stack.callback(_watch(model, now).remove)
+                stack.callback(now.watch(model).remove)
             for name in ahead:
-                stack.enter_context(self._handing_out(model.get_submodule(name), name, now))
+                stack.enter_context(_instead(model.get_submodule(name), _Handing(self, name, now)))
             yield
 
-    @contextmanager
-    def _handing_out(self, block: nn.Module, name: str, now: list[Tensor]) -> Iterator[None]:
-        own, runs = block.__dict__.get("forward"), block.forward
+    def given(self, key: tuple[Any, ...]) -> _Given | None:
+        """Return what was remembered, None where that is nothing or was written into."""
+        found = self._given.get(key)
+        return found if found is not None and found.is_whole else None
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            key = (name, id(now[0]), torch.is_autocast_enabled(now[0].device.type))
-            found = self._given.get(key)
-            if found is not None and found.is_whole:
-                return found.output
-            output = runs(*args, **kwargs)
-            self._remember(key, now[0], output)
-            return output
-
-        block.__dict__["forward"] = forward
-        try:
-            yield
-        finally:
-            del block.__dict__["forward"]
-            if own is not None:
-                block.__dict__["forward"] = own
-
-    def _remember(self, key: tuple[Any, ...], batch: Tensor, output: Any) -> None:
+    def remember(self, key: tuple[Any, ...], batch: Tensor, output: Any) -> None:
+        """Remember tensors, as far as there is room."""
         tensors = _tensors(output)
-        size = sum(one.nbytes for one in tensors)
-        if any(one.requires_grad for one in tensors) or self._bytes + size > self.most_bytes:
-            return
         before = self._given.pop(key, None)
-        self._bytes += size - (before.nbytes if before else 0)
+        self._bytes -= before.nbytes if before else 0
+        size = sum(one.nbytes for one in tensors)
+        if not tensors or any(one.is_inference() for one in tensors) or self._bytes + size > self.most_bytes:
+            return
+        self._bytes += size
         self._given[key] = _Given(batch, output, tuple((one, one._version) for one in tensors), size)
 
     @property
@@ -139,11 +148,49 @@ class Memory:
         ]
         return self.order[min(owners)] if owners and min(owners) >= 0 else ""
 
-    def forget(self, first: str) -> None:
-        """Forget what the block `first` and all behind it gave: they have changed."""
-        behind = set(self.order[self.order.index(first) :]) if first in self.order else set(self.order)
-        for key in [key for key in self._given if key[0] in behind]:
-            self._bytes -= self._given.pop(key).nbytes
+
+@dataclass(slots=True)
+class _Handing:
+    """The forward of a block that hands out what it gave before, and runs where that is nothing."""
+
+    memory: Memory
+    name: str
+    now: _Pass
+    runs: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.runs is not None
+        batch, number = self.now.batch, self.now.calls[self.name]
+        if batch is None or torch.is_grad_enabled():
+            return self.runs(*args, **kwargs)
+        self.now.calls[self.name] += 1
+        key = (self.name, number, id(batch), torch.is_autocast_enabled(batch.device.type))
+        found = self.memory.given(key)
+        if found is not None:
+            return found.output
+        output = self.runs(*args, **kwargs)
+        self.memory.remember(key, batch, output)
+        return output
+
+    def __deepcopy__(self, _memo: Any) -> NoReturn:
+        raise RuntimeError(f"a model is copied while {self.name} hands out what it gave; its copy would do so for good")
+
+
+@contextmanager
+def _instead(block: nn.Module, handing: _Handing) -> Iterator[None]:
+    """Within the block `handing` is the forward of a block."""
+    own, handing.runs = block.__dict__.get("forward"), block.forward
+    block.__dict__["forward"] = handing
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if own is not None:
+            block.__dict__["forward"] = own
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= SAME * wanted.abs().max())
 
 
 def _order(model: PreTrainedModel, anatomy: Anatomy, batch: Batch) -> tuple[str, ...]:
@@ -166,12 +213,3 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _heard(ran: list[str], name: str, *_: Any) -> None:
     ran.append(name)
-
-
-def _watch(model: PreTrainedModel, now: list[Tensor]) -> RemovableHandle:
-    """Keep in `now` the token ids that the model is called with: they tell one batch from another."""
-
-    def look(_module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        now[:] = [named["input_ids"]]
-
-    return model.register_forward_pre_hook(look, with_kwargs=True)

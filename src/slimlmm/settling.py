@@ -23,7 +23,7 @@ from slimlmm.bridging import mend, stream, writer_of
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.forward import output_of
-from slimlmm.importance import Loss, evaluating
+from slimlmm.importance import Loss, at_least_one, evaluating
 from slimlmm.moments import Moments
 from slimlmm.repair import Choice, judged
 from slimlmm.resuming import Memory
@@ -63,9 +63,9 @@ def settled(
         kept: numbers of the blocks that stayed, by block axis, where blocks were cut.
         batches: calibration batches.
     """
-    mended = []
+    mended, few = [], list(at_least_one(batches, "settling"))
     with evaluating(student), evaluating(before), torch.no_grad():
-        now, then = (_Side(model, Memory.of(model, describe(model.config), batches[0])) for model in (student, before))
+        now, then = (_Side(model, Memory.of(model, describe(model.config), few)) for model in (student, before))
         for place, wanted in _pairs(student, before, kept):
             writer = writer_of(student, place)
             if writer is None:

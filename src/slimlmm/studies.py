@@ -76,6 +76,8 @@ class Group(Settings):
 class Study(Settings):
     """A study: experiments that back a method, as one resumable recipe."""
 
+    title: str = Field("", description="Title of its page; the name of the folder where there is none.")
+    about: str = Field("", description="What the page says first: what was asked, at what budget.")
     model: str = Field(description="Local folder or hub id of the model, as for compress.")
     data: str = Field(description="Folder or file of rows, as for compress.")
     base: Recipe = Field(
@@ -278,7 +280,8 @@ first round that is not finished. An arm that cannot be carried out is reported 
 ```
 slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; trains nothing
 slimlmm study STUDY.yaml --out DIR --arms base fast  # these arms only, and those whose shape they take
-slimlmm study DIR --page docs/results.md             # the page and its plots again, from DIR/study.json alone
+slimlmm study DIR --page docs/results.md             # the page and its plots again, from DIR/study.json alone; of several
+                                                     # folders or files, all studies on one page
 ```
 
 `DIR/study.json` holds for every arm mean and standard deviation over the seeds, and for every group the paired bootstrap by

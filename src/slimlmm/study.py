@@ -250,7 +250,7 @@ def run(
             work.settle(name, seed, f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})")
         found = gathered(planned, out, command)
         found.save(out / "study.json")
-        study_page.write(found, out / "README.md")
+        study_page.write([found], out / "README.md")
     return found
 
 

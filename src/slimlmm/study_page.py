@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+from slimlmm.errors import UserError
 from slimlmm.report import NOTHING, Table, count, duration, points, size
 from slimlmm.study_results import Arm, Compared, Spread, StudyResults
 
@@ -16,23 +17,41 @@ EQUAL = 0.02
 TEACHER, ARM, REFERENCE, SEED = "0.4", "tab:blue", "tab:orange", "0.3"
 
 
-def write(found: StudyResults, page: Path) -> Path:
-    """Write the page, and its plots into ``plots/`` beside it; return the page."""
+def write(studies: Sequence[StudyResults], page: Path) -> Path:
+    """Write the page of one study or more, and its plots into ``plots/`` beside it; return the page.
+
+    Raises:
+        UserError: two of them have one name, and so would share their plots.
+    """
+    names = [found.name for found in studies]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two studies are named {twice[0]!r}, so their plots would be one; name their folders apart.")
     page.parent.mkdir(parents=True, exist_ok=True)
     plots = page.parent / "plots"
-    for number, group in enumerate(found.groups, 1):
-        if any(_arms(found, group, finished=True)):
-            plots.mkdir(exist_ok=True)
-            plot(found, group, plots / _plot_name(found, number, group))
+    for found in studies:
+        for number, group in enumerate(found.groups, 1):
+            if any(_arms(found, group, finished=True)):
+                plots.mkdir(exist_ok=True)
+                plot(found, group, plots / _plot_name(found, number, group))
     temporary = page.with_name(page.name + ".part")
-    temporary.write_text(markdown(found), encoding="utf-8")
+    temporary.write_text(_page([markdown(found) for found in studies]), encoding="utf-8")
     temporary.replace(page)
     return page
 
 
+def _page(chapters: Sequence[str]) -> str:
+    """Return one chapter as it is, several under one title."""
+    if len(chapters) == 1:
+        return chapters[0]
+    lines = [
+        f"#{line}" if line.startswith("#") else line for chapter in chapters for line in ("", *chapter.splitlines())
+    ]
+    return "\n".join(("# Results", *lines)) + "\n"
+
+
 def markdown(found: StudyResults) -> str:
-    """Return the page."""
-    lines = [f"# {found.name}", "", *_summary(found)]
+    """Return the page, or the chapter of a page, of one study."""
+    lines = [f"# {found.title or found.name}", "", *([found.about, ""] if found.about else []), *_summary(found)]
     for number, group in enumerate(found.groups, 1):
         lines += ["", f"## {group.title}", ""]
         if any(_arms(found, group, finished=True)):

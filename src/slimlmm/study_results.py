@@ -95,6 +95,8 @@ class StudyResults(File):
 
     schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
     name: str = Field(description="Name of the folder.")
+    title: str = Field("", description="Title of its page.")
+    about: str = Field("", description="What was asked, at what budget.")
     command: str | None = Field(None, description="Command line.")
     model: str = Field(description="The model that was compressed.")
     data: str = Field(description="The data.")
@@ -149,6 +151,8 @@ def gather(
     teachers = {seed: one.accuracy for each in answers.values() for seed, one in sorted(each.teachers.items())}
     return StudyResults(
         name=out.resolve().name,
+        title=study.title,
+        about=study.about,
         command=command,
         model=study.model,
         data=study.data,
