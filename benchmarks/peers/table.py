@@ -68,7 +68,8 @@ def _row(one: Result) -> str:
     behind = "" if gap is None else f"{100 * gap.mean:.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
     exact = f"{100 * score.accuracy:.1f} ± {100 * error:.1f} % of {score.n:,}"
     times = f"{one.cpu_seconds / 60:,.0f}"
-    return f"| `{one.arm}` | {one.told} | {one.parameters:,} | {one.row_visits:,} | {exact} | {behind} | {times} |"
+    told = one.told.replace("|", "\\|")  # in a cell it would end it
+    return f"| `{one.arm}` | {told} | {one.parameters:,} | {one.row_visits:,} | {exact} | {behind} | {times} |"
 
 
 if __name__ == "__main__":
