@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -121,7 +122,9 @@ def test_products_in_fp32_keep_what_varies_beside_a_large_mean():
     for values in calls:
         exact.add(values, weight)
         quick.add(values, weight)
-    for half in (0, 1, None):
+    turn = torch.randn(4, 8, generator=rng, dtype=torch.float64)
+    pairs = [(quick, exact), (quick.transformed(turn), exact.transformed(turn))]
+    for half, (quick, exact) in itertools.product((0, 1, None), pairs):
         assert (quick.gram(half, centred=True) - exact.gram(half, centred=True)).abs().max() < 1e-4
         assert torch.allclose(quick.mean(half), exact.mean(half), rtol=1e-6)
         assert (quick.gram(half) - exact.gram(half)).abs().max() < 1e-6 * exact.gram(half).abs().max()

@@ -31,7 +31,8 @@ class Moments:
         self.gram_2NN = torch.zeros(2, features, features, dtype=torch.float64, device=device)
         self.total_2N = torch.zeros(2, features, dtype=torch.float64, device=device)
         self.count_2 = torch.zeros(2, dtype=torch.float64, device=device)
-        self.shift_N: Tensor | None = None
+        self.shift_N = torch.zeros(features, dtype=torch.float64, device=device)
+        self.shifted = False
         self.calls = 0
 
     def add(self, values: Tensor, weight: Tensor | None = None) -> None:
@@ -49,40 +50,39 @@ class Moments:
         self.calls += 1
 
     def _add(self, half: int, rows: Tensor, times: Tensor) -> None:
-        """Add rows [samples, N] to one half: E (x - s)(x - s)^T with the shift s put back in fp64."""
-        if self.products != torch.float64 and self.shift_N is None and len(rows):
-            self.shift_N = rows.mean(0)
+        """Add rows [samples, N], less the shift, to one half."""
+        if self.products != torch.float64:
+            if not self.shifted and len(rows):
+                self.shift_N, self.shifted = rows.mean(0).double(), True
+            rows = rows - self.shift_N.to(rows)
         with torch.autocast(rows.device.type, enabled=False):
-            rows = rows if self.shift_N is None else rows - self.shift_N
             weighted = rows * times[:, None]
-            gram_NN = (weighted.T @ rows).double()
-        total_N, count = weighted.sum(0, dtype=torch.float64), times.sum(dtype=torch.float64)
-        if self.shift_N is not None:
-            shift_N = self.shift_N.double()
-            across_NN = torch.outer(total_N, shift_N)
-            gram_NN += across_NN + across_NN.T + count * torch.outer(shift_N, shift_N)
-            total_N = total_N + count * shift_N
-        self.gram_2NN[half] += gram_NN
-        self.total_2N[half] += total_N
-        self.count_2[half] += count
+            self.gram_2NN[half] += weighted.T @ rows
+        self.total_2N[half] += weighted.sum(0, dtype=torch.float64)
+        self.count_2[half] += times.sum(dtype=torch.float64)
 
-    def gram(self, half: int | None = None, *, centred: bool = False) -> Tensor:
-        """Return E[x x^T], or the covariance if `centred`, of one half or of both; [N, N]."""
+    def _sums(self, half: int | None) -> tuple[Tensor, Tensor]:
+        """Return E[(x - s)(x - s)^T] and E[x - s] of one half or of both."""
         if half is None:
             gram, total, count = self.gram_2NN.sum(0), self.total_2N.sum(0), self.count_2.sum()
         else:
             gram, total, count = self.gram_2NN[half], self.total_2N[half], self.count_2[half]
         count = count.clamp(min=1e-300)
-        mean = total / count
-        return gram / count - (torch.outer(mean, mean) if centred else 0)
+        return gram / count, total / count
+
+    def gram(self, half: int | None = None, *, centred: bool = False) -> Tensor:
+        """Return E[x x^T], or the covariance if `centred`, of one half or of both; [N, N]."""
+        gram, mean = self._sums(half)
+        if centred:
+            return gram - torch.outer(mean, mean)
+        if not self.shifted:
+            return gram
+        across = torch.outer(mean, self.shift_N)
+        return gram + across + across.T + torch.outer(self.shift_N, self.shift_N)
 
     def mean(self, half: int | None = None) -> Tensor:
         """Return E[x] of one half or of both; [N]."""
-        total, count = (
-            (self.total_2N.sum(0), self.count_2.sum()) if half is None else (self.total_2N[half], self.count_2[half])
-        )
-        mean: Tensor = total / count.clamp(min=1e-300)
-        return mean
+        return self._sums(half)[1] + self.shift_N
 
     def transformed(self, matrix: Tensor) -> Moments:
         """Return the moments of ``matrix @ x``; matrix [M, N]."""
@@ -90,6 +90,7 @@ class Moments:
         new = Moments(matrix.shape[0], self.gram_2NN.device)
         new.gram_2NN = matrix @ self.gram_2NN @ matrix.T
         new.total_2N = self.total_2N @ matrix.T
+        new.shift_N, new.shifted = matrix @ self.shift_N, self.shifted
         new.count_2, new.calls = self.count_2, self.calls
         return new
 

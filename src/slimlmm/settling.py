@@ -65,7 +65,10 @@ def settled(
     """
     mended, few = [], list(at_least_one(batches, "settling"))
     with evaluating(student), evaluating(before), torch.no_grad():
-        now, then = (_Side(model, Memory.of(model, describe(model.config), few)) for model in (student, before))
+        now, then = (
+            _Side(model, Memory.of(model, describe(model.config), few), fixed=model is before)
+            for model in (student, before)
+        )
         for place, wanted in _pairs(student, before, kept):
             writer = writer_of(student, place)
             if writer is None:
@@ -78,14 +81,15 @@ def settled(
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One of the two models; before a block whose stream is asked for nothing changes any more."""
+    """One of the two models. Before a block whose stream is asked for nothing changes any more; in a `fixed` one nothing ever."""
 
     model: PreTrainedModel
     memory: Memory
+    fixed: bool
 
     def behind(self, block: str, batch: Batch) -> Tensor:
         """Return the stream behind a block; the model stops there."""
-        with self.memory.resumed(self.model, block):
+        with self.memory.resumed(self.model, self.memory.last if self.fixed else block):
             return stream(output_of(self.model, self.model.get_submodule(block), batch))
 
 
