@@ -10,9 +10,10 @@ from slimlmm.anatomy import describe
 from slimlmm.bridging import stream
 from slimlmm.calibration import Calibration
 from slimlmm.forward import output_of
-from slimlmm.selfcheck import some_units
+from slimlmm.selfcheck import random_model, some_units
 from slimlmm.settling import _pairs, settle_best, settled
 from test_bridging import batches_of, loss, scaled_model
+from tiny import tiny_config
 
 NAME = "llava-dinov2-llama"
 
@@ -101,3 +102,17 @@ def test_a_model_that_was_not_cut_and_a_stream_of_another_width_are_left_alone(w
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
     narrow = cut_to(model, {"text.width": 24})
     assert not any("language_model" in place for place, _ in _pairs(narrow, model, {}))
+
+
+def test_units_of_several_layers_are_settled_by_their_layers():
+    model = random_model(tiny_config("blip2-opt"))
+    anatomy, batches = describe(model.config), batches_of("blip2-opt", model, count=2)
+    axis = anatomy.axis("qformer.blocks")
+    assert axis.groups[0].stride == 2
+    units = list(range(axis.groups[0].units))[1:]
+    layers = axis.groups[0].layers(units)
+    student = surgery.cut(model, anatomy, axis.name, {axis.name: torch.tensor(units)})
+    pairs = dict(_pairs(student, model, {axis.name: layers}))
+    kept = {place: wanted for place, wanted in pairs.items() if place.startswith(axis.layers)}
+    assert list(kept.values()) == [f"{axis.layers}.{number}" for number in layers]
+    assert settled(copy.deepcopy(student), model, {axis.name: layers}, batches)

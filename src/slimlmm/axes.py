@@ -7,7 +7,7 @@ A `Group` is one such independent choice; scoring, planning, cutting, masking an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,10 @@ class Group:
     rate: int = 1
     layer: int | None = None
     some_of: tuple[tuple[int, ...], ...] = ()
+
+    def layers(self, units: Iterable[int]) -> list[int]:
+        """Return the numbers of the layers that make up these units of a block axis."""
+        return [unit * self.stride + number for unit in units for number in range(self.stride)]
 
     def allows(self, kept: Collection[int]) -> bool:
         """Tell whether one unit at least of each set in `some_of` is in `kept`."""

@@ -88,9 +88,7 @@ def greedy_bridged(
         memory = Memory.of(model, anatomy, list(at_least_one(calibration.fit, "ranking blocks")))
 
     def cost(stays: list[int]) -> float:
-        gone = [
-            unit * group.stride + i for unit in range(group.units) if unit not in stays for i in range(group.stride)
-        ]
+        gone = group.layers(unit for unit in range(group.units) if unit not in stays)
         found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}))
         for gap in found:
             if (gap.first, gap.last) not in patches:
@@ -174,7 +172,7 @@ def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Ite
     """Yield the runs of dropped blocks behind a kept one whose FFN ends in a linear."""
     found = anatomy.axis(axis)
     (group,) = found.groups
-    kept = {int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)}
+    kept = set(group.layers(keep[group.name].tolist()))
     for first in range(1, found.size):
         if first in kept or first - 1 not in kept:
             continue

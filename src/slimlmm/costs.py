@@ -172,7 +172,7 @@ def _kinds(config: Any, axis: Axis) -> tuple[list[int], dict[int, int]]:
             shapes.setdefault(layer, []).append((inside, shape))
     signs: dict[int, tuple[Any, ...]] = {}
     for unit in range(group.units):
-        layers = range(unit * group.stride, (unit + 1) * group.stride)
+        layers = group.layers([unit])
         signs[unit] = tuple((tuple(layer in found for found in sets), tuple(shapes[layer])) for layer in layers)
     first: dict[Any, int] = {}
     for unit in range(group.units):

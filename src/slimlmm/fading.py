@@ -141,8 +141,7 @@ def _fade_blocks(model: PreTrainedModel, axis: Axis, units: list[int], gate: Gat
         mixed = torch.lerp(before.to(after.dtype), after, gate.value)  # exact at both ends
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-    stride = axis.groups[0].stride
-    for layer in (unit * stride + i for unit in units for i in range(stride)):
+    for layer in axis.groups[0].layers(units):
         block = model.get_submodule(f"{axis.layers}.{layer}")
         stack.callback(block.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
 

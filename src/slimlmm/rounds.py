@@ -288,8 +288,7 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
             continue
         student, keep = _cut(job, student, turn, (axis, size), by, folder)
         if found.kind == "blocks":
-            stride = found.groups[0].stride
-            kept[axis] = [unit * stride + i for unit in keep[axis].tolist() for i in range(stride)]
+            kept[axis] = found.groups[0].layers(keep[axis].tolist())
     if student is model or "settle" not in turn.repair:
         return student
     student, tries = settle_best(student, model, kept, calibration, loss)

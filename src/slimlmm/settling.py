@@ -60,7 +60,7 @@ def settled(
     Args:
         student: the cut model.
         before: the model that it was cut from.
-        kept: numbers of the blocks that stayed, by block axis, where blocks were cut.
+        kept: numbers of the layers that stayed, by block axis, where blocks were cut.
         batches: calibration batches.
     """
     mended, few = [], list(at_least_one(batches, "settling"))
