@@ -46,7 +46,10 @@ def test_a_pass_that_begins_at_a_changed_block_gives_what_a_whole_pass_gives(fam
     few = [batch_of(model, seed) for seed in (0, 1)]
     memory = Memory.of(model, describe(model.config), few)
     assert bool(memory.order) is (family not in WHOLE)
-    for first in memory.order[1:]:
+    few_firsts = (
+        dict.fromkeys(memory.order[number] for number in (1, len(memory.order) // 2, -1)) if memory.order else ()
+    )
+    for first in few_firsts:
         with memory.resumed(model, first):
             for batch in few:
                 logits(model, batch)

@@ -27,7 +27,7 @@ from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating, greedily, mean_loss, skipped
-from slimlmm.moments import Moments, predict
+from slimlmm.moments import Moments, predict, products_of
 from slimlmm.repair import Choice, judged, linear_consumers
 from slimlmm.resuming import Memory
 from slimlmm.wiring import owner
@@ -235,7 +235,7 @@ def _moments(
     model: PreTrainedModel, writer: nn.Linear, ends: tuple[str, str], batches: Sequence[Batch], memory: Memory
 ) -> Moments:
     """Return the moments of (h, d) [I + H] over the calibration tokens: the writer's inputs and what the blocks behind add."""
-    moments = Moments(writer.in_features + writer.out_features, model.device, torch.float32)
+    moments = Moments(writer.in_features + writer.out_features, model.device, products_of(writer.weight))
     seen: dict[str, Tensor] = {}
     before, after = (model.get_submodule(name) for name in ends)
     with ExitStack() as stack:

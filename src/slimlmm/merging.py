@@ -24,7 +24,7 @@ from slimlmm.collate import Batch
 from slimlmm.forward import output_of
 from slimlmm.importance import at_least_one, evaluating
 from slimlmm.lowrank import Factors, fitted
-from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, output_error, predict
+from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, output_error, predict, products_of
 from slimlmm.slots import attention_of
 from slimlmm.views import View, view_of
 from slimlmm.wiring import owner
@@ -167,8 +167,7 @@ def _path(view: View, modules: dict[str, nn.Module], parameter: str, stays: Tens
 def listen(model: PreTrainedModel, path: Path, batches: Sequence[Batch], *, text: bool) -> Moments:
     """Return the moments of (pooled stream of the kept heads, what the dropped ones write); [K * X + O]."""
     size = len(path.kept) * (path.value.in_features + path.constant) + path.output.out_features
-    products = torch.promote_types(path.value.weight.dtype, torch.float32)  # many features
-    moments = Moments(size, model.device, products)
+    moments = Moments(size, model.device, products_of(path.value.weight))
     dropped = torch.ones(path.output.in_features, dtype=torch.bool)
     dropped[path.columns] = False
     lost = path.output.weight[:, dropped.to(path.output.weight.device)]

@@ -17,6 +17,11 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 ATTENTION_RIDGE = 3e-2
 
 
+def products_of(weight: Tensor) -> torch.dtype:
+    """Return the format that products of activations are made in beside this weight: its own, fp32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 class Moments:
     """Count, sum and Gram matrix of vectors, fp64, apart for two halves of the samples (fit, held out).
 

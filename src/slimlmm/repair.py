@@ -25,7 +25,7 @@ from slimlmm.collate import Batch
 from slimlmm.forward import forward
 from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
 from slimlmm.merging import NotMergeableError, merge
-from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict
+from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict, products_of
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
 
@@ -80,7 +80,8 @@ def collect(
                 ):  # groups of one block may share it: the heads of an attention output
                     continue
                 linear = modules[owner(slot.parameter)]
-                moments = Moments(linear.get_parameter("weight").shape[1], model.device, torch.float32)
+                weight = linear.get_parameter("weight")
+                moments = Moments(weight.shape[1], model.device, products_of(weight))
                 found.consumers[slot.parameter] = moments
                 ears.attach(linear, moments)
         for batch in at_least_one(batches, f"repairing {axis}"):

@@ -24,7 +24,7 @@ from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating
-from slimlmm.moments import Moments
+from slimlmm.moments import Moments, products_of
 from slimlmm.repair import Choice, judged
 from slimlmm.resuming import Memory
 
@@ -118,7 +118,7 @@ def _pairs(
 
 def _lacking(now: tuple[_Side, str], then: tuple[_Side, str], writer: nn.Linear, batches: Sequence[Batch]) -> Moments:
     """Return the moments of (h, d) [I + H] over the calibration tokens."""
-    moments = Moments(writer.in_features + writer.out_features, writer.weight.device, torch.float32)
+    moments = Moments(writer.in_features + writer.out_features, writer.weight.device, products_of(writer.weight))
     for batch in batches:
         neurons: list[Tensor] = []
         handle = writer.register_forward_pre_hook(lambda _, inputs, heard=neurons: heard.append(inputs[0]))
