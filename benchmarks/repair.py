@@ -23,7 +23,7 @@ from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
-from slimlmm.recipe import Round
+from slimlmm.recipe import USUAL_REPAIRS
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -31,8 +31,6 @@ CASES = {
     "width: half of both": {"text.width": 288, "vision.width": 192},
     "blocks: vision 7 -> 5, text 3 -> 2": {"vision.blocks": 5, "text.blocks": 2},
 }
-#: those of a recipe that says nothing of them
-REPAIRS = Round(sizes={"text.ffn": 1}).repair
 #: rows that cuts and repairs are fitted on
 CALIBRATION = 256
 
@@ -89,7 +87,9 @@ def case(
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
             statistics = repair.collect(repaired, anatomy, axis, calibration.fit)
-            repaired, _, tries = repair.fold_best(repaired, anatomy, axis, keep, statistics, calibration, loss, REPAIRS)
+            repaired, _, tries = repair.fold_best(
+                repaired, anatomy, axis, keep, statistics, calibration, loss, USUAL_REPAIRS
+            )
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
     began = time.perf_counter()

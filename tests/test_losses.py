@@ -1,4 +1,3 @@
-import itertools
 import math
 from functools import partial
 from typing import get_args
@@ -182,7 +181,7 @@ def test_jensen_shannon_is_symmetric_and_at_most_log_2_a_token(logits):
 def test_top_k_kl_grows_with_k_up_to_forward_kl(logits):
     student, teacher, _ = logits
     losses = [float(top_k_kl(student, teacher, k)) for k in range(1, V + 2)]
-    assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(losses))  # the last: rounding
+    assert losses[:-2] == sorted(losses[:-2])  # the last three are one number, but for rounding
     assert losses[-3:] == pytest.approx([float(forward_kl(student, teacher))] * 3, rel=1e-12)  # k = V - 1, V, V + 1
     assert losses[3] < 0.99 * losses[-1]
 

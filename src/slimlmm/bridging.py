@@ -99,9 +99,8 @@ def greedy_bridged(
                 _put(gap.writer, patches[gap.first, gap.last])
             stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in gone]))
             stack.enter_context(evaluating(model))
-            stack.enter_context(
-                memory.resumed(model, f"{layers}.{max(0, gone[0] - 1)}")
-            )  # the bridge stands before the gap
+            first = max(0, gone[0] - 1)  # the bridge stands before the gap
+            stack.enter_context(memory.resumed(model, f"{layers}.{first}"))
             return mean_loss(model, calibration.judge, loss)
 
     return greedily(group, keep, cost)
@@ -144,12 +143,11 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     the block makes of its writer's output on the way to the stream (layer scale, else 1).
     """
     layers, memory = anatomy.axis(axis).layers, Memory(())
-    found = list(gaps(model, anatomy, axis, keep))
     # all of the model as it is: patched, it would add twice what the blocks add that still run
-    patches = [_patch(model, layers, gap, batches, memory) for gap in found]
-    for gap, patch in zip(found, patches, strict=True):
+    patches = [(gap, _patch(model, layers, gap, batches, memory)) for gap in gaps(model, anatomy, axis, keep)]
+    for gap, patch in patches:
         _put(gap.writer, patch)
-    return [gap for gap, patch in zip(found, patches, strict=True) if patch]
+    return [gap for gap, patch in patches if patch]
 
 
 def mend(
@@ -208,10 +206,9 @@ def gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Bat
     """Return g [H]: how much of each channel of the writer's output reaches the block's; refuse where that is no plain factor."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    output_of(model, block, batch)
+    plain_BTH = stream(output_of(model, block, batch))
     handle.remove()
     args, kwargs = calls[0]
-    plain_BTH = stream(block(*args, **kwargs))
     generator = torch.Generator().manual_seed(0)
     gains = []
     for _ in range(2):

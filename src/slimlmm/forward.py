@@ -64,10 +64,9 @@ def head_at(model: PreTrainedModel, where_BT: Tensor) -> Iterator[list[Tensor]]:
 def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Run the model on a batch; return (logits [A, V], labels [A], last hidden states [A, H]) at answer positions, row by row."""
     where_BT = batch["shift_labels"] != IGNORE
-    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     bare: PreTrainedModel = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with head_at(bare, where_BT) as seen:
-        logits_AV = model(**inputs, use_cache=False).logits[0]
+        logits_AV = forward(model, batch).logits[0]
     return logits_AV, batch["shift_labels"][where_BT], seen[0][0]
 
 

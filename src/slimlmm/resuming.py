@@ -82,7 +82,7 @@ class Memory:
         Passes that begin at any block have to end as whole ones do, else all passes will be whole. They do not where blocks leave
         more behind than they return: keys that others read; a second batch shows what stays on a module from the one before.
         """
-        few = [batches[0], batches[-1]]
+        few = [batches[0], *batches[1:][-1:]]
         memory = cls(_order(model, anatomy, few[0]))
         if not memory.order:
             return memory
@@ -117,7 +117,8 @@ class Memory:
             if ahead:
                 stack.callback(now.watch(model).remove)
             for name in ahead:
-                stack.enter_context(_instead(model.get_submodule(name), _Handing(self, name, now)))
+                block = model.get_submodule(name)
+                stack.enter_context(_instead(block, _Handing(self, name, now, block.forward)))
             yield
 
     def given(self, key: tuple[Any, ...]) -> _Given | None:
@@ -156,10 +157,9 @@ class _Handing:
     memory: Memory
     name: str
     now: _Pass
-    runs: Callable[..., Any] | None = None
+    runs: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.runs is not None
         batch, number = self.now.batch, self.now.calls[self.name]
         if batch is None or torch.is_grad_enabled():
             return self.runs(*args, **kwargs)
@@ -179,7 +179,7 @@ class _Handing:
 @contextmanager
 def _instead(block: nn.Module, handing: _Handing) -> Iterator[None]:
     """Within the block `handing` is the forward of a block."""
-    own, handing.runs = block.__dict__.get("forward"), block.forward
+    own = block.__dict__.get("forward")
     block.__dict__["forward"] = handing
     try:
         yield

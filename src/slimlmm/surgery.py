@@ -150,8 +150,7 @@ def new_names(axis: Axis, keep: Keep, state: Iterable[str]) -> dict[str, str]:
     if axis.kind != "blocks":
         return {name: name for name in state}
     group = axis.groups[0]
-    layers = [int(unit) * group.stride + i for unit in keep[group.name] for i in range(group.stride)]
-    return renamed(axis.layers, layers, state)
+    return renamed(axis.layers, group.layers(keep[group.name].tolist()), state)
 
 
 def _made_up(part: Axis, size: int, keep: Keep, rows: Mapping[Place, Tensor], tensor: Tensor) -> Tensor:
@@ -346,7 +345,5 @@ def _narrow(model: PreTrainedModel, slot: Slot, kept: Tensor, stack: ExitStack) 
 
 def _skip_blocks(model: PreTrainedModel, axis: Axis, keep: Keep, stack: ExitStack) -> None:
     group = axis.groups[0]
-    for unit in _complement(keep[group.name], group.units).tolist():
-        for layer in range(unit * group.stride, (unit + 1) * group.stride):
-            block = model.get_submodule(f"{axis.layers}.{layer}")
-            stack.enter_context(skipped([block]))
+    for layer in group.layers(_complement(keep[group.name], group.units).tolist()):
+        stack.enter_context(skipped([model.get_submodule(f"{axis.layers}.{layer}")]))
