@@ -95,7 +95,18 @@ def test_spreads_and_differences_of_a_study():
     assert told.interval.mean == pytest.approx(b.accuracy.mean - a.accuracy.mean)
     assert told.seeds[1] == pytest.approx(students["b"][1].accuracy - students["a"][1].accuracy)
     assert told.p < 0.001
+    assert told.seeds_p == sr.over_seeds(list(told.seeds.values())) < 0.05
     assert sr.spread([0.5]).sd is None
+
+
+def test_the_test_over_seeds_is_students():
+    differences = [0.3, -0.1, 0.25]
+    t = np.mean(differences) / (np.std(differences, ddof=1) / 3**0.5)
+    p = 1 - t / (2 + t * t) ** 0.5  # Student's distribution with two degrees of freedom, in closed form
+    assert sr.over_seeds(differences) == pytest.approx(p)
+    assert sr.over_seeds([-one for one in differences]) == pytest.approx(p)
+    assert sr.over_seeds([0.3]) is None
+    assert sr.over_seeds([0.25, 0.25]) is None
 
 
 @pytest.mark.parametrize("x", [{}, {"a": 2, "b": 40, "never": 100}])
@@ -115,7 +126,7 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     assert plots[0][0].read_bytes() == plots[1][0].read_bytes()
     text = page.read_text()
     assert "| a | - | 1 k | 5,000 | 2 s | 1 |" in text
-    assert "| never | - | - | - | - | 0 | - | - | - | - |" in text
+    assert "| never | - | - | - | - | 0 | - | - | - | - | - |" in text
     assert "- Row visits are equal within 0.0 % (from 5,000 to 5,000)." in text
 
 

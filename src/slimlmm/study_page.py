@@ -74,7 +74,8 @@ def _summary(found: StudyResults) -> list[str]:
     lines += [
         "",
         "Exact match in per cent, mean ± standard deviation over the seeds. Drops (teacher minus arm) and differences (arm minus",
-        "reference) in points with 95 % intervals: rows of all seeds pooled, paired bootstrap over pictures; p two-sided.",
+        "reference) in points with 95 % intervals: rows of all seeds pooled, paired bootstrap over pictures; p two-sided, for",
+        "other pictures with these seeds; p (seeds): for other seeds with these pictures, a paired t-test over the seeds.",
     ]
     return lines
 
@@ -97,10 +98,12 @@ def group_table(found: StudyResults, group: Compared) -> Table:
                 _spread(arm.accuracy),
                 points(arm.drop_interval),
                 "reference" if reference else points(one.interval if one else None),
-                _p(one.p) if one else NOTHING,
+                _p(one.p if one else None),
+                _p(one.seeds_p if one else None),
             )
         )
-    head = ("arm", "what", "params", "row visits", "time", "seeds", "exact match", "drop", "difference", "p")
+    told = ("exact match", "drop", "difference", "p", "p (seeds)")
+    head = ("arm", "what", "params", "row visits", "time", "seeds", *told)
     return Table(head=head, rows=tuple(rows), left=2)
 
 
@@ -128,7 +131,7 @@ def provenance(found: StudyResults) -> Table:
 
 def terminal(found: StudyResults) -> list[RichTable]:
     """Return the terminal view: a table per group."""
-    shown = ("arm", "params", "seeds", "exact match", "drop", "difference", "p")
+    shown = ("arm", "params", "seeds", "exact match", "drop", "difference", "p", "p (seeds)")
     return [group_table(found, group).rich(group.title, shown) for group in found.groups]
 
 
@@ -228,7 +231,9 @@ def _spread(one: Spread | None) -> str:
     return f"{100 * one.mean:.1f}" + ("" if one.sd is None else f" ± {100 * one.sd:.1f}")
 
 
-def _p(p: float) -> str:
+def _p(p: float | None) -> str:
+    if p is None:
+        return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
+from scipy import stats
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Interval, Record, paired_test
@@ -73,6 +74,10 @@ class Difference(Record):
     )
     p: float = Field(description="Two-sided bootstrap p-value of no difference.")
     seeds: dict[int, float] = Field(description="The difference of each seed.")
+    seeds_p: float | None = Field(
+        None,
+        description="Two-sided p-value of Student's t-test over the seeds' differences; null where it says nothing.",
+    )
 
 
 class Compared(Record):
@@ -267,6 +272,17 @@ def pooled(
     return paired_test(right[0], right[1], pictures, samples=samples, seed=SEED)
 
 
+def over_seeds(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p-value that another draw of seeds would show no difference; None for one seed or equal ones.
+
+    Student's paired t-test: t = m / (s / sqrt(n)) with n - 1 degrees of freedom, m and s the mean and standard deviation
+    (n - 1) of the n differences. The rows are taken as given; `pooled` asks the other question, with the seeds given.
+    """
+    if len(set(differences)) < 2:
+        return None
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
 def compared(group: Group, answers: Mapping[str, Answers], arms: Mapping[str, Arm]) -> Compared:
     """Return the arms of a group against its reference, and how equal their row visits were."""
     differences, notes = {}, []
@@ -281,7 +297,7 @@ def compared(group: Group, answers: Mapping[str, Answers], arms: Mapping[str, Ar
             notes.append(f"{name} is not compared with {group.reference}: {error}")
             continue
         seeds = {seed: students[seed].accuracy - reference[seed].accuracy for seed in students if seed in reference}
-        differences[name] = Difference(interval=interval, p=p, seeds=seeds)
+        differences[name] = Difference(interval=interval, p=p, seeds=seeds, seeds_p=over_seeds(list(seeds.values())))
     visits = [run.row_visits for name in group.arms for run in arms[name].runs]
     return Compared(
         title=group.title,
