@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,51 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 PART = 20
 
 
+@dataclass(slots=True)
+class Tally:
+    """What the laws said of some configurations."""
+
+    drawn: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    axes: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    illegal: Counter[str] = field(default_factory=Counter)
+    starts: Counter[str] = field(default_factory=Counter)
+    different: set[str] = field(default_factory=set)
+    worst: float = 0.0
+    swaying: float = 0.0
+    violations: list[dict[str, Any]] = field(default_factory=list)
+
+    def model(self, name: str, config: Any) -> None:
+        """Count a configuration that is a model."""
+        self.drawn[config.model_type] += 1
+        self.starts[name] += 1
+        self.different.add(hashlib.sha256(key_of(config).encode()).hexdigest())
+
+    def cell(self, name: str, config: Any, outcome: Any, kind: str) -> None:
+        """Count what the laws said of one axis; `kind` is that of its refusal."""
+        self.verdicts[outcome.verdict] += 1
+        if outcome.verdict == "refused":
+            self.refusals[f"{outcome.axis}: {kind}"] += 1
+        elif outcome.verdict == "broken":
+            self.violations.append(
+                {"name": name, "axis": outcome.axis, "reason": outcome.reason, "config": key_of(config)}
+            )
+            print(f"{name} {outcome.axis}: {outcome.reason}", flush=True)
+        elif outcome.verdict == "rounding":
+            self.swaying = max(self.swaying, outcome.error)
+        elif outcome.verdict == "proven":
+            self.axes[outcome.axis] += 1
+            self.worst = max(self.worst, outcome.error)
+
+
 def work(count: int, start: int) -> dict[str, Any]:
     """Return what was found on `count` random configurations."""
     laws: Any = importlib.import_module("laws")
     configurations: Any = importlib.import_module("zoo.random_configs").configurations
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    drawn: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
-    axes: Counter[str] = Counter()
-    starts: Counter[str] = Counter()
-    refusals: Counter[str] = Counter()
-    illegal: Counter[str] = Counter()
-    different: set[str] = set()
-    worst, swaying = 0.0, 0.0
-    violations: list[dict[str, Any]] = []
+    tally = Tally()
 
     @seed(start)
     @settings(
@@ -63,44 +94,18 @@ def work(count: int, start: int) -> dict[str, Any]:
     )
     @given(configurations())
     def check(found: tuple[str, Any]) -> None:
-        nonlocal worst, swaying
         name, config = found
         try:
-            outcomes = list(laws.outcomes(config, seed=sum(drawn.values())))
+            outcomes = list(laws.outcomes(config, seed=sum(tally.drawn.values())))
         except laws.NoModelError as error:
-            illegal[f"{name}: {str(error).splitlines()[0]}"] += 1
+            tally.illegal[f"{name}: {str(error).splitlines()[0]}"] += 1
             return
-        drawn[config.model_type] += 1
-        starts[name] += 1
-        different.add(hashlib.sha256(key_of(config).encode()).hexdigest())
+        tally.model(name, config)
         for outcome in outcomes:
-            verdicts[outcome.verdict] += 1
-            if outcome.verdict == "refused":
-                refusals[f"{outcome.axis}: {laws.kind_of(outcome.reason)}"] += 1
-            elif outcome.verdict == "broken":
-                violations.append(
-                    {"name": name, "axis": outcome.axis, "reason": outcome.reason, "config": key_of(config)}
-                )
-                print(f"{name} {outcome.axis}: {outcome.reason}", flush=True)
-            elif outcome.verdict == "rounding":
-                swaying = max(swaying, outcome.error)
-            elif outcome.verdict == "proven":
-                axes[outcome.axis] += 1
-                worst = max(worst, outcome.error)
+            tally.cell(name, config, outcome, laws.kind_of(outcome.reason) if outcome.verdict == "refused" else "")
 
     check()
-    return {
-        "drawn": drawn,
-        "verdicts": verdicts,
-        "axes": axes,
-        "refusals": refusals,
-        "illegal": illegal,
-        "starts": starts,
-        "different": different,
-        "worst": worst,
-        "swaying": swaying,
-        "violations": violations,
-    }
+    return {one.name: getattr(tally, one.name) for one in fields(tally)}
 
 
 def total(parts: list[dict[str, Any]], key: str) -> dict[str, int]:

@@ -259,11 +259,14 @@ def _without(
     """Return the model without what goes in this round, and the training in which that faded, if it did."""
     anatomy = describe(model.config)
     sizes = {axis: size for axis, size in turn.sizes.items() if size != anatomy.axis(axis).size}
-    if not turn.fade or not sizes:
-        return _smaller(job, model, processor, turn, folder), []
+    if not sizes:
+        return model, []
+    by = _calibration(job, model, processor)
+    if not turn.fade:
+        return _smaller(job, model, turn, by, folder), []
     if reason := turn.cannot_fade():  # of a recipe that another was made from
         raise UserError(f"{place}: fade={turn.fade}: {reason}.")
-    by, keeps, gate = _calibration(job, model, processor), {}, Gate()
+    keeps, gate = {}, Gate()
     for axis in cuts_in_order(anatomy, sizes):
         scores, keeps[axis] = _choose(job, model, turn, (axis, sizes[axis]), by)
         _written(job, (axis, anatomy.axis(axis).size, sizes[axis]), keeps[axis], scores, [], "", folder)
@@ -276,12 +279,11 @@ def _without(
     return cut_all(student, keeps), [trained]
 
 
-def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> PreTrainedModel:
+def _smaller(
+    job: Job, model: PreTrainedModel, turn: Round, by: tuple[Calibration, Loss], folder: Path
+) -> PreTrainedModel:
     """Cut all axes of the round in turn, then settle the stream of the result; returns `model` itself where nothing is cut."""
-    if not turn.sizes:
-        return model
     student, kept = model, {}
-    calibration, loss = by = _calibration(job, model, processor)
     for axis, size in turn.sizes.items():
         found = describe(student.config).axis(axis)
         if size == found.size:
@@ -291,7 +293,7 @@ def _smaller(job: Job, model: PreTrainedModel, processor: Any, turn: Round, fold
             kept[axis] = found.groups[0].layers(keep[axis].tolist())
     if student is model or "settle" not in turn.repair:
         return student
-    student, tries = settle_best(student, model, kept, calibration, loss)
+    student, tries = settle_best(student, model, kept, *by)
     if tries:
         job.tell.say("  settling", **{one.name: one.loss for one in tries})
         write_json(folder / "settling.json", {one.name: one.loss for one in tries})
@@ -310,8 +312,8 @@ def _calibration(job: Job, model: PreTrainedModel, processor: Any) -> tuple[Cali
 
 def trial(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> tuple[PreTrainedModel, float]:
     """Make the cuts of a round with their repairs, untrained; return what comes out and its loss on rows that no fit saw."""
-    student = _smaller(job, model, processor, turn, folder)
-    calibration, loss = _calibration(job, student, processor)
+    calibration, loss = by = _calibration(job, model, processor)
+    student = _smaller(job, model, turn, by, folder)
     return student, repair.judged("", student, calibration.judge, loss).loss
 
 
