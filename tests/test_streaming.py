@@ -102,7 +102,7 @@ def test_a_streamed_cut_of_all_axes_is_the_cut_of_the_loaded_model(sampled_famil
     assert found.left == ()
 
 
-@pytest.mark.parametrize("name", ["llava-dinov2-llama", "gemma3", "qwen3_vl_moe", "glm4v_moe", "blip-2-t5"])
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen3_vl_moe", "blip-2-t5"])
 def test_bfloat16_stays_and_is_rounded_once(name, folders, tmp_path):
     """Widths of both towers meet in the projector: made up for twice in fp32, rounded at the end, as the loaded model is."""
     folder = folders(name, torch.bfloat16)
