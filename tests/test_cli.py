@@ -6,7 +6,7 @@ import pytest
 
 from slimlmm import checkpoint, cli
 
-VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "adreview", "demo")
+VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "serve", "adreview", "demo")
 
 
 def call(monkeypatch, capsys, *words):

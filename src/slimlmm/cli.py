@@ -348,6 +348,53 @@ def bench(
     _report(found, json_out, lambda: Console().print(commands.bench_table(found)))
 
 
+@app.command(epilog="Example: `slimlmm serve runs/mine/final --port 8000`")
+def serve(
+    student: Annotated[str, typer.Argument(help="Folder of the model; with --engine, the name that users see.")],
+    engines: Annotated[
+        list[str] | None,
+        typer.Option("--engine", help="URL of an OpenAI-compatible server of it; repeat for replicas. None: embedded."),
+    ] = None,
+    engine_model: Annotated[
+        str | None, typer.Option("--engine-model", help="Name of the model on that server; default: as the user asks.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="File with the bearer token that users must send.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1024, help="Requests that the embedded engine answers together.")
+    ] = 16,
+    wait_ms: Annotated[
+        float, typer.Option(min=0, max=1000, help="Milliseconds that it waits for a batch to fill.")
+    ] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the embedded engine.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests answered at once; more wait.")] = 64,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds in which an answer must have come.")] = 60.0,
+    quiet: Quiet = False,
+) -> None:
+    """Put a model behind OpenAI's chat completions: batches, streaming, log-probabilities, limits, health and metrics."""
+    from slimlmm import commands
+    from slimlmm.progress import reporter
+
+    limits = {"at_once": at_once, "waiting": waiting, "tokens": max_tokens, "deadline_s": deadline}
+    batching = {"batch": batch, "wait_ms": wait_ms, "threads": threads}
+    with reporter(quiet) as tell:
+        commands.serve(
+            student,
+            engines or (),
+            engine_model,
+            (host, port),
+            token_file=token_file,
+            limits=limits,
+            batching=batching,
+            tell=tell,
+        )
+
+
 @app.command(epilog="Example: `slimlmm adreview data/adreview --train 12000 --val 1000 --test 2400`")
 def adreview(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],

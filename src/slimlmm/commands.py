@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -439,3 +439,41 @@ def demo_page(found: dict[str, Any]) -> Lines:
         f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}"
     )
     return Lines(*parts)
+
+
+def serve(
+    student: str,
+    engines: Sequence[str],
+    engine_model: str | None,
+    address: tuple[str, int],
+    *,
+    token_file: Path | None,
+    limits: Mapping[str, Any],
+    batching: Mapping[str, Any],
+    tell: Reporter,
+) -> None:
+    """Serve a model until the process is told to stop (`serving.serve`).
+
+    Raises:
+        UserError: the parts that serving needs are not installed, the token's file is empty, or the model cannot be served.
+    """
+    try:
+        from slimlmm.serving import limits as bounds
+        from slimlmm.serving import serve as serving
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}, which is not installed: pip install 'slimlmm[serve]'.") from error
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+    if token == "":
+        raise UserError(f"--token-file {token_file}: holds no token.")
+    host, port = address
+    settings = serving.Serving(
+        student=student,
+        engines=engines,
+        engine_model=engine_model,
+        host=host,
+        port=port,
+        token=token,
+        limits=bounds.Limits(**limits),
+        **batching,
+    )
+    serving.serve(settings, tell)

@@ -1,0 +1,1 @@
+"""A student in front of users: an engine that answers in batches, and the gateway before it."""
