@@ -30,7 +30,11 @@ SAID = Said(
 def data_url(width=8, height=8, kind="PNG"):
     held = io.BytesIO()
     Image.new("1", (width, height)).save(held, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"
+    return as_url(held.getvalue(), kind)
+
+
+def as_url(data, kind="PNG"):
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 
 def asked(url=None, **more):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,14 +16,8 @@ from slimlmm import checkpoint
 from slimlmm.errors import UserError
 from slimlmm.evaluate import evaluate
 from slimlmm.progress import Quiet
-from slimlmm.serving.serve import Serving, serve
-from test_gateway import asked
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+from slimlmm.serving.serve import Serving, free_port, serve
+from test_gateway import as_url, asked
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +50,7 @@ def gone(children):
     return not alive
 
 
-def test_it_answers_as_the_evaluation_does_and_its_end_leaves_no_process(started, teacher, rows, ads):
+def test_it_answers_as_the_evaluation_does_and_its_end_leaves_no_process(started, teacher, rows):
     process, address = started("--max-tokens", "8")
     loaded = checkpoint.load(teacher)
     some = rows.test[:6]
@@ -66,7 +59,7 @@ def test_it_answers_as_the_evaluation_does_and_its_end_leaves_no_process(started
     found = []
 
     def ask(row):
-        request = asked(url=data_url_of(row))
+        request = asked(url=as_url(row.picture_bytes()))
         request["messages"][0]["content"][1]["text"] = row.question
         answer = client.chat.completions.create(model="any", temperature=0, logprobs=True, **request)
         found.append((row.id, " ".join(answer.choices[0].message.content.split()), answer.choices[0].logprobs))
@@ -90,12 +83,6 @@ def test_it_answers_as_the_evaluation_does_and_its_end_leaves_no_process(started
     assert process.wait(30) == 0
     assert len(found) == 7
     assert gone(children)
-
-
-def data_url_of(row):
-    import base64
-
-    return f"data:image/png;base64,{base64.b64encode(row.picture_bytes()).decode()}"
 
 
 def test_a_gateway_that_is_killed_takes_its_engine_along(started):

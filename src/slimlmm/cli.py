@@ -380,19 +380,11 @@ def serve(
     from slimlmm import commands
     from slimlmm.progress import reporter
 
+    where = {"student": student, "engines": engines or (), "engine_model": engine_model, "host": host, "port": port}
     limits = {"at_once": at_once, "waiting": waiting, "tokens": max_tokens, "deadline_s": deadline}
     batching = {"batch": batch, "wait_ms": wait_ms, "threads": threads}
     with reporter(quiet) as tell:
-        commands.serve(
-            student,
-            engines or (),
-            engine_model,
-            (host, port),
-            token_file=token_file,
-            limits=limits,
-            batching=batching,
-            tell=tell,
-        )
+        commands.serve({**where, **batching}, token_file=token_file, limits=limits, tell=tell)
 
 
 @app.command(epilog="Example: `slimlmm adreview data/adreview --train 12000 --val 1000 --test 2400`")

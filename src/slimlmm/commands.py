@@ -441,18 +441,8 @@ def demo_page(found: dict[str, Any]) -> Lines:
     return Lines(*parts)
 
 
-def serve(
-    student: str,
-    engines: Sequence[str],
-    engine_model: str | None,
-    address: tuple[str, int],
-    *,
-    token_file: Path | None,
-    limits: Mapping[str, Any],
-    batching: Mapping[str, Any],
-    tell: Reporter,
-) -> None:
-    """Serve a model until the process is told to stop (`serving.serve`).
+def serve(settings: Mapping[str, Any], *, token_file: Path | None, limits: Mapping[str, Any], tell: Reporter) -> None:
+    """Serve a model until the process is told to stop; `settings` are fields of `serving.serve.Serving`, `limits` its limits.
 
     Raises:
         UserError: the parts that serving needs are not installed, the token's file is empty, or the model cannot be served.
@@ -465,15 +455,4 @@ def serve(
     token = token_file.read_text(encoding="utf-8").strip() if token_file else None
     if token == "":
         raise UserError(f"--token-file {token_file}: holds no token.")
-    host, port = address
-    settings = serving.Serving(
-        student=student,
-        engines=engines,
-        engine_model=engine_model,
-        host=host,
-        port=port,
-        token=token,
-        limits=bounds.Limits(**limits),
-        **batching,
-    )
-    serving.serve(settings, tell)
+    serving.serve(serving.Serving(**settings, token=token, limits=bounds.Limits(**limits)), tell)

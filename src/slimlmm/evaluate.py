@@ -126,9 +126,13 @@ def encode(processor: Any, rows: Sequence[Row], pictures: Sequence[Image.Image] 
     """Return the model's inputs for one batch of questions, padded on the left; tensors on the CPU."""
     opened = [row.open() for row in rows] if pictures is None else pictures
     images = [[picture] for picture in opened]
-    with left_padding(processor.tokenizer):
-        prompter = Prompter(processor)
-        texts = [prompter.prompt(row.question) for row in rows]
+    prompter = Prompter(processor)
+    return encode_texts(processor, [prompter.prompt(row.question) for row in rows], images)
+
+
+def encode_texts(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None) -> Any:
+    """Return the model's inputs for prompts with the pictures of each, None for none; padded on the left, on the CPU."""
+    with _left_padding(processor.tokenizer):
         return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
@@ -396,7 +400,7 @@ def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def left_padding(tokenizer: Any) -> Iterator[None]:
+def _left_padding(tokenizer: Any) -> Iterator[None]:
     """Let the tokenizer pad on the left, with the end token if it has no padding token; then restore it."""
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"

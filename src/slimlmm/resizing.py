@@ -126,7 +126,7 @@ def _layers(axis: Axis, size: int, kept: Iterable[int] | None) -> list[int]:
     """Return the layers that stay of an axis of blocks: those of the units `kept`, or of the first that may."""
     group = axis.groups[0]
     units = sorted(int(unit) for unit in kept) if kept is not None else group.first(group.kept(size)).tolist()
-    return [unit * group.stride + i for unit in units for i in range(group.stride)]
+    return group.layers(units)
 
 
 def _changes(

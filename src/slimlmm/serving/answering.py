@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimlmm.collate import Prompter
 from slimlmm.errors import UserError
-from slimlmm.evaluate import generation_settings, left_padding
+from slimlmm.evaluate import encode_texts, generation_settings
 
 Finish = Literal["stop", "length"]
 
@@ -99,8 +99,7 @@ class Answerer:
         first = asks[0]
         texts = [self.prompt(ask) for ask in asks]
         images = [list(ask.pictures) for ask in asks] if first.pictures else None
-        with left_padding(self.processor.tokenizer):
-            batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        batch = encode_texts(self.processor, texts, images)
         settings = generation_settings(self.model, self.processor, max(ask.max_tokens for ask in asks))
         if first.temperature:
             settings |= {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p}

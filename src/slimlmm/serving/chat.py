@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from slimlmm.serving.answering import Ask, Said, Token
 
@@ -114,7 +114,20 @@ class Chat(_Part):
         return bool(self.stream)
 
 
-def picture_bytes(url: str, param: str) -> bytes:
+def parsed(raw: Any) -> Chat:
+    """Return a request as it is understood.
+
+    Raises:
+        RefusedError: 400 with the first thing that is wrong and its key.
+    """
+    try:
+        return Chat.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise RefusedError(400, first["msg"], ".".join(map(str, first["loc"]))) from None
+
+
+def _picture_bytes(url: str, param: str) -> bytes:
     """Return the bytes of a data URL.
 
     Raises:
@@ -129,12 +142,13 @@ def picture_bytes(url: str, param: str) -> bytes:
         raise RefusedError(400, "a picture is not valid base64", param) from None
 
 
-def opened(data: bytes, most_pixels: int, param: str) -> Image.Image:
-    """Return a picture whose header was read: its format is one of `FORMATS` and it has at most `most_pixels`.
+def opened(url: str, most_pixels: int, param: str) -> Image.Image:
+    """Return the picture of a data URL, its header read: the format is one of `FORMATS` and it has at most `most_pixels`.
 
     Raises:
-        RefusedError: it is no such picture, or larger.
+        RefusedError: it is no data URL, no such picture, or larger.
     """
+    data = _picture_bytes(url, param)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -173,8 +187,7 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
                 content.append({"type": "text", "text": part.text})
                 continue
             param = f"image_url {len(pictures)}"
-            picture = opened(picture_bytes(part.image_url.url, param), bounds.pixels, param)
-            pictures.append(_decoded(picture, param))
+            pictures.append(_decoded(opened(part.image_url.url, bounds.pixels, param), param))
             content.append({"type": "image"})
         turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())

@@ -15,12 +15,11 @@ from typing import Any
 import litserve
 import torch
 from fastapi import Request
-from pydantic import ValidationError
 
 from slimlmm import checkpoint
 from slimlmm.errors import UserError
 from slimlmm.serving.answering import Answerer, Ask
-from slimlmm.serving.chat import Bounds, Chat, RefusedError, ask_of, completion
+from slimlmm.serving.chat import Bounds, Chat, RefusedError, ask_of, completion, parsed
 
 COMPLETIONS = "/v1/chat/completions"
 #: what is read of a request, or why it is refused: a bad request must not fail the batch that it came in
@@ -44,13 +43,10 @@ class Engine(litserve.LitAPI):
     def decode_request(self, request: Request) -> Decoded:
         """Read one request, whose JSON comes here; LitServe reads from the annotation that it is to be parsed, and no more."""
         try:
-            chat = Chat.model_validate(request)
+            chat = parsed(request)
             return chat, ask_of(chat, self.bounds)
         except RefusedError as error:
             return error
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            return RefusedError(400, first["msg"], ".".join(map(str, first["loc"])))
 
     def batch(self, inputs: Sequence[Decoded]) -> list[Decoded]:
         """Leave a batch a list: tensors are made where the processor is."""

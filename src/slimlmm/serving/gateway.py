@@ -14,10 +14,9 @@ import httpx
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import ValidationError
 
 from slimlmm import __version__
-from slimlmm.serving.chat import Chat, RefusedError, chunks
+from slimlmm.serving.chat import Chat, RefusedError, chunks, parsed
 from slimlmm.serving.limits import Gate, Limits, body_of, check
 from slimlmm.serving.upstream import Engine
 
@@ -78,12 +77,9 @@ class Gateway:
         body = await body_of(request, self.limits)
         try:
             raw = json.loads(body)
-            chat = Chat.model_validate(raw)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RefusedError(400, f"the body is not JSON: {error}") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            raise RefusedError(400, first["msg"], ".".join(map(str, first["loc"]))) from None
+        chat = parsed(raw)
         await asyncio.to_thread(check, chat, self.limits)
         if chat.limit is None:
             raw["max_tokens"] = self.limits.tokens

@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from slimlmm.data import MAX_PIXELS
-from slimlmm.serving.chat import Chat, RefusedError, opened, picture_bytes
+from slimlmm.serving.chat import Chat, RefusedError, opened
 
 
 class Limits(BaseModel):
@@ -52,7 +52,8 @@ class Gate:
             raise self._full()
         self.waiting += 1
         try:
-            await asyncio.wait_for(self._places.acquire(), self.limits.deadline_s)
+            async with asyncio.timeout(self.limits.deadline_s):  # no task of its own: a free place is taken at once
+                await self._places.acquire()
         except TimeoutError:
             raise self._full() from None
         finally:
@@ -107,4 +108,4 @@ def check(chat: Chat, limits: Limits) -> None:
         param = f"image_url {number}"
         if not url.startswith("data:"):
             raise RefusedError(400, "addresses of pictures are not fetched; send the picture as a data URL", param)
-        opened(picture_bytes(url, param), limits.pixels, param)
+        opened(url, limits.pixels, param)

@@ -67,7 +67,7 @@ def embedded(settings: Serving, tell: Reporter) -> Iterator[str]:
         raise UserError(
             f"{folder}: has no config.json; give the folder of a model, or an engine that serves it (--engine URL)."
         )
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "slimlmm.serving.embedded", str(folder), "--port", str(port)]
     command += ["--batch", str(settings.batch), "--wait-ms", str(settings.wait_ms)]
     command += ["--max-tokens", str(settings.limits.tokens), "--max-pixels", str(settings.limits.pixels)]
@@ -84,7 +84,8 @@ def embedded(settings: Serving, tell: Reporter) -> Iterator[str]:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]

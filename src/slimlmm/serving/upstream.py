@@ -52,17 +52,12 @@ class Engine:
         Raises:
             RefusedError: 503 where no replica takes connections, 502 where one broke off.
         """
-        async with self._sent(body) as answer:
+        async with self.stream(body) as answer:
             return answer.status_code, await answer.aread()
 
     @asynccontextmanager
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
-        """Hold a streamed answer within the block."""
-        async with self._sent(body) as answer:
-            yield answer
-
-    @asynccontextmanager
-    async def _sent(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """Hold an answer within the block, of which the head has come; raises as `complete`."""
         content = json.dumps(body | ({"model": self.model} if self.model else {})).encode()
         for replica in self._order():
             replica.busy += 1
