@@ -8,7 +8,8 @@ from PIL import Image
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, encode
-from slimlmm.serving.answering import Answerer, Ask
+from slimlmm.serving.answering import Answerer
+from slimlmm.serving.asks import Ask
 from tiny import tiny
 
 NAMES = ("llava-dinov2-llama", "qwen2_5_vl", "smolvlm")

@@ -6,7 +6,10 @@ import pytest
 
 from slimlmm import checkpoint, cli
 
-VERBS = ("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "serve", "adreview", "demo")
+VERBS = (
+    *("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "energy", "serve", "adreview"),
+    "demo",
+)
 
 
 def call(monkeypatch, capsys, *words):

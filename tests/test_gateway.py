@@ -4,20 +4,24 @@ import asyncio
 import base64
 import io
 import json
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
-from slimlmm.serving.answering import Said, Token
+from slimlmm.serving.arms import Arm
+from slimlmm.serving.asks import Said, Token
 from slimlmm.serving.chat import Chat, completion
-from slimlmm.serving.gateway import Gateway, app_of
+from slimlmm.serving.gateway import Gateway
 from slimlmm.serving.limits import Limits
-from slimlmm.serving.upstream import Engine
+from slimlmm.serving.serve import free_port
+from slimlmm.serving.upstream import Engine, session
+from slimlmm.serving.web import app_of
 
 SAID = Said(
     text="soda pop",
@@ -62,27 +66,53 @@ class Fake:
             return await self.does(raw) if self.does else completion(SAID, Chat.model_validate(raw), "engine")
 
 
-class ByHost(httpx.AsyncBaseTransport):
-    """Sends requests to applications by their host; a host that is not there takes no connection."""
+@asynccontextmanager
+async def listening(app):
+    """Serve an application on a port of this machine within the block; yields its address."""
+    config = uvicorn.Config(app, port=free_port(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{config.port}"
+    finally:
+        server.should_exit = True
+        await running
 
-    def __init__(self, fakes):
-        self.transports = {host: httpx.ASGITransport(app=fake.app) for host, fake in fakes.items()}
 
-    async def handle_async_request(self, request):
-        if request.url.host not in self.transports:
-            raise httpx.ConnectError("refused")
-        return await self.transports[request.url.host].handle_async_request(request)
+GONE = "http://127.0.0.1:9"
 
 
 @asynccontextmanager
-async def served(*fakes, hosts=None, streams=False, token=None, model=None, **limits):
-    """Yield the gateway before these engines, and a client of it."""
-    named = {f"engine{number}": fake for number, fake in enumerate(fakes)}
-    async with httpx.AsyncClient(transport=ByHost(named)) as upstream:
-        engine = Engine([f"http://{host}/v1" for host in hosts or named], upstream, model=model)
-        gateway = Gateway(engine, "student", Limits(**limits), token, streams=streams)
-        transport = httpx.ASGITransport(app=app_of(gateway))
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+async def arm_of(*fakes, name="student", gone=False, streams=False, model=None, **bounds):
+    """Yield an arm before these engines; before them all stands one that is `gone`, where wanted."""
+    limits = Limits(**bounds)
+    async with AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(listening(fake.app)) for fake in fakes]
+        client = await stack.enter_async_context(session(limits.at_once, limits.deadline_s))
+        engine = Engine([f"{url}/v1" for url in ([GONE] * gone + urls)], client, model=model)
+        yield Arm(name, f"{name}-folder", engine, streams)
+
+
+@asynccontextmanager
+async def calling(gateway, **more):
+    """Yield a client of a gateway."""
+    app = app_of(gateway, **more)
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+    ):
+        yield client
+
+
+@asynccontextmanager
+async def served(*fakes, gone=False, streams=False, token=None, model=None, **limits):
+    """Yield a gateway with nothing but a student, and a client of it."""
+    async with arm_of(*fakes, gone=gone, streams=streams, model=model, **limits) as arm:
+        gateway = Gateway(name="student", student=arm, limits=Limits(**limits), token=token)
+        async with calling(gateway) as client:
             yield gateway, client
 
 
@@ -229,7 +259,7 @@ def test_an_answer_that_takes_too_long_is_504_and_gives_its_place_back(stream):
             answer = await client.post("/v1/chat/completions", json=asked(stream=stream))
             assert answer.status_code == 504
             assert (gateway.gate.inside, gateway.gate.waiting) == (0, 0)
-            assert [one.busy for one in gateway.engine.replicas] == [0]
+            assert [one.busy for one in gateway.student.engine.replicas] == [0]
             fake.held.set()
             assert (await client.post("/v1/chat/completions", json=asked())).status_code == 200
 
@@ -240,7 +270,7 @@ def test_another_replica_takes_what_one_does_not_and_the_least_busy_comes_first(
     one, other = Fake(), Fake()
 
     async def work():
-        async with served(one, other, hosts=["gone", "engine0", "engine1"]) as (gateway, client):
+        async with served(one, other, gone=True) as (gateway, client):
             assert (await client.post("/v1/chat/completions", json=asked())).status_code == 200
             assert (len(one.seen), len(other.seen)) == (1, 0)
             one.held.clear()
@@ -251,14 +281,14 @@ def test_another_replica_takes_what_one_does_not_and_the_least_busy_comes_first(
             assert len(other.seen) == 1
             one.held.set()
             assert (await held).status_code == 200
-            assert [replica.busy for replica in gateway.engine.replicas] == [0, 0, 0]
+            assert [replica.busy for replica in gateway.student.engine.replicas] == [0, 0, 0]
 
     run(work())
 
 
 def test_without_any_engine_it_is_alive_not_ready_and_answers_503():
     async def work():
-        async with served(hosts=["gone"]) as (_, client):
+        async with served(gone=True) as (_, client):
             answer = await client.post("/v1/chat/completions", json=asked())
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "5"

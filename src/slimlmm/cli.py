@@ -18,7 +18,10 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
+from slimlmm import energy_verb, export_verb
 from slimlmm.errors import UserError
+from slimlmm.monitoring import verb as monitor_verb
+from slimlmm.serving import verbs
 
 app = typer.Typer(
     add_completion=False,
@@ -338,53 +341,36 @@ def bench(
     against: Annotated[str | None, typer.Option(help="Another model, timed in turns with the first.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Rows to answer; AdReview creatives without it.")] = None,
     calls: Annotated[int, typer.Option(min=1, help="Timed calls at batch 1; a sixth of it at batch 32.")] = 50,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Joules a request by the machine's counter, or null.")
+    ] = False,
+    watts: Annotated[
+        float | None, typer.Option(help="Also estimate joules from these watts of the device; labelled declared.")
+    ] = None,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Parameters, bytes, FLOPs, memory, batch-1 latency and batch-32 throughput; measured, or null."""
     from slimlmm import commands
 
-    found = commands.bench(model, against=against, source=data, calls=calls, trust_remote_code=trust_remote_code)
+    joules = energy or watts is not None
+    found = commands.bench(
+        model,
+        against=against,
+        source=data,
+        calls=calls,
+        energy=joules,
+        watts=watts,
+        trust_remote_code=trust_remote_code,
+    )
     _report(found, json_out, lambda: Console().print(commands.bench_table(found)))
 
 
-@app.command(epilog="Example: `slimlmm serve runs/mine/final --port 8000`")
-def serve(
-    student: Annotated[str, typer.Argument(help="Folder of the model; with --engine, the name that users see.")],
-    engines: Annotated[
-        list[str] | None,
-        typer.Option("--engine", help="URL of an OpenAI-compatible server of it; repeat for replicas. None: embedded."),
-    ] = None,
-    engine_model: Annotated[
-        str | None, typer.Option("--engine-model", help="Name of the model on that server; default: as the user asks.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", help="File with the bearer token that users must send.")
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, max=1024, help="Requests that the embedded engine answers together.")
-    ] = 16,
-    wait_ms: Annotated[
-        float, typer.Option(min=0, max=1000, help="Milliseconds that it waits for a batch to fill.")
-    ] = 2.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the embedded engine.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Requests answered at once; more wait.")] = 64,
-    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 128,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds in which an answer must have come.")] = 60.0,
-    quiet: Quiet = False,
-) -> None:
-    """Put a model behind OpenAI's chat completions: batches, streaming, log-probabilities, limits, health and metrics."""
-    from slimlmm import commands
-    from slimlmm.progress import reporter
-
-    where = {"student": student, "engines": engines or (), "engine_model": engine_model, "host": host, "port": port}
-    limits = {"at_once": at_once, "waiting": waiting, "tokens": max_tokens, "deadline_s": deadline}
-    batching = {"batch": batch, "wait_ms": wait_ms, "threads": threads}
-    with reporter(quiet) as tell:
-        commands.serve({**where, **batching}, token_file=token_file, limits=limits, tell=tell)
+app.command(epilog=energy_verb.EXAMPLE)(energy_verb.energy)
+app.command(epilog=export_verb.EXAMPLE)(export_verb.export)
+app.command(epilog=verbs.SERVE)(verbs.serve)
+app.command(epilog=verbs.CALIBRATE)(verbs.calibrate)
+app.command(epilog=monitor_verb.EXAMPLE)(monitor_verb.monitor)
 
 
 @app.command(epilog="Example: `slimlmm adreview data/adreview --train 12000 --val 1000 --test 2400`")

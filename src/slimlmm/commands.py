@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Group as Lines
+from rich.markup import escape
 from rich.table import Table
 
 from slimlmm import adreview as generator
 from slimlmm import checkpoint, data, importance, measure, plan, streaming, studies, study_page, surgery
+from slimlmm import energy as joules
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
 from slimlmm import study as studying
@@ -345,9 +347,17 @@ def accuracy_table(found: dict[str, Any]) -> Table:
 
 
 def bench(
-    model: str, *, against: str | None, source: Path | None, calls: int, trust_remote_code: bool = False
+    model: str,
+    *,
+    against: str | None,
+    source: Path | None,
+    calls: int,
+    energy: bool = False,
+    watts: float | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure one model, or two in turns, on rows of the data (or fresh AdReview creatives)."""
+    stated = None if watts is None else joules.Declared(watts)
     sides = [checkpoint.load(name, trust_remote_code=trust_remote_code) for name in (model, against) if name]
     for side, name in zip(sides, (model, against), strict=False):
         _processor(side, str(name))
@@ -362,6 +372,7 @@ def bench(
         one = sides[0]
         found["latency"] = {"first": measure.latency(one.model, one.processor, rows, n=calls).model_dump()}
         found["throughput"] = {"first": measure.throughput(one.model, one.processor, rows, n=batches).model_dump()}
+    found["energy"] = joules.bench(sides, rows, stated).model_dump() if energy else None
     return found
 
 
@@ -404,6 +415,12 @@ def bench_table(found: dict[str, Any]) -> Table:
     for label, key in (("latency p50, ms (batch 1)", "p50"), ("latency p95, ms", "p95")):
         row(label, [1e3 * latency[side][key] for side in sides], ".1f", latency.get("ratio") if key == "p50" else None)
     row("rows/s at batch 32", [throughput[side]["rows_per_second"] for side in sides], ".1f", throughput.get("ratio"))
+    for basis in ("measured", "declared") if found["energy"] else ():
+        for one in found["energy"][basis] or ():
+            label = f"J a request, batch {one['batch_size']}, {basis}"
+            row(label, [one[side]["joules"] for side in sides], ".3g", one["ratio"])
+            row(f"- standard deviation, n = {one['first']['n']}", [one[side]["sd"] for side in sides], ".2g")
+    table.caption = escape(found["energy"]["reason"] or "") if found["energy"] else None
     return table
 
 
@@ -439,20 +456,3 @@ def demo_page(found: dict[str, Any]) -> Lines:
         f"all of it took {duration(found['seconds'])}; the checkpoint, results.json and README.md are in {found['folder']}"
     )
     return Lines(*parts)
-
-
-def serve(settings: Mapping[str, Any], *, token_file: Path | None, limits: Mapping[str, Any], tell: Reporter) -> None:
-    """Serve a model until the process is told to stop; `settings` are fields of `serving.serve.Serving`, `limits` its limits.
-
-    Raises:
-        UserError: the parts that serving needs are not installed, the token's file is empty, or the model cannot be served.
-    """
-    try:
-        from slimlmm.serving import limits as bounds
-        from slimlmm.serving import serve as serving
-    except ImportError as error:
-        raise UserError(f"serving needs {error.name}, which is not installed: pip install 'slimlmm[serve]'.") from error
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
-    if token == "":
-        raise UserError(f"--token-file {token_file}: holds no token.")
-    serving.serve(serving.Serving(**settings, token=token, limits=bounds.Limits(**limits)), tell)

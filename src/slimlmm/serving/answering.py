@@ -5,51 +5,16 @@ Shape legend: B conversations, T tokens written, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from slimlmm.collate import Prompter
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode_texts, generation_settings
-
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One conversation to be continued; `messages` are chat turns whose picture parts stand for `pictures`, in their order."""
-
-    messages: Sequence[Mapping[str, Any]]
-    pictures: Sequence[Image.Image]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    top_logprobs: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A token that was written: log p(token | before) of the model itself, sampling aside, and the likeliest ones there."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """An answer: its tokens without the end token, and why it ended."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    finish: Finish
-    prompt_tokens: int
+from slimlmm.serving.asks import Ask, Finish, Said, Token
 
 
 class Answerer:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from slimlmm.serving.answering import Ask, Said, Token
+from slimlmm.serving.asks import Ask, Said, Token
 
 #: what a picture may be; everything else that Pillow can open is more than a web page would show
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -109,6 +109,12 @@ class Chat(_Part):
         return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
     @property
+    def question(self) -> str:
+        """All texts of the user's turns."""
+        parts = [part for message in self.messages if message.role == "user" for part in message.parts()]
+        return "\n".join(part.text for part in parts if isinstance(part, TextPart))
+
+    @property
     def streamed(self) -> bool:
         """Whether the answer comes token by token."""
         return bool(self.stream)
@@ -127,8 +133,8 @@ def parsed(raw: Any) -> Chat:
         raise RefusedError(400, first["msg"], ".".join(map(str, first["loc"]))) from None
 
 
-def _picture_bytes(url: str, param: str) -> bytes:
-    """Return the bytes of a data URL.
+def file_of(url: str, param: str) -> bytes:
+    """Return the bytes of a picture that a data URL holds.
 
     Raises:
         RefusedError: it is none, or not base64.
@@ -148,7 +154,7 @@ def opened(url: str, most_pixels: int, param: str) -> Image.Image:
     Raises:
         RefusedError: it is no data URL, no such picture, or larger.
     """
-    data = _picture_bytes(url, param)
+    data = file_of(url, param)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -187,7 +193,7 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
                 content.append({"type": "text", "text": part.text})
                 continue
             param = f"image_url {len(pictures)}"
-            pictures.append(_decoded(opened(part.image_url.url, bounds.pixels, param), param))
+            pictures.append(decoded(opened(part.image_url.url, bounds.pixels, param), param))
             content.append({"type": "image"})
         turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
@@ -202,7 +208,12 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
     )
 
 
-def _decoded(picture: Image.Image, param: str) -> Image.Image:
+def decoded(picture: Image.Image, param: str) -> Image.Image:
+    """Return the pixels of an opened picture as RGB.
+
+    Raises:
+        RefusedError: they cannot be decoded.
+    """
     try:
         return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

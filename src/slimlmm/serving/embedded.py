@@ -18,7 +18,8 @@ from fastapi import Request
 
 from slimlmm import checkpoint
 from slimlmm.errors import UserError
-from slimlmm.serving.answering import Answerer, Ask
+from slimlmm.serving.answering import Answerer
+from slimlmm.serving.asks import Ask
 from slimlmm.serving.chat import Bounds, Chat, RefusedError, ask_of, completion, parsed
 
 COMPLETIONS = "/v1/chat/completions"

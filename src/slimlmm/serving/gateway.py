@@ -1,4 +1,4 @@
-"""The gateway: OpenAI's chat completions before an engine, with limits, a token, health and metrics."""
+"""The way of one request: read, given to an arm, to the teacher where the arm is unsure, recorded, answered."""
 
 from __future__ import annotations
 
@@ -6,132 +6,308 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import aiohttp
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 
-from slimlmm import __version__
+from slimlmm.serving.arms import Arm, Reply
+from slimlmm.serving.canary import Canary
 from slimlmm.serving.chat import Chat, RefusedError, chunks, parsed
+from slimlmm.serving.escalation import Escalation
 from slimlmm.serving.limits import Gate, Limits, body_of, check
-from slimlmm.serving.upstream import Engine
+from slimlmm.serving.metrics import Metrics
+from slimlmm.serving.pictures import Fetcher
+from slimlmm.serving.shadow import Seen, Shadow, pair
+from slimlmm.serving.store import ANSWERS, EVENTS, PAIRS, Store
+from slimlmm.serving.streams import Heard
 
-#: seconds; an answer of a small student takes tens of milliseconds, one of a large teacher seconds
-BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
+#: bytes of a body whose pictures are looked at in a thread: less takes less time than the way there
+INLINE = 200_000
+#: the caller's name for what is asked, and ours for the request
+TASK_HEADER, ID_HEADER = "x-slimlmm-task", "x-slimlmm-id"
 
 
-class Metrics:
-    """What one gateway counts, for Prometheus."""
+@dataclass(slots=True, kw_only=True)
+class Turn:
+    """One request on its way, and what is to be recorded of it."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("slimlmm_requests", "Requests by HTTP status.", ["status"], registry=self.registry)
-        self.seconds = Histogram(
-            "slimlmm_answer_seconds",
-            "Seconds from a request's body to its answer.",
-            registry=self.registry,
-            buckets=BUCKETS,
+    id: str
+    at: float
+    began: float
+    task: str
+    raw: dict[str, Any]
+    chat: Chat
+    arm: Arm
+    route: str
+    text: str | None = None
+    confidence: float | None = None
+    arm_seconds: float | None = None
+    tokens: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the body had come."""
+        return time.perf_counter() - self.began
+
+    def record(self, status: int) -> dict[str, Any]:
+        """Return the row of what was answered."""
+        return {
+            "id": self.id,
+            "at": self.at,
+            "task": self.task,
+            "arm": self.arm.name,
+            "model": self.arm.model,
+            "route": self.route,
+            "status": status,
+            "question": self.chat.question,
+            "answer": self.text,
+            "confidence": self.confidence,
+            "seconds": self.seconds,
+            "arm_seconds": self.arm_seconds,
+            "prompt_tokens": self.tokens[0],
+            "completion_tokens": self.tokens[1],
+        }
+
+    def seen(self, text: str, seconds: float, tokens: int | None) -> Seen:
+        """Return what the teacher gets of it."""
+        pictures = tuple(self.chat.pictures)
+        return Seen(
+            id=self.id,
+            task=self.task,
+            arm=self.arm.name,
+            raw=self.raw,
+            pictures=pictures,
+            text=text,
+            seconds=seconds,
+            tokens=tokens,
         )
-        inside = Gauge("slimlmm_inside", "Requests that are being answered.", registry=self.registry)
-        inside.set_function(lambda: gate.inside)
-        waiting = Gauge("slimlmm_waiting", "Requests that wait for their turn.", registry=self.registry)
-        waiting.set_function(lambda: gate.waiting)
 
 
+@dataclass(slots=True, kw_only=True)
 class Gateway:
-    """One student before its users."""
+    """A student before its users, and what stands beside it: teacher, candidate, store; None for what was not asked for."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, token: str | None = None, *, streams: bool) -> None:
-        self.engine, self.name, self.limits = engine, name, limits
-        self.streams = streams
-        self.gate = Gate(limits)
-        self.metrics = Metrics(self.gate)
-        self._bearer = f"Bearer {token}".encode() if token else None
+    name: str
+    student: Arm
+    limits: Limits
+    metrics: Metrics = field(default_factory=Metrics)
+    token: str | None = None
+    candidate: Arm | None = None
+    canary: Canary | None = None
+    teacher: Arm | None = None
+    escalation: Escalation | None = None
+    shadow: Shadow | None = None
+    store: Store | None = None
+    fetcher: Fetcher | None = None
+    gate: Gate = field(init=False)
+    teacher_gate: Gate = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the gates, and gauges of what is held."""
+        self.gate, self.teacher_gate = Gate(self.limits), Gate(self.limits)
+        watch = self.metrics.watch
+        watch("slimlmm_inside", "Requests that are being answered.", lambda: self.gate.inside)
+        watch("slimlmm_waiting", "Requests that wait for their turn.", lambda: self.gate.waiting)
+        if (canary := self.canary) is not None:
+            watch("slimlmm_canary_weight", "Share of requests that go to the candidate.", lambda: canary.weight)
+        if self.teacher is not None:
+            watch(
+                "slimlmm_shadow_waiting",
+                "Shadow requests that wait.",
+                lambda: self.shadow.waiting if self.shadow else 0,
+            )
+        if (store := self.store) is not None:
+            watch("slimlmm_store_failed", "Records that the store did not take.", lambda: store.failed)
 
     def allowed(self, request: Request) -> None:
         """Refuse a request without the token, where there is one."""
         told = request.headers.get("authorization", "").encode()
-        if self._bearer is not None and not hmac.compare_digest(told, self._bearer):
+        if self.token is not None and not hmac.compare_digest(told, f"Bearer {self.token}".encode()):
             raise RefusedError(401, "the bearer token is missing or wrong")
 
     async def chat(self, request: Request) -> Response:
         """Answer one chat completion."""
         self.allowed(request)
-        raw, chat = await self._read(request)
-        began = time.perf_counter()
-        if chat.streamed and self.streams:
-            return await self._stream(raw, began)
-        status, answer = await self._whole(raw, began)
-        if not chat.streamed or status != 200:
-            return Response(answer, status, media_type="application/json")
-        usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(json.loads(answer), usage=usage)]
-        return Response("".join((*events, "data: [DONE]\n\n")), media_type="text/event-stream")
+        self.gate.check()
+        turn = await self._read(request)
+        if turn.chat.streamed and turn.arm.streams and self.escalation is None:
+            return await self._stream(turn)
+        try:
+            reply = await self._whole(turn)
+        except RefusedError as error:
+            await self._ended(turn, error.status)
+            raise
+        await self._ended(turn, reply.status)
+        headers = {ID_HEADER: turn.id}
+        if not turn.chat.streamed or reply.status != 200:
+            return Response(reply.body, reply.status, headers, "application/json")
+        usage = bool(turn.chat.stream_options and turn.chat.stream_options.include_usage)
+        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(reply.content, usage=usage)]
+        return Response("".join((*events, "data: [DONE]\n\n")), 200, headers, "text/event-stream")
 
-    async def _read(self, request: Request) -> tuple[dict[str, Any], Chat]:
-        """Return a request as it came and as it was understood; it is within the limits."""
+    async def _read(self, request: Request) -> Turn:
+        """Return a request that was understood and is within the limits, and whose it is."""
         body = await body_of(request, self.limits)
         try:
             raw = json.loads(body)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RefusedError(400, f"the body is not JSON: {error}") from None
         chat = parsed(raw)
-        await asyncio.to_thread(check, chat, self.limits)
+        if self.fetcher is not None and any(not url.startswith("data:") for url in chat.pictures):
+            await self.fetcher.inline(raw)
+            chat = parsed(raw)
+        if len(body) > INLINE:
+            await asyncio.to_thread(check, chat, self.limits)
+        else:
+            check(chat, self.limits)
         if chat.limit is None:
             raw["max_tokens"] = self.limits.tokens
-        return raw, chat
+        drawn = self.candidate if self.canary and self.canary.draws_candidate() else None
+        arm = drawn or self.student
+        task = request.headers.get(TASK_HEADER, "")[:200]
+        return Turn(
+            id=uuid.uuid4().hex,
+            at=time.time(),
+            began=time.perf_counter(),
+            task=task,
+            raw=raw,
+            chat=chat,
+            arm=arm,
+            route=arm.name,
+        )
 
-    async def _whole(self, raw: dict[str, Any], began: float) -> tuple[int, bytes]:
-        """Return status and body of an answer that came whole."""
-        plain = {key: value for key, value in raw.items() if self.streams or key not in ("stream", "stream_options")}
+    async def _whole(self, turn: Turn) -> Reply:
+        """Return an answer that came whole, of the arm or of the teacher."""
+        wanted = turn.raw if self.escalation is None else turn.raw | {"logprobs": True}
         try:
-            async with asyncio.timeout(self.limits.deadline_s), self.gate.place():
-                status, answer = await self.engine.complete(plain)
+            async with asyncio.timeout(self._left(turn)), self.gate.place():
+                reply = await turn.arm.answer(wanted)
         except TimeoutError:
             raise self._late() from None
-        self.metrics.seconds.observe(time.perf_counter() - began)
-        if answer.startswith(b'{"error"'):
-            return int(json.loads(answer).get("status", status)), answer
-        return status, answer
+        turn.text, turn.arm_seconds = reply.text, turn.seconds
+        turn.tokens = (reply.tokens("prompt"), reply.tokens("completion"))
+        if reply.text is not None and self.escalation is not None:
+            turn.confidence = self.escalation.confidence(reply.logprobs)
+            if self.escalation.unsure(turn.confidence):
+                reply = await self._escalated(turn, reply)
+            if not turn.chat.logprobs:
+                reply = reply.without_logprobs()
+        return reply
 
-    async def _stream(self, raw: dict[str, Any], began: float) -> Response:
+    async def _escalated(self, turn: Turn, reply: Reply) -> Reply:
+        """Return the teacher's answer, or the arm's where the teacher is full, fails or takes too long."""
+        assert self.teacher is not None
+        assert turn.text is not None
+        told = self.metrics.escalations.labels
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._left(turn)), self.teacher_gate.place():
+                better = await self.teacher.answer(turn.raw)
+        except TimeoutError:
+            told("late").inc()
+            return reply
+        except RefusedError as error:
+            told("full" if error.status == 429 else "failed").inc()
+            return reply
+        if better.text is None:
+            told("failed").inc()
+            return reply
+        told("taken").inc()
+        if self.store is not None:
+            seen = turn.seen(turn.text, turn.arm_seconds or 0.0, reply.tokens("completion"))
+            await self.store.add(PAIRS, pair(seen, better, time.perf_counter() - began, "escalation"))
+        turn.text, turn.route = better.text, self.teacher.name
+        turn.tokens = (better.tokens("prompt"), better.tokens("completion"))
+        return better
+
+    async def _stream(self, turn: Turn) -> Response:
         """Return an answer that comes as the engine writes it; nothing is promised before the engine has taken it on."""
         stack = AsyncExitStack()
-        left = self._left(began)
         try:
-            await asyncio.wait_for(stack.enter_async_context(self.gate.place()), left())
-            answer = await asyncio.wait_for(stack.enter_async_context(self.engine.stream(raw)), left())
-            if answer.status_code != 200:
-                told = await asyncio.wait_for(answer.aread(), left())
-                await stack.aclose()
-                return Response(told, answer.status_code, media_type="application/json")
-        except TimeoutError:
+            async with asyncio.timeout(self._left(turn)):
+                await stack.enter_async_context(self.gate.place())
+                answer = await stack.enter_async_context(turn.arm.engine.stream(turn.raw))
+                told = await answer.read() if answer.status != 200 else b""
+        except BaseException as error:
             await stack.aclose()
-            raise self._late() from None
-        except BaseException:
+            refused = self._late() if isinstance(error, TimeoutError) else error
+            await self._ended(turn, getattr(refused, "status", 500))
+            raise refused from None
+        if answer.status != 200:
             await stack.aclose()
-            raise
-        return StreamingResponse(self._passed(stack, answer, began), media_type="text/event-stream")
+            await self._ended(turn, answer.status)
+            return Response(told, answer.status, media_type="application/json")
+        return StreamingResponse(
+            self._passed(turn, stack, answer), headers={ID_HEADER: turn.id}, media_type="text/event-stream"
+        )
 
-    async def _passed(self, stack: AsyncExitStack, answer: httpx.Response, began: float) -> AsyncIterator[bytes]:
+    async def _passed(self, turn: Turn, stack: AsyncExitStack, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Yield a streamed answer as it comes; what goes wrong on the way is its last event."""
-        left, parts = self._left(began), answer.aiter_raw()
-        async with stack:
-            try:
-                while (part := await asyncio.wait_for(anext(parts, None), left())) is not None:
-                    yield part
-                self.metrics.seconds.observe(time.perf_counter() - began)
-            except TimeoutError:
-                yield _event(self._late())
-            except httpx.HTTPError as error:
-                yield _event(RefusedError(502, f"the engine broke off: {type(error).__name__}"))
+        heard, status = Heard(), 499
+        try:
+            async with stack:
+                try:
+                    async with asyncio.timeout(self._left(turn)):
+                        async for part in answer.content.iter_any():
+                            heard.feed(part)
+                            yield part
+                    status = 200
+                except TimeoutError:
+                    status = 504
+                    yield _event(self._late())
+                except aiohttp.ClientError as error:
+                    status = 502
+                    yield _event(RefusedError(502, f"the engine broke off: {type(error).__name__}"))
+        finally:
+            turn.arm_seconds = turn.seconds
+            turn.text, turn.tokens = heard.text, (heard.prompt_tokens, heard.completion_tokens)
+            await self._ended(turn, status)
 
-    def _left(self, began: float) -> Callable[[], float]:
-        return lambda: max(0.0, began + self.limits.deadline_s - time.perf_counter())
+    async def _ended(self, turn: Turn, status: int) -> None:
+        """Count, record and judge what was answered; where it may be compared, the shadow gets it."""
+        if status == 200:
+            self.metrics.seconds.observe(turn.seconds)
+            self.metrics.routes.labels(turn.arm.name, turn.route).inc()
+        if turn.arm_seconds is not None:
+            self.metrics.arm_seconds.labels(turn.arm.name).observe(turn.arm_seconds)
+        if self.store is not None:
+            await self.store.add(ANSWERS, turn.record(status))
+        if self.canary is not None and status not in (400, 429, 499):
+            seconds = turn.arm_seconds if turn.arm_seconds is not None else turn.seconds
+            await self._returned(self.canary.answered(turn.arm.name, seconds, failed=status >= 500))
+        if self.shadow is not None and status == 200 and turn.text is not None and turn.route == turn.arm.name:
+            self.shadow.offer(turn.seen(turn.text, turn.arm_seconds or 0.0, turn.tokens[1]))
+
+    async def compared(self, arm: str, agreed: bool) -> None:
+        """Take note of a shadow pair."""
+        if self.canary is not None:
+            await self._returned(self.canary.compared(arm, agreed=agreed))
+
+    async def weigh(self, weight: float) -> None:
+        """Give the candidate another share of requests; those that are under way end where they began."""
+        assert self.canary is not None
+        self.canary.put(weight)
+        await self._tell("canary", {"weight": weight})
+
+    async def _returned(self, rule: str | None) -> None:
+        if rule is None or self.canary is None:
+            return
+        self.metrics.returns.labels(rule).inc()
+        await self._tell("returned", {"rule": rule, **self.canary.state()})
+
+    async def _tell(self, kind: str, detail: Mapping[str, Any]) -> None:
+        if self.store is not None:
+            about = {"student": self.student.model, "candidate": self.candidate and self.candidate.model}
+            await self.store.add(EVENTS, {"at": time.time(), "kind": kind, "detail": {**about, **detail}})
+
+    def _left(self, turn: Turn) -> float:
+        return max(0.0, self.limits.deadline_s - turn.seconds)
 
     def _late(self) -> RefusedError:
         return RefusedError(504, f"no answer within {self.limits.deadline_s:g} seconds")
@@ -139,57 +315,3 @@ class Gateway:
 
 def _event(error: RefusedError) -> bytes:
     return f"data: {json.dumps(error.body())}\n\n".encode()
-
-
-class Counted:
-    """Counts answers by status around a web application; plain ASGI, so that streams pass as they come."""
-
-    def __init__(self, app: Any, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application on one connection."""
-
-        async def told(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                self.metrics.requests.labels(str(message["status"])).inc()
-            await send(message)
-
-        await self.app(scope, receive, told if scope["type"] == "http" else send)
-
-
-def app_of(gateway: Gateway) -> FastAPI:
-    """Return the web application of a gateway."""
-    app = FastAPI(title="slimlmm", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Counted, metrics=gateway.metrics)
-
-    @app.exception_handler(RefusedError)
-    async def refused(_request: Request, error: RefusedError) -> JSONResponse:
-        headers = {} if error.retry_after is None else {"retry-after": f"{error.retry_after:.0f}"}
-        return JSONResponse(error.body(), error.status, headers)
-
-    body = {"required": True, "content": {"application/json": {"schema": Chat.model_json_schema()}}}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
-    async def chat(request: Request) -> Response:
-        return await gateway.chat(request)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        gateway.allowed(request)
-        return {"object": "list", "data": [{"id": gateway.name, "object": "model", "owned_by": "slimlmm"}]}
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        here = await gateway.engine.ready()
-        return JSONResponse({"status": "ready" if here else "the engine does not answer"}, 200 if here else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return app

@@ -7,20 +7,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from starlette.requests import ClientDisconnect
 
 from slimlmm.data import MAX_PIXELS
+from slimlmm.recipe import Settings
 from slimlmm.serving.chat import Chat, RefusedError, opened
 
 
-class Limits(BaseModel):
+class Limits(Settings):
     """Limits of one gateway."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     body_bytes: int = Field(20_000_000, gt=0, description="Bytes of a request's body.")
     pictures: int = Field(8, gt=0, description="Pictures of a request.")
     pixels: int = Field(MAX_PIXELS, gt=0, description="Pixels of a picture, told by its header.")
+    picture_hosts: tuple[str, ...] = Field(
+        (), description="Hosts whose pictures are fetched by address; none otherwise."
+    )
     tokens: int = Field(512, gt=0, description="Tokens of an answer.")
     at_once: int = Field(64, gt=0, description="Requests that an engine works on at once.")
     waiting: int = Field(128, ge=0, description="Requests that wait for their turn; beyond that comes 429.")
@@ -41,6 +44,11 @@ class Gate:
         self.waiting = 0
         self._places = asyncio.Semaphore(limits.at_once)
 
+    def check(self) -> None:
+        """Refuse at once, before anything of a request was read, where there would be no room for it; raises as `place`."""
+        if self.inside + self.waiting >= self.limits.at_once + self.limits.waiting:
+            raise self._full()
+
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Hold a place within the block.
@@ -48,8 +56,7 @@ class Gate:
         Raises:
             RefusedError: 429, where as many wait as may, or where the wait takes longer than the deadline.
         """
-        if self.inside + self.waiting >= self.limits.at_once + self.limits.waiting:
-            raise self._full()
+        self.check()
         self.waiting += 1
         try:
             async with asyncio.timeout(self.limits.deadline_s):  # no task of its own: a free place is taken at once
@@ -74,7 +81,7 @@ async def body_of(request: Request, limits: Limits) -> bytes:
     """Return the body of a request.
 
     Raises:
-        RefusedError: 413 where it is larger than the limit, 408 where it takes too long to come.
+        RefusedError: 413 where it is larger than the limit, 408 where it takes too long to come, 499 where its sender leaves.
     """
     too_large = RefusedError(413, f"the body is larger than {limits.body_bytes:,} bytes")
     stated = request.headers.get("content-length", "")
@@ -90,6 +97,8 @@ async def body_of(request: Request, limits: Limits) -> bytes:
                 parts.append(part)
     except TimeoutError:
         raise RefusedError(408, f"the body did not come within {limits.read_s:g} seconds") from None
+    except ClientDisconnect:
+        raise RefusedError(499, "the sender left before the body had come") from None
     return b"".join(parts)
 
 
@@ -107,5 +116,5 @@ def check(chat: Chat, limits: Limits) -> None:
     for number, url in enumerate(pictures):
         param = f"image_url {number}"
         if not url.startswith("data:"):
-            raise RefusedError(400, "addresses of pictures are not fetched; send the picture as a data URL", param)
+            raise RefusedError(400, "pictures of this address are not fetched; send the picture as a data URL", param)
         opened(url, limits.pixels, param)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from slimlmm.serving.chat import RefusedError
 
 #: seconds for which a replica that did not take a connection is asked last
 ASIDE_S = 5.0
+#: seconds that a connection is kept unused: less than the 5 after which uvicorn, under most engines, closes it
+KEPT_S = 4.0
 
 
 @dataclass(slots=True)
@@ -27,10 +29,20 @@ class Replica:
     aside: float = 0.0
 
 
+def session(at_once: int, deadline_s: float) -> aiohttp.ClientSession:
+    """Return what engines are asked through; no proxies and no settings of the environment."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=at_once + 8, keepalive_timeout=KEPT_S),
+        timeout=aiohttp.ClientTimeout(total=deadline_s, sock_connect=2.0),
+        trust_env=False,
+        auto_decompress=False,
+    )
+
+
 class Engine:
     """Replicas of one model; each request goes to the one that works on the fewest."""
 
-    def __init__(self, urls: Sequence[str], client: httpx.AsyncClient, *, model: str | None = None) -> None:
+    def __init__(self, urls: Sequence[str], client: aiohttp.ClientSession, *, model: str | None = None) -> None:
         self.replicas = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.client = client
         self.model = model
@@ -42,43 +54,38 @@ class Engine:
 
     async def _models(self, replica: Replica) -> bool:
         try:
-            return (await self.client.get(f"{replica.url}/v1/models", timeout=5)).status_code == 200
-        except httpx.HTTPError:
+            async with self.client.get(f"{replica.url}/v1/models", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def complete(self, body: dict[str, Any]) -> tuple[int, bytes]:
+    async def complete(self, body: Mapping[str, Any]) -> tuple[int, bytes]:
         """Return status and body of a whole answer.
 
         Raises:
             RefusedError: 503 where no replica takes connections, 502 where one broke off.
         """
         async with self.stream(body) as answer:
-            return answer.status_code, await answer.aread()
+            return answer.status, await answer.read()
 
     @asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """Hold an answer within the block, of which the head has come; raises as `complete`."""
-        content = json.dumps(body | ({"model": self.model} if self.model else {})).encode()
+        content = json.dumps({**body, "model": self.model} if self.model else body).encode()
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
         for replica in self._order():
             replica.busy += 1
             try:
-                request = self.client.build_request(
-                    "POST",
-                    f"{replica.url}/v1/chat/completions",
-                    content=content,
-                    headers={"content-type": "application/json"},
-                )
+                url = f"{replica.url}/v1/chat/completions"
                 try:
-                    answer = await self.client.send(request, stream=True)
-                except (httpx.ConnectError, httpx.ConnectTimeout):  # it never had the request, so another may have it
+                    answer = await self.client.post(url, data=content, headers=headers, allow_redirects=False)
+                except aiohttp.ClientConnectorError:  # it never had the request, so another may have it
                     replica.aside = time.monotonic() + ASIDE_S
                     continue
-                try:
+                async with answer:
                     yield answer
-                finally:
-                    await answer.aclose()
                 return
-            except httpx.HTTPError as error:
+            except aiohttp.ClientError as error:
                 raise RefusedError(502, f"the engine broke off: {type(error).__name__}") from None
             finally:
                 replica.busy -= 1
