@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,3 +66,34 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "teacher"
     checkpoint.save(*tiny("llava-dinov2-llama"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """Yield the URL of a PostgreSQL server of our own, on a socket in a folder; it does not run as root, so as nobody there."""
+    if not all(shutil.which(name) for name in ("postgres", "pg_ctl", "initdb")):
+        pytest.skip("PostgreSQL is not installed (postgres, pg_ctl, initdb)")
+    pytest.importorskip("psycopg")
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
+        if os.geteuid() == 0:
+            shutil.chown(folder, "nobody")
+            run["user"] = "nobody"
+        subprocess.run(
+            ["initdb", "-D", f"{folder}/data", "-U", "us", "--auth=trust", "-E", "UTF8", "--locale=C"], **run
+        )
+        control = ["pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log"]
+        subprocess.run([*control, "-o", f"-k {folder} -h '' -c fsync=off", "start"], **run)
+        yield f"postgresql+psycopg://us@/postgres?host={folder}"
+        subprocess.run([*control, "-m", "immediate", "stop"], **run)
+
+
+@pytest.fixture
+def postgres(postgres_server):
+    """Yield the URL of a PostgreSQL database without tables."""
+    from slimlmm.serving.store import METADATA, opened
+
+    yield postgres_server
+    database = opened(postgres_server)
+    METADATA.drop_all(database)
+    database.dispose()

@@ -10,6 +10,7 @@ from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, encode
 from slimlmm.serving.answering import Answerer
 from slimlmm.serving.asks import Ask
+from slimlmm.serving.chat import Bounds, ask_of, parsed
 from tiny import tiny
 
 NAMES = ("llava-dinov2-llama", "qwen2_5_vl", "smolvlm")
@@ -108,3 +109,19 @@ def test_without_a_chat_template_a_longer_conversation_is_refused():
     two = Ask(messages=[*ask().messages, *ask().messages], pictures=[picture(), picture()], max_tokens=2)
     with pytest.raises(UserError, match=r"here are 2 messages with 2 pictures"):
         Answerer(model, processor).answer([two])
+
+
+def test_a_temperature_beside_zero_is_greedy():
+    def asked(temperature):
+        raw = {"messages": [{"role": "user", "content": "x"}], "temperature": temperature}
+        return ask_of(parsed(raw), Bounds(tokens=1, pixels=1)).temperature
+
+    assert [asked(one) for one in (1e-300, 9e-5, 0.5, None)] == [0, 0, 0.5, 0]
+
+
+def test_messages_that_the_chat_template_has_no_place_for_are_refused():
+    model, processor = tiny("llava-dinov2-llama")
+    processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    said = Answerer(model, processor)
+    with pytest.raises(UserError, match="has no place for such messages"):
+        said.answer([Ask(messages=[{"role": "user", "content": []}], pictures=[], max_tokens=1)])

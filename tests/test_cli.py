@@ -8,6 +8,7 @@ from slimlmm import checkpoint, cli
 
 VERBS = (
     *("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "energy", "serve", "adreview"),
+    *("calibrate", "monitor", "export"),
     "demo",
 )
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
@@ -335,5 +336,19 @@ def test_an_error_inside_a_batch_of_the_embedded_engine_has_its_own_status():
                 answer = await client.post("/v1/chat/completions", json=asked(stream=stream))
                 assert answer.status_code == 400
                 assert answer.json()["error"]["message"] == "no place for two pictures"
+
+    run(work())
+
+
+def test_the_openapi_document_holds_all_parts_of_a_request():
+    async def work():
+        async with served(Fake()) as (_, client):
+            found = (await client.get("/openapi.json")).json()
+            text = json.dumps(found)
+            for part in set(re.findall(r"#/([^\"]+)", text)):
+                place = found
+                for key in part.split("/"):
+                    place = place[key]
+            assert "#/components/schemas/ImageUrl" in text
 
     run(work())

@@ -2,18 +2,15 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
 import sqlalchemy
 
 from slimlmm.errors import UserError
-from slimlmm.serving.serve import free_port
 from slimlmm.serving.store import ANSWERS, DAY_S, EVENTS, PAIRS, PICTURES, Store, opened, sweep
 
 
@@ -27,25 +24,6 @@ def count(database, table):
         return connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(table)).scalar_one()
 
 
-@pytest.fixture(scope="module")
-def postgres():
-    """Yield the URL of a PostgreSQL server of our own; it does not run as root, so as nobody there."""
-    if shutil.which("pg_ctl") is None or shutil.which("initdb") is None:
-        pytest.skip("PostgreSQL's pg_ctl and initdb are not on the path")
-    with tempfile.TemporaryDirectory() as folder:
-        run = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
-        if os.geteuid() == 0:
-            shutil.chown(folder, "nobody")
-            run["user"] = "nobody"
-        subprocess.run(["initdb", "-D", f"{folder}/data", "-U", "us", "--auth=trust"], **run)
-        port = free_port()
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        control = ["pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log"]
-        subprocess.run([*control, "-o", options, "start"], **run)
-        yield f"postgresql+psycopg://us@127.0.0.1:{port}/postgres"
-        subprocess.run([*control, "-m", "immediate", "stop"], **run)
-
-
 @pytest.fixture(params=["sqlite", "postgres"])
 def where(request, tmp_path):
     return str(tmp_path / "store.sqlite") if request.param == "sqlite" else request.getfixturevalue("postgres")
@@ -57,16 +35,20 @@ def test_rows_of_all_kinds_are_written_and_a_bad_one_costs_no_other(where):
     async def work():
         good = [store.add(ANSWERS, answer(f"row {number}")) for number in range(50)]
         bad = [store.add(ANSWERS, answer("row 7")), store.add(ANSWERS, answer("no time", at=None))]
+        good += [store.add(ANSWERS, answer(f"{name}") | {"question": "a\ud800b\x00c"}) for name in ("odd", "odder")]
+        bad += [store.add(ANSWERS, answer("no number") | {"seconds": object()})]
         event = store.add(EVENTS, {"at": 1.0, "kind": "returned", "detail": {"rule": "latency", "p": 0.01}})
         return await asyncio.gather(*good, *bad, event)
 
     taken = asyncio.run(work())
-    assert taken == [True] * 50 + [False, False, True]
-    assert store.failed == 2
+    assert taken == [True] * 52 + [False, False, False, True]
+    assert store.failed == 3
     store.close()
     database = opened(where)
-    assert count(database, ANSWERS) == 50
+    assert count(database, ANSWERS) == 52
     with database.connect() as connection:
+        question = sqlalchemy.select(ANSWERS.c.question).where(ANSWERS.c.id == "odd")
+        assert connection.execute(question).scalar_one() == "a?bc"
         assert connection.execute(sqlalchemy.select(EVENTS.c.detail)).scalar_one() == {"rule": "latency", "p": 0.01}
     database.dispose()
 

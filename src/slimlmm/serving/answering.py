@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from slimlmm.collate import Prompter
@@ -45,10 +46,13 @@ class Answerer:
         """Return the text before the answer, with a placeholder for each picture.
 
         Raises:
-            UserError: the processor has no chat template, and this is not one question about one picture.
+            UserError: the chat template takes no such messages; or there is none, and this is not one question about one picture.
         """
         if self.processor.chat_template is not None:
-            text: str = self.processor.apply_chat_template(list(ask.messages), add_generation_prompt=True)
+            try:
+                text: str = self.processor.apply_chat_template(list(ask.messages), add_generation_prompt=True)
+            except TemplateError as error:
+                raise UserError(f"the model's chat template has no place for such messages: {error}") from error
             return text
         parts = [part for turn in ask.messages for part in turn["content"]]
         texts = [part["text"] for part in parts if part["type"] == "text"]

@@ -23,6 +23,9 @@ from slimlmm.serving.asks import Ask, Said, Token
 #: what a picture may be; everything else that Pillow can open is more than a web page would show
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
+#: temperatures below are greedy: what they would divide by overflows
+COLDEST = 1e-4
+
 
 class RefusedError(Exception):
     """A request that is answered with an error: HTTP status, what was wrong, and which key."""
@@ -201,7 +204,7 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
         messages=turns,
         pictures=pictures,
         max_tokens=min(chat.limit or bounds.tokens, bounds.tokens),
-        temperature=chat.temperature or 0.0,
+        temperature=chat.temperature if chat.temperature and chat.temperature >= COLDEST else 0.0,
         top_p=chat.top_p or 1.0,
         stop=tuple(text for text in stop if text),
         top_logprobs=chat.top_logprobs or 0,

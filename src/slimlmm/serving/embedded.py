@@ -21,6 +21,7 @@ from slimlmm.errors import UserError
 from slimlmm.serving.answering import Answerer
 from slimlmm.serving.asks import Ask
 from slimlmm.serving.chat import Bounds, Chat, RefusedError, ask_of, completion, parsed
+from slimlmm.serving.settings import is_export
 
 COMPLETIONS = "/v1/chat/completions"
 #: what is read of a request, or why it is refused: a bad request must not fail the batch that it came in
@@ -38,6 +39,11 @@ class Engine(litserve.LitAPI):
         """Load the model onto its device; called once in the process that answers."""
         if self.threads:
             torch.set_num_threads(self.threads)
+        if is_export(self.folder):
+            from slimlmm.exporting import runner  # its runtimes are an extra
+
+            self.answerer = runner.answerer(self.folder, threads=self.threads)
+            return
         loaded = checkpoint.load(self.folder, device=torch.device(device))
         self.answerer = Answerer(loaded.model, loaded.processor)
 

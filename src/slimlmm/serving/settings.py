@@ -16,6 +16,11 @@ from slimlmm.serving.limits import Limits
 from slimlmm.serving.shadow import Shadowing
 
 
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder holds graphs of `slimlmm export` rather than a checkpoint."""
+    return any((folder / f"words.{kind}").exists() for kind in ("onnx", "xml"))
+
+
 def _source(told: Any) -> Any:
     """Take a text for a URL where it looks like one, else for a folder."""
     if isinstance(told, str):
@@ -26,7 +31,7 @@ def _source(told: Any) -> Any:
 class Source(Settings):
     """A model: a folder, which an embedded engine serves, or servers that have it already."""
 
-    folder: str | None = Field(None, description="Folder of a model, put behind the embedded engine.")
+    folder: str | None = Field(None, description="Folder of a checkpoint or export, put behind the embedded engine.")
     urls: tuple[str, ...] = Field((), description="OpenAI-compatible servers of one model; several are replicas.")
     model: str | None = Field(None, description="Name of the model on those servers; default: as the user asks.")
 
@@ -46,7 +51,8 @@ class Source(Settings):
     def _one(self) -> Self:
         if (self.folder is None) == (not self.urls):
             raise ValueError("give either folder or urls")
-        if self.folder is not None and not (Path(self.folder) / "config.json").exists():
+        held = None if self.folder is None else Path(self.folder)
+        if held is not None and not (is_export(held) or (held / "config.json").exists()):
             raise ValueError(f"{self.folder}: has no config.json; give the folder of a model, or engines that serve it")
         return self
 

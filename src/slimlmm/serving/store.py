@@ -25,6 +25,8 @@ DAY_S = 86_400.0
 SWEEP_S = 600.0
 #: most rows of one commit
 COMMIT = 512
+#: what a database raises for a row that it does not take; drivers let some of it through as it is
+BROKEN = (SQLAlchemyError, ValueError, TypeError, OverflowError)
 
 METADATA = MetaData()
 #: one row for each request that an engine was asked for; times are seconds since 1970
@@ -166,10 +168,11 @@ class Store:
     async def add(self, table: Table, row: Mapping[str, Any]) -> bool:
         """Write a row and tell whether it was committed; a database that does not take it stops nobody's answer."""
         done: Future[None] = Future()
-        self._waiting.put((table, row, done))
+        clean = {key: _clean(value) if isinstance(value, str) else value for key, value in row.items()}
+        self._waiting.put((table, clean, done))
         try:
             await asyncio.wrap_future(done)
-        except SQLAlchemyError:
+        except BROKEN:
             return False
         return True
 
@@ -197,7 +200,7 @@ class Store:
         """Write all rows in one transaction; where that fails, each in its own, so that one bad row costs no other."""
         try:
             self._insert([(table, row) for table, row, _ in held])
-        except SQLAlchemyError as error:
+        except BROKEN as error:
             if len(held) > 1:
                 for one in held:
                     self._commit([one])
@@ -218,6 +221,11 @@ class Store:
             sweep(self.database, before)
         except SQLAlchemyError:
             self.failed += 1
+
+
+def _clean(text: str) -> str:
+    """Return a text without what databases do not take: lone surrogates, NUL."""
+    return text.encode(errors="replace").decode().replace("\x00", "")
 
 
 def sweep(database: sqlalchemy.Engine, before: float) -> int:

@@ -62,9 +62,7 @@ def app_of(gateway: Gateway, admin_token: str | None = None) -> FastAPI:
         headers = {} if error.retry_after is None else {"retry-after": f"{error.retry_after:.0f}"}
         return JSONResponse(error.body(), error.status, headers)
 
-    body = {"required": True, "content": {"application/json": {"schema": Chat.model_json_schema()}}}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    @app.post("/v1/chat/completions", openapi_extra=_documented(app))
     async def chat(request: Request) -> Response:
         return await gateway.chat(request)
 
@@ -89,6 +87,21 @@ def app_of(gateway: Gateway, admin_token: str | None = None) -> FastAPI:
     if admin_token is not None and gateway.canary is not None:
         _admin(app, gateway, admin_token)
     return app
+
+
+def _documented(app: FastAPI) -> dict[str, Any]:
+    """Return what the OpenAPI document says of a chat completion's body, which is read by hand, and put its parts there."""
+    schema = Chat.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts = schema.pop("$defs")
+    plain = app.openapi
+
+    def document() -> dict[str, Any]:
+        found = plain()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(parts)
+        return found
+
+    app.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _admin(app: FastAPI, gateway: Gateway, token: str) -> None:
