@@ -23,9 +23,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httptools
 import httpx
 import psutil
@@ -286,6 +288,25 @@ async def overload(started: Started, side: int, capacity: float, seconds: float)
     }
 
 
+async def soak(started: Started, side: int, count: int) -> dict[str, Any]:
+    """Send as many requests as a day has at a steady rate, as fast as they are answered; memory after each twentieth."""
+    gated = Client(started.port, request_of(started.port, side))
+    statuses: Counter[str] = Counter()
+    memory, began = [], time.perf_counter()
+    for _ in range(20):
+        left = iter(range(count // 20))
+
+        async def worker(left: Iterator[int] = left) -> None:
+            for _ in left:
+                await gated.one(time.perf_counter())
+
+        await asyncio.gather(*(worker() for _ in range(32)))
+        statuses.update(gated.taken()["statuses"])
+        memory.append(round(started.memory(), 1))
+    seconds = round(time.perf_counter() - began, 1)
+    return {"requests": sum(statuses.values()), "seconds": seconds, "statuses": dict(statuses), "memory_mb": memory}
+
+
 def main() -> None:
     """Run what was asked for and write the JSON."""
     told = argparse.ArgumentParser(description=__doc__)
@@ -293,6 +314,7 @@ def main() -> None:
     told.add_argument("--side", type=int, default=224, help="pixels of the picture's side")
     told.add_argument("--seconds", type=float, default=20)
     told.add_argument("--overload", type=float, default=0, help="seconds of ten times the engine's capacity")
+    told.add_argument("--soak", type=int, default=0, help="requests that are sent alone, for growth of memory")
     told.add_argument("--option", action="append", default=[], help="option of slimlmm serve; repeat")
     told.add_argument("--engine-port", type=int)
     told.add_argument("--engine-ms", type=float, default=5.0)
@@ -302,15 +324,19 @@ def main() -> None:
         uvloop.run(fake_engine(args.engine_port, args.engine_ms / 1000, args.engine_at_once))
         return
     load = os.getloadavg()[0]
+    found: dict[str, Any] = {}
+    if args.soak:
+        with Started(0, args.engine_at_once, args.option) as started:
+            found["soak"] = uvloop.run(soak(started, args.side, args.soak))
     with Started(args.engine_ms, args.engine_at_once, args.option) as started:
-        found = {
+        found |= {
             "latency": uvloop.run(latency(started, args.side, 50, args.seconds)),
             "throughput": uvloop.run(throughput(started, args.side, 32, args.seconds / 5)),
         }
     if args.overload:
         with Started(40, 2, args.option) as started:
             found["overload"] = uvloop.run(overload(started, args.side, 50, args.overload))
-    versions = {"slimlmm": __version__, "python": platform.python_version(), "httpx": httpx.__version__}
+    versions = {"slimlmm": __version__, "python": platform.python_version(), "aiohttp": aiohttp.__version__}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
     result = {
         "at": time.strftime("%Y-%m-%d"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,8 +16,9 @@ from slimlmm.serving.chat import Chat, completion
 from slimlmm.serving.escalation import KINDS, Escalation, area, curve, fitted, read
 from slimlmm.serving.gateway import Gateway
 from slimlmm.serving.limits import Limits
+from slimlmm.serving.metering import Meter
 from slimlmm.serving.shadow import Shadow, Shadowing
-from slimlmm.serving.store import ANSWERS, EVENTS, PAIRS, PICTURES, Store, opened
+from slimlmm.serving.store import ANSWERS, ENERGY, EVENTS, PAIRS, PICTURES, Store, opened
 from slimlmm.serving.streams import Heard
 from test_gateway import Fake, arm_of, asked, calling, run
 
@@ -279,6 +281,39 @@ def test_a_failing_candidate_is_taken_back(tmp_path):
             assert statuses.count(500) < 40
 
     run(work())
+
+
+class Steps:
+    """A counter that rises by 3 J at each look."""
+
+    name, basis = "steps", "measured"
+
+    def __init__(self):
+        self.total = 0.0
+
+    def joules(self):
+        self.total += 3.0
+        return self.total
+
+
+def test_energy_is_recorded_with_the_requests_answered_meanwhile(tmp_path):
+    async def work():
+        async with beside(tmp_path, Fake(saying("cola")), Fake()) as (gateway, client):
+            gateway.meter = Meter(counter=Steps(), seconds=0.4, metrics=gateway.metrics, store=gateway.store)
+            reading = asyncio.create_task(gateway.meter.run())
+            await asyncio.sleep(0)
+            await asyncio.gather(*(client.post(PATH, json=asked()) for _ in range(3)))
+            await asyncio.sleep(1.0)
+            reading.cancel()
+            joules = re.search(r"^slimlmm_energy_joules_total (\S+)", (await client.get("/metrics")).text, re.MULTILINE)
+            return float(joules[1])
+
+    joules = run(work())
+    found = rows(tmp_path, ENERGY)
+    assert len(found) >= 2
+    assert sum(row["joules"] for row in found) == joules == 3.0 * len(found)
+    assert sum(row["requests"] for row in found) == 3
+    assert all(row["source"] == "steps" and row["seconds"] >= 0.4 for row in found)
 
 
 def drive(canary, agreement, seconds=(0.1, 0.1), failed=0.0, n=2000, seed=0):

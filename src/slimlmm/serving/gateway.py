@@ -21,6 +21,7 @@ from slimlmm.serving.canary import Canary
 from slimlmm.serving.chat import Chat, RefusedError, chunks, parsed
 from slimlmm.serving.escalation import Escalation
 from slimlmm.serving.limits import Gate, Limits, body_of, check
+from slimlmm.serving.metering import Meter
 from slimlmm.serving.metrics import Metrics
 from slimlmm.serving.pictures import Fetcher
 from slimlmm.serving.shadow import Seen, Shadow, pair
@@ -105,6 +106,7 @@ class Gateway:
     shadow: Shadow | None = None
     store: Store | None = None
     fetcher: Fetcher | None = None
+    meter: Meter | None = None
     gate: Gate = field(init=False)
     teacher_gate: Gate = field(init=False)
 
@@ -272,6 +274,7 @@ class Gateway:
     async def _ended(self, turn: Turn, status: int) -> None:
         """Count, record and judge what was answered; where it may be compared, the shadow gets it."""
         if status == 200:
+            self.metrics.answered += 1
             self.metrics.seconds.observe(turn.seconds)
             self.metrics.routes.labels(turn.arm.name, turn.route).inc()
         if turn.arm_seconds is not None:

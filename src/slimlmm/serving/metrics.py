@@ -33,6 +33,9 @@ class Metrics:
         )
         self.returns = Counter("slimlmm_canary_returns", "Times that a rule took the candidate back.", ["rule"], **of)
 
+        self.joules = Counter("slimlmm_energy_joules", "Joules of the whole device, where they are metered.", **of)
+        self.answered = 0
+
     def watch(self, name: str, told: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read when it is asked for."""
         Gauge(name, told, registry=self.registry).set_function(value)

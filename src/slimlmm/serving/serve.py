@@ -26,6 +26,7 @@ from slimlmm.serving.arms import Arm
 from slimlmm.serving.canary import Canary
 from slimlmm.serving.chat import RefusedError
 from slimlmm.serving.gateway import Gateway
+from slimlmm.serving.metering import Meter, counter_of
 from slimlmm.serving.pictures import Fetcher
 from slimlmm.serving.settings import Serving, Source
 from slimlmm.serving.shadow import Shadow
@@ -137,6 +138,12 @@ async def _run(
             stack.callback(gateway.store.close)
             tell.say(f"answers are recorded in {gateway.store.where}")
             _resume(gateway, tell)
+        if settings.energy is not None:
+            counter = counter_of(settings.energy)
+            gateway.meter = Meter(
+                counter=counter, seconds=settings.energy.seconds, metrics=gateway.metrics, store=gateway.store
+            )
+            tell.say(f"energy is read every {settings.energy.seconds:g} s: {counter.name}")
         if limits.picture_hosts:
             gateway.fetcher = Fetcher(limits)
             stack.push_async_callback(gateway.fetcher.close)

@@ -13,6 +13,7 @@ from slimlmm.errors import UserError
 from slimlmm.recipe import Settings, fields, problems, read_yaml
 from slimlmm.serving.canary import CanarySettings
 from slimlmm.serving.limits import Limits
+from slimlmm.serving.metering import Metering
 from slimlmm.serving.shadow import Shadowing
 
 
@@ -87,7 +88,10 @@ class Serving(Settings):
     escalate: Path | None = Field(None, description="File of slimlmm calibrate: unsure answers are the teacher's.")
     candidate: Source | None = Field(None, description="Another student, which gets the canary's weight.")
     canary: CanarySettings = Field(CanarySettings(), description="The candidate's weight, and what takes it back.")
-    store: Storing | None = Field(None, description="The store; shadow, escalation and a candidate have one anyway.")
+    store: Storing | None = Field(
+        None, description="The store; shadow, escalation, a candidate and energy have one anyway."
+    )
+    energy: Metering | None = Field(None, description="Record what the machine's energy counter says.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     limits: Limits = Field(Limits(), description="What is let in.")
@@ -105,7 +109,7 @@ class Serving(Settings):
     @property
     def stored(self) -> Storing | None:
         """The store that is named, or the usual one where something needs one."""
-        return self.store or (Storing() if self.teacher or self.candidate else None)
+        return self.store or (Storing() if self.teacher or self.candidate or self.energy else None)
 
     @property
     def shown(self) -> str:
@@ -121,6 +125,7 @@ PLACES: Mapping[str, type[Settings]] = {
     "shadow": Shadowing,
     "canary": CanarySettings,
     "store": Storing,
+    "energy": Metering,
     "limits": Limits,
     "batching": Batching,
 }

@@ -115,7 +115,7 @@ ENERGY = Table(
     Column("seconds", Float, nullable=False),
     Column("joules", Float, nullable=False),
     Column("requests", Integer, nullable=False, comment="answered meanwhile"),
-    Column("source", String(40), nullable=False, comment="the counter"),
+    Column("source", String(200), nullable=False, comment="the counter"),
     Index("energy_at", "at"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,9 +49,12 @@ def app_of(gateway: Gateway, admin_token: str | None = None) -> FastAPI:
     async def life(_app: FastAPI) -> AsyncIterator[None]:
         if gateway.shadow is not None:
             gateway.shadow.start()
+        metering = asyncio.create_task(gateway.meter.run()) if gateway.meter is not None else None
         try:
             yield
         finally:
+            if metering is not None:
+                metering.cancel()
             if gateway.shadow is not None:
                 await gateway.shadow.stop()
 
