@@ -21,7 +21,7 @@ from slimlmm.serving.chat import Chat, completion
 from slimlmm.serving.gateway import Gateway
 from slimlmm.serving.limits import Limits
 from slimlmm.serving.serve import free_port
-from slimlmm.serving.upstream import Engine, session
+from slimlmm.serving.upstream import Engine, base_of, session
 from slimlmm.serving.web import app_of
 
 SAID = Said(
@@ -352,3 +352,17 @@ def test_the_openapi_document_holds_all_parts_of_a_request():
             assert "#/components/schemas/ImageUrl" in text
 
     run(work())
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://a:1", "http://a:1/v1"),
+        ("http://a:1/", "http://a:1/v1"),
+        ("http://a/v1/", "http://a/v1"),
+        ("https://a/proxy", "https://a/proxy/v1"),
+        ("http://a/v3", "http://a/v3"),
+    ],
+)
+def test_an_engine_is_asked_at_the_version_that_its_address_says(url, base):
+    assert base_of(url) == base

@@ -153,7 +153,7 @@ def plot(curves: Mapping[Kind, Sequence[Point]], threshold: Escalation, answers:
     axes.scatter([100 * threshold.share], [100 * threshold.accuracy], color="black", zorder=3, label="threshold")
     axes.set_xlabel("calls to the teacher, %")
     axes.set_ylabel(f"right of {threshold.rows:,} validation rows, %")
-    axes.legend(fontsize=9, title="confidence", loc="lower right")
+    axes.legend(fontsize=9, title="confidence", loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, metadata={"Software": None})

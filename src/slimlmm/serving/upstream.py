@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,11 +23,17 @@ KEPT_S = 4.0
 
 @dataclass(slots=True)
 class Replica:
-    """One server: its address up to ``/v1``, requests that it works on, until when it is asked last."""
+    """One server: its address up to ``/v1`` or the like, requests that it works on, until when it is asked last."""
 
     url: str
     busy: int = 0
     aside: float = 0.0
+
+
+def base_of(url: str) -> str:
+    """Return an address with the version of its interface: ``/v1`` unless it says another, as OpenVINO Model Server's ``/v3``."""
+    url = url.rstrip("/")
+    return url if re.search(r"/v\d+$", url) else f"{url}/v1"
 
 
 def session(at_once: int, deadline_s: float) -> aiohttp.ClientSession:
@@ -43,7 +50,7 @@ class Engine:
     """Replicas of one model; each request goes to the one that works on the fewest."""
 
     def __init__(self, urls: Sequence[str], client: aiohttp.ClientSession, *, model: str | None = None) -> None:
-        self.replicas = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.replicas = [Replica(base_of(url)) for url in urls]
         self.client = client
         self.model = model
 
@@ -54,7 +61,7 @@ class Engine:
 
     async def _models(self, replica: Replica) -> bool:
         try:
-            async with self.client.get(f"{replica.url}/v1/models", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+            async with self.client.get(f"{replica.url}/models", timeout=aiohttp.ClientTimeout(total=5)) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -76,7 +83,7 @@ class Engine:
         for replica in self._order():
             replica.busy += 1
             try:
-                url = f"{replica.url}/v1/chat/completions"
+                url = f"{replica.url}/chat/completions"
                 try:
                     answer = await self.client.post(url, data=content, headers=headers, allow_redirects=False)
                 except aiohttp.ClientConnectorError:  # it never had the request, so another may have it
