@@ -144,7 +144,7 @@ def test_where_the_teacher_cannot_the_students_answer_stays(tmp_path):
 
     async def work():
         for teacher, outcome in ((Fake(broken), "failed"), (slow, "late")):
-            student, limits = Fake(saying("soda pop", -0.7)), {"deadline_s": 0.5}
+            student, limits = Fake(saying("soda pop", -0.7)), {"teacher_s": 0.5}
             async with beside(tmp_path, student, teacher, escalation=threshold(), limits=limits) as (_, client):
                 answer = await client.post(PATH, json=asked())
                 assert answer.json()["choices"][0]["message"]["content"] == "soda pop"

@@ -209,7 +209,7 @@ class Gateway:
         told = self.metrics.escalations.labels
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(self._left(turn)), self.teacher_gate.place():
+            async with asyncio.timeout(min(self._left(turn), self.limits.teacher_s)), self.teacher_gate.place():
                 better = await self.teacher.answer(turn.raw)
         except TimeoutError:
             told("late").inc()

@@ -29,6 +29,7 @@ class Limits(Settings):
     waiting: int = Field(128, ge=0, description="Requests that wait for their turn; beyond that comes 429.")
     read_s: float = Field(10.0, gt=0, description="Seconds in which a request's body must have come.")
     deadline_s: float = Field(60.0, gt=0, description="Seconds from the body to the end of the answer.")
+    teacher_s: float = Field(20.0, gt=0, description="Seconds of it that the teacher may take for an unsure answer.")
     drain_s: int = Field(30, gt=0, description="Seconds that answers may still take once the gateway is told to stop.")
 
 
