@@ -59,8 +59,22 @@ def one_run(st: str, address: str, process: psutil.Process, seed: int, examples:
     }
 
 
+def started(student: str, port: int, store: str) -> subprocess.Popen[bytes]:
+    """Serve the student beside itself as teacher, with a store; returns the process once it is ready."""
+    command = [sys.executable, "-m", "slimlmm", "serve", student, "--teacher", student, "--store", store]
+    options = f"--shadow 0.2 --port {port} --quiet --set limits.tokens=8 --set batching.threads=1"
+    gateway = subprocess.Popen([*command, *options.split()])
+    for _ in range(1200):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                return gateway
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise SystemExit("the gateway did not start")
+
+
 def main() -> None:
-    """Serve the student beside itself as teacher, with a store, and send."""
+    """Send to a gateway, and end it."""
     told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     told.add_argument("student")
     told.add_argument("--st", default="st")
@@ -69,38 +83,10 @@ def main() -> None:
     told.add_argument("--out", type=Path)
     args = told.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        address, store = f"http://127.0.0.1:{(port := free_port())}", f"{folder}/answers.sqlite"
-        command = [
-            sys.executable,
-            "-m",
-            "slimlmm",
-            "serve",
-            args.student,
-            "--port",
-            str(port),
-            "--store",
-            store,
-            "--quiet",
-        ]
-        command += [
-            "--teacher",
-            args.student,
-            "--shadow",
-            "0.2",
-            "--set",
-            "limits.tokens=8",
-            "--set",
-            "batching.threads=1",
-        ]
-        gateway = subprocess.Popen(command)
-        for _ in range(1200):
-            try:
-                if httpx.get(f"{address}/ready").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        process = psutil.Process(gateway.pid)
-        runs = [one_run(args.st, address, process, seed, args.examples) for seed in range(1, args.seeds + 1)]
+        port = free_port()
+        gateway = started(args.student, port, f"{folder}/answers.sqlite")
+        process, seeds = psutil.Process(gateway.pid), range(1, args.seeds + 1)
+        runs = [one_run(args.st, f"http://127.0.0.1:{port}", process, seed, args.examples) for seed in seeds]
         gateway.send_signal(signal.SIGTERM)
         ended = gateway.wait(60)
     version = subprocess.run([args.st, "--version"], capture_output=True, text=True, check=True).stdout.strip()

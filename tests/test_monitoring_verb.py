@@ -14,8 +14,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+import test_cli
 from monitored import BEGIN, answer, drawn, fill, pair
-from slimlmm import cli
 from slimlmm.errors import UserError
 from slimlmm.monitoring import metrics, page, tables, verb
 from slimlmm.monitoring.monitor import Shown, monitor
@@ -29,15 +29,8 @@ CONFIG = Monitoring(reference_days=10, recent_days=3, every=3000)
 
 
 def call(monkeypatch, capsys, *words):
-    """Run the command line in this process; return (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["slimlmm", "monitor", *map(str, words)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    """Run the verb in this process; return (exit code, stdout, stderr)."""
+    return test_cli.call(monkeypatch, capsys, "monitor", *words)
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +219,10 @@ def test_metrics_are_served_and_an_empty_store_is_waited_for(tmp_path):
         while time.monotonic() < until:
             try:
                 text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-                if wanted in text:
-                    return text
             except OSError:
-                pass
+                text = ""  # it does not listen yet
+            if wanted in text:
+                return text
             time.sleep(0.3)
         raise AssertionError(f"{wanted} did not come: {said}")
 

@@ -244,7 +244,20 @@ def shard_size(text: int | str) -> int:
 
 
 def written(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder`, check and flush it, and put it in the place of `folder`, all or nothing."""
+    """Let `write` fill a folder beside `folder`, check it, and put it in the place of `folder`, all or nothing."""
+    with replaced(folder) as partial:
+        write(partial)
+        _sign(partial)
+        verify(partial)
+
+
+@contextmanager
+def replaced(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which is flushed and takes its place when the block ends, and goes if that fails.
+
+    Raises:
+        UserError: `folder` holds what slimlmm did not write, or the disk refuses.
+    """
     target = Path(folder).expanduser().absolute()
     refuse_foreign(target)
     partial = target.with_name(f".{target.name}.partial")
@@ -252,9 +265,7 @@ def written(folder: str | Path, write: Callable[[Path], None]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         partial.mkdir()
-        write(partial)
-        _sign(partial)
-        verify(partial)
+        yield partial
         _flush(partial)
         _swap(partial, target)
     except (OSError, SafetensorError) as error:

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from scipy import stats
 
+from slimlmm.annual import KWH
 from slimlmm.budget import WARMUP, answerer, freed
 from slimlmm.data import Row
 from slimlmm.errors import UserError
@@ -34,8 +35,6 @@ READINGS = 5
 BATCHES = (1, 32)
 #: where Linux shows the counters of processor packages
 POWERCAP = Path("/sys/class/powercap")
-#: joules of a kilowatt-hour, in which CodeCarbon tells energy
-KWH = 3.6e6
 NOT_COUNTED = (
     "All that the {name} used meanwhile is in these joules, by whatever process, idle power included; memory, fans and power "
     "supply may not be."

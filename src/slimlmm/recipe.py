@@ -381,19 +381,20 @@ class Recipe(Settings):
 
 def parse(raw: Any, source: str) -> Recipe:
     """Validate a recipe; a UserError lists every problem with its path and, for unknown keys, the nearest valid name."""
-    return _valid(TypeAdapter(Recipe), raw, source, Recipe)
+    return valid(TypeAdapter(Recipe), raw, source, lambda place: _kind(place, Recipe))
 
 
 def parse_trainings(raw: Any, source: str) -> list[Training]:
     """Validate a list of trainings, as `parse` does a recipe."""
-    return _valid(TypeAdapter(list[Training]), raw, source, Training)
+    return valid(TypeAdapter(list[Training]), raw, source, lambda place: _kind(place, Training))
 
 
-def _valid(adapter: TypeAdapter[T], raw: Any, source: str, root: type[Settings]) -> T:
+def valid(adapter: TypeAdapter[T], raw: Any, source: str, kind: Callable[[tuple[Any, ...]], type[Settings]]) -> T:
+    """Validate settings; a UserError lists every problem of the `source` (`problems`, which says what `kind` is)."""
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        lines = [f"  {line}" for line in problems(error, lambda place: _kind(place, root))]
+        lines = [f"  {line}" for line in problems(error, kind)]
         raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
 
 

@@ -4,53 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slimlmm.checkpoint import refuse_foreign
-from slimlmm.errors import UserError
+from slimlmm.checkpoint import replaced
 
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; it takes the place of `folder` when the block ends, and goes if that fails.
-
-    Raises:
-        UserError: `folder` holds what slimlmm did not write, or the disk refuses.
-    """
-    target = folder.expanduser().absolute()
-    refuse_foreign(target)
-    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+    """Yield an empty folder that takes the place of `folder` when the block ends (`checkpoint.replaced`); all may read it."""
+    with replaced(folder) as partial:
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written. {error.strerror or error}") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the list of files of a folder, to disk; let all read it, as they may read its folder."""
-    if path.is_file():
-        path.chmod(0o666 & ~_umask())
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

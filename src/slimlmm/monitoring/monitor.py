@@ -18,7 +18,7 @@ from slimlmm.monitoring.reading import Window, date_at, window
 from slimlmm.monitoring.records import Found, Ring, Row
 from slimlmm.monitoring.references import Reference
 from slimlmm.monitoring.settings import Monitoring
-from slimlmm.serving.store import EVENTS, opened
+from slimlmm.serving.store import EVENTS, opened, reason_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,7 @@ def asked(database: sqlalchemy.Engine) -> Iterator[Connection]:
         with database.begin() as connection:
             yield connection
     except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise UserError(f"{name_of(database)}: {reason}") from error
+        raise UserError(f"{name_of(database)}: {reason_of(error)}") from error
 
 
 def name_of(database: sqlalchemy.Engine) -> str:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, case, func, select
 from slimlmm.monitoring.reading import Values, Window, chunks, task_of, window
 from slimlmm.monitoring.records import Told
 from slimlmm.monitoring.settings import Monitoring
-from slimlmm.serving.store import ANSWERS, EVENTS, PAIRS, PICTURES
+from slimlmm.serving.store import ANSWERS, DAY_S, EVENTS, PAIRS, PICTURES
 
 #: order statistics that a sample is kept as: distances between samples change by at most 1 / (KEPT - 1)
 KEPT = 501
@@ -66,7 +66,7 @@ class Reference(Told):
     @property
     def days(self) -> float:
         """Days from begin to end."""
-        return (self.end - self.begin) / 86_400.0
+        return (self.end - self.begin) / DAY_S
 
 
 def window_of(settings: Monitoring, oldest: Window) -> Window:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Settings, problems, read_yaml
+from slimlmm.recipe import Settings, read_yaml, valid
 
 
 class Monitoring(Settings):
@@ -79,8 +79,4 @@ def read(path: Path | None) -> Monitoring:
     raw = read_yaml(path, "settings")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}; settings are key: value lines.")
-    try:
-        return Monitoring.model_validate(raw)
-    except ValidationError as error:
-        lines = problems(error, lambda _: Monitoring)
-        raise UserError(f"{path}: {len(lines)} problem(s):\n  " + "\n  ".join(lines)) from error
+    return valid(TypeAdapter(Monitoring), raw, str(path), lambda _: Monitoring)

@@ -75,18 +75,17 @@ class Turn:
             "completion_tokens": self.tokens[1],
         }
 
-    def seen(self, text: str, seconds: float, tokens: int | None) -> Seen:
-        """Return what the teacher gets of it."""
-        pictures = tuple(self.chat.pictures)
+    def seen(self) -> Seen:
+        """Return what the teacher gets of it, after the arm's own answer."""
         return Seen(
             id=self.id,
             task=self.task,
             arm=self.arm.name,
             raw=self.raw,
-            pictures=pictures,
-            text=text,
-            seconds=seconds,
-            tokens=tokens,
+            pictures=tuple(self.chat.pictures),
+            text=self.text or "",
+            seconds=self.arm_seconds or 0.0,
+            tokens=self.tokens[1],
         )
 
 
@@ -129,8 +128,7 @@ class Gateway:
 
     def allowed(self, request: Request) -> None:
         """Refuse a request without the token, where there is one."""
-        told = request.headers.get("authorization", "").encode()
-        if self.token is not None and not hmac.compare_digest(told, f"Bearer {self.token}".encode()):
+        if self.token is not None and not bears(request, self.token):
             raise RefusedError(401, "the bearer token is missing or wrong")
 
     async def chat(self, request: Request) -> Response:
@@ -150,8 +148,8 @@ class Gateway:
         if not turn.chat.streamed or reply.status != 200:
             return Response(reply.body, reply.status, headers, "application/json")
         usage = bool(turn.chat.stream_options and turn.chat.stream_options.include_usage)
-        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(reply.content, usage=usage)]
-        return Response("".join((*events, "data: [DONE]\n\n")), 200, headers, "text/event-stream")
+        events = [_event(chunk) for chunk in chunks(reply.content, usage=usage)]
+        return Response(b"".join((*events, b"data: [DONE]\n\n")), 200, headers, "text/event-stream")
 
     async def _read(self, request: Request) -> Turn:
         """Return a request that was understood and is within the limits, and whose it is."""
@@ -205,7 +203,6 @@ class Gateway:
     async def _escalated(self, turn: Turn, reply: Reply) -> Reply:
         """Return the teacher's answer, or the arm's where the teacher is full, fails or takes too long."""
         assert self.teacher is not None
-        assert turn.text is not None
         told = self.metrics.escalations.labels
         began = time.perf_counter()
         try:
@@ -222,8 +219,7 @@ class Gateway:
             return reply
         told("taken").inc()
         if self.store is not None:
-            seen = turn.seen(turn.text, turn.arm_seconds or 0.0, reply.tokens("completion"))
-            await self.store.add(PAIRS, pair(seen, better, time.perf_counter() - began, "escalation"))
+            await self.store.add(PAIRS, pair(turn.seen(), better, time.perf_counter() - began, "escalation"))
         turn.text, turn.route = better.text, self.teacher.name
         turn.tokens = (better.tokens("prompt"), better.tokens("completion"))
         return better
@@ -262,10 +258,10 @@ class Gateway:
                     status = 200
                 except TimeoutError:
                     status = 504
-                    yield _event(self._late())
+                    yield _event(self._late().body())
                 except aiohttp.ClientError as error:
                     status = 502
-                    yield _event(RefusedError(502, f"the engine broke off: {type(error).__name__}"))
+                    yield _event(RefusedError(502, f"the engine broke off: {type(error).__name__}").body())
         finally:
             turn.arm_seconds = turn.seconds
             turn.text, turn.tokens = heard.text, (heard.prompt_tokens, heard.completion_tokens)
@@ -285,7 +281,7 @@ class Gateway:
             seconds = turn.arm_seconds if turn.arm_seconds is not None else turn.seconds
             await self._returned(self.canary.answered(turn.arm.name, seconds, failed=status >= 500))
         if self.shadow is not None and status == 200 and turn.text is not None and turn.route == turn.arm.name:
-            self.shadow.offer(turn.seen(turn.text, turn.arm_seconds or 0.0, turn.tokens[1]))
+            self.shadow.offer(turn.seen())
 
     async def compared(self, arm: str, agreed: bool) -> None:
         """Take note of a shadow pair."""
@@ -316,5 +312,11 @@ class Gateway:
         return RefusedError(504, f"no answer within {self.limits.deadline_s:g} seconds")
 
 
-def _event(error: RefusedError) -> bytes:
-    return f"data: {json.dumps(error.body())}\n\n".encode()
+def bears(request: Request, token: str) -> bool:
+    """Tell whether a request carries a bearer token; the comparison takes as long whatever it finds."""
+    told = request.headers.get("authorization", "").encode()
+    return hmac.compare_digest(told, f"Bearer {token}".encode())
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()

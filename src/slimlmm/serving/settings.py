@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Settings, fields, problems, read_yaml
+from slimlmm.recipe import Settings, fields, read_yaml, valid
 from slimlmm.serving.canary import CanarySettings
 from slimlmm.serving.limits import Limits
 from slimlmm.serving.metering import Metering
@@ -148,14 +148,9 @@ def read(path: Path | None, options: Mapping[str, Any]) -> Serving:
             place[key] = held if isinstance(held, dict) else {}
             place = place[key]
         place[last] = value
-    try:
-        return Serving.model_validate(raw)
-    except ValidationError as error:
-        lines = [
-            f"  {line}"
-            for line in problems(error, lambda path: PLACES.get(str(path[-1]), Serving) if path else Serving)
-        ]
-        raise UserError(f"{path or 'serve'}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
+    return valid(
+        TypeAdapter(Serving), raw, str(path or "serve"), lambda at: PLACES.get(str(at[-1]), Serving) if at else Serving
+    )
 
 
 def page() -> str:

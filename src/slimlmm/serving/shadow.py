@@ -120,10 +120,10 @@ class Shadow:
         if reply.text is None:
             self._count(seen, "failed")
             return
-        agreed = agree(seen.text, reply.text)
-        self._count(seen, "agreed" if agreed else "disagreed")
-        await self.compared(seen.arm, agreed)
-        await self.store.add(PAIRS, pair(seen, reply, time.perf_counter() - began, "shadow"))
+        record = pair(seen, reply, time.perf_counter() - began, "shadow")
+        self._count(seen, "agreed" if record["agree"] else "disagreed")
+        await self.compared(seen.arm, record["agree"])
+        await self.store.add(PAIRS, record)
         try:
             rows = await asyncio.to_thread(self._pictures, seen)
         except RefusedError:  # an engine may read what we do not

@@ -133,9 +133,15 @@ def opened(where: str) -> sqlalchemy.Engine:
             event.listen(found, "connect", _sqlite)
         METADATA.create_all(found)
     except (SQLAlchemyError, ImportError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise UserError(f"--store {where}: {reason}. Give the path of a file, or postgresql+psycopg://...") from error
+        raise UserError(
+            f"--store {where}: {reason_of(error)}. Give the path of a file, or postgresql+psycopg://..."
+        ) from error
     return found
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the driver itself said, in one line."""
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
 
 
 def _sqlite(connection: Any, _record: Any) -> None:

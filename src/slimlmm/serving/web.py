@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from slimlmm import __version__
 from slimlmm.serving.chat import Chat, RefusedError
-from slimlmm.serving.gateway import Gateway
+from slimlmm.serving.gateway import Gateway, bears
 from slimlmm.serving.metrics import Metrics
 
 
@@ -112,8 +111,7 @@ def _admin(app: FastAPI, gateway: Gateway, token: str) -> None:
     """Add the addresses that read and set the candidate's weight."""
 
     def allowed(request: Request) -> None:
-        told = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(told, f"Bearer {token}".encode()):
+        if not bears(request, token):
             raise RefusedError(401, "the administrator's token is missing or wrong")
 
     def state() -> dict[str, Any]:
