@@ -146,6 +146,8 @@ deployments = st.builds(Deployment, name=st.just("one"), joules=positive, second
 def test_laws_of_a_year(shared, before, after, spent):
     run = Compression(joules=spent)
     found = annualise(shared, before, after, run)
+    # where two years are equal to the last digits, what is saved is their rounding and obeys no law
+    assume(abs(found.saved_kwh.device) > 1e-6 * found.year_before.kwh.device)
     kwh = values(found.year_before.kwh)
     assert kwh == sorted(kwh)  # each boundary holds the one before it
     back = annualise(shared, after, before, run)
@@ -155,9 +157,7 @@ def test_laws_of_a_year(shared, before, after, spent):
     assert values(twice.break_even_requests) == pytest.approx(values(found.break_even_requests), nan_ok=True)
     for saved, co2 in zip(values(found.saved_kwh), values(found.saved_co2_kg), strict=True):
         assert co2 == pytest.approx(saved * shared.grid / 1000)
-    assert (found.break_even_requests.device is None) == (back.break_even_requests.device is not None) or (
-        found.saved_kwh.device == pytest.approx(0, abs=1e-9 * kwh[0])
-    )
+    assert (found.break_even_requests.device is None) == (back.break_even_requests.device is not None)
     assume(found.break_even_requests.device is not None)
     paid = found.break_even_requests.device * found.saved_kwh.device * KWH / shared.requests
     assert paid == pytest.approx(spent)

@@ -149,7 +149,8 @@ def annualise(
 def yearly(setting: Setting, one: Deployment) -> Yearly:
     """Return the year of one deployment.
 
-    Device: E = (N e + P (T - N t)) / 3.6e6 [kWh/a]; without P or T the second term is left out and `idle_kwh` is null.
+    Device: E = (N e + P (T - N t)) / 3.6e6 [kWh/a], and T - N t = N t i / (1 - i) where i is given; without P or T the second
+    term is left out and `idle_kwh` is null.
     Server: f E, or E + W T / 3.6e6. Building: PUE times the server.
 
     Raises:
@@ -158,6 +159,8 @@ def yearly(setting: Setting, one: Deployment) -> Yearly:
     busy = None if one.seconds is None else setting.requests * one.seconds
     on = switched_on(setting, one)
     idle = None if on is None or busy is None else on - busy
+    if busy is not None and setting.idle_share is not None:  # on - busy would cancel where i is small
+        idle = busy * setting.idle_share / (1 - setting.idle_share)
     idle_kwh = _times(setting.idle_watts, idle, 1 / KWH)
     device = setting.requests * one.joules / KWH + (idle_kwh or 0.0)
     server = _times(device, setting.server_factor)
