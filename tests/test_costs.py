@@ -39,9 +39,10 @@ def told(config, shapes=None) -> float:
     return sum(answer.flops(shapes or skeleton(config).shapes).values())
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama4_moe"])
-def test_flops_of_an_answer_are_those_that_torch_counts(name):
-    config = CONFIGS[name]()
+def test_flops_of_an_answer_are_those_that_torch_counts(sampled_family):
+    if sampled_family == "llama4_moe":
+        pytest.skip("its stock code runs every expert: the test below")
+    config = CONFIGS[sampled_family]()
     assert told(config) == pytest.approx(counted(config), rel=TOLERANCE)
 
 
@@ -75,7 +76,7 @@ def test_the_copy_that_answers_is_smaller_in_every_axis_that_can_be():
     assert len(set(blocks["model.language_model.layers"].values())) < text == len(blocks["model.language_model.layers"])
 
 
-@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen3_vl_moe", "idefics2", "blip-2-t5"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "blip-2-t5"])
 def test_shapes_and_flops_after_a_cut_are_those_of_the_cut_configuration(name):
     """The way without building anything against the configuration that a cut writes, one axis at a time."""
     config = CONFIGS[name]()

@@ -102,9 +102,8 @@ def test_only_new_problems_are_refused():
         refuse_unsplittable(config, {"text.ffn": 2814}, 4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_cut_writes_head_dim_and_the_same_value_everywhere(name, tmp_path):
-    config = CONFIGS[name]()
+def test_every_cut_writes_head_dim_and_the_same_value_everywhere(sampled_family, tmp_path):
+    config = CONFIGS[sampled_family]()
     family, anatomy = family_of(config), describe(config)
     text = family.tower("text").config
     for axis in anatomy.axes.values():

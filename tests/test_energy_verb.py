@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from slimlmm import commands, energy, measure
+from slimlmm import commands, energy
 from test_cli import call
 
 
@@ -147,7 +147,6 @@ def test_bench_tells_joules_a_request_measured_and_declared(teacher, ads, tmp_pa
     monkeypatch.setattr(energy, "BENCH_SPAN", 0.0)
     monkeypatch.setattr(energy, "BATCHES", (1, 2))
     monkeypatch.setattr(energy, "found_counter", lambda device: Rising())
-    monkeypatch.setattr(measure, "answering_memory", lambda *_, **__: None)
     words = ("bench", teacher, "--data", ads, "--calls", "1", "--against", teacher, "--json")
     code, out, _ = call(monkeypatch, capsys, *words, "--energy", "--watts", 250)
     found = json.loads(out)

@@ -142,6 +142,7 @@ def test_peak_memory_sees_what_is_freed_again():
     assert found.peak - found.before >= 80 * 2**20
 
 
+@pytest.mark.new_process
 def test_answering_memory_is_of_a_new_process(tmp_path):
     folder = tiny_folder("llava-clip-llama", str(tmp_path))
     ballast = np.ones(200 * 2**20 // 8)
@@ -151,6 +152,7 @@ def test_answering_memory_is_of_a_new_process(tmp_path):
     assert ballast.all()
 
 
+@pytest.mark.new_process
 def test_a_process_that_fails_says_why(monkeypatch):
     failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nUserError: absent: no such folder.")
     monkeypatch.setattr(measure.subprocess, "run", lambda *args, **kwargs: failed)

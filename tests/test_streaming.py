@@ -15,7 +15,7 @@ from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.probing import skeleton
 from slimlmm.selfcheck import random_model
-from tiny import NAMES, tiny
+from tiny import tiny
 from zoo import CONFIGS
 
 
@@ -140,7 +140,7 @@ def test_what_no_longer_fits_into_half_precision_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
-@pytest.mark.parametrize("name", [*NAMES, "glm4v_moe", "gemma3", "phi4_multimodal"])
+@pytest.mark.parametrize("name", ["llava-clip-llama", "glm4v_moe", "phi4_multimodal"])
 def test_scores_by_weights_are_those_of_the_loaded_model(name, criterion, folders):
     weights, model = checkpoint.open_weights(folders(name)), checkpoint.load(folders(name)).model
     anatomy = describe(model.config)
