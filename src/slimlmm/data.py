@@ -94,8 +94,8 @@ def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0, unla
     if not source.exists():
         raise UserError(f"{source}: no such file or folder. DATA is a folder or file of rows, see the README.")
     splits = Splits()
-    for split, tables in _tables(source).items():
-        raw = [record for table in tables for record in _records(table)]
+    for split, tables in tables_of(source).items():
+        raw = [record for table in tables for record in records_of(table)]
         rows = check(
             raw,
             name=f"{source}: {split}",
@@ -125,7 +125,7 @@ def _split_validation_off(splits: Splits, seed: int) -> None:
     )
 
 
-def _tables(source: Path) -> dict[str, list[Path]]:
+def tables_of(source: Path) -> dict[str, list[Path]]:
     """Return split -> files (or image folders) that hold its rows."""
     if source.is_file():
         if source.suffix not in READERS:
@@ -150,7 +150,7 @@ def _tables(source: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _records(table: Path) -> Iterator[dict[str, Any]]:
+def records_of(table: Path) -> Iterator[dict[str, Any]]:
     """Yield the raw records of one table; relative picture paths are resolved against its folder."""
     import datasets
 
