@@ -123,7 +123,7 @@ def _pickle(folder):
 
 
 BAD = {
-    "pickled weights .pytorch_model.bin.": _pickle,
+    r"only pickled weights .pytorch_model.bin., .*`slimlmm convert \S+ OUT` writes them as safetensors": _pickle,
     "no .*safetensors": lambda folder: (folder / "model.safetensors").unlink(),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "not a valid JSON": lambda folder: (folder / "config.json").write_text("{"),

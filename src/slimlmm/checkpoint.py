@@ -28,8 +28,9 @@ from transformers.utils import logging
 from slimlmm import __version__
 from slimlmm.errors import UserError
 from slimlmm.families import stock_class
-from slimlmm.intake import broken_config, check_config, check_files, check_sizes
+from slimlmm.intake import broken_config, check_config, check_depth, check_files, check_sizes, raw_config
 from slimlmm.probing import skeleton
+from slimlmm.shards import Shards
 from slimlmm.weights import Weights
 
 MARKER = "slimlmm.json"
@@ -112,6 +113,7 @@ def open_weights(model_id: str | Path, *, trust_remote_code: bool = False) -> We
 
 def opened(folder: Path, config: Any) -> Weights:
     """Return the weights of a folder, checked against this configuration."""
+    check_depth(str(folder), config.to_dict(), len(Shards(folder).entries))
     check_sizes(str(folder), config)
     return Weights(folder, config, skeleton(config))
 
@@ -177,22 +179,26 @@ def _local_folder(model_id: str | Path) -> Path | None:
 
 def _checked_config(where: str, options: dict[str, bool]) -> Any:
     """Return the configuration of an image-text-to-text model, and refuse any other."""
+    check_depth(where, raw_config(Path(where)))
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(where, **options)
+        check_config(where, config, options["trust_remote_code"])
     except StrictDataclassError as error:
         problems = broken_config(Path(where)) or " ".join(str(error).split())
         raise UserError(f"{where}: config.json contradicts itself: {problems}") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (UserError, *_BROKEN):
+        raise
+    # the classes of configurations check little, so a wrong value may break any line of theirs
+    except Exception as error:
         raise UserError(f"{where}: config.json cannot be understood: {_first_line(error)}") from error
-    check_config(where, config, options["trust_remote_code"])
     return config
 
 
 def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
     try:
         return _PROCESSORS.from_pretrained(where, **options), ""
-    except (*_BROKEN, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # as for configurations
         return None, f"no processor: {_first_line(error)}"
 
 
@@ -222,16 +228,17 @@ def save(
     *,
     source: str | Path | None = None,
     max_shard_size: int | str = SHARD,
+    prove: Callable[[Path], object] | None = None,
 ) -> None:
     """Write model, config, generation config, processor, tokenizer and chat template as one plain folder.
 
     With ``processor=None`` the processor's files are copied from `source` (default: where the model was
     loaded from). An existing folder is replaced only if slimlmm wrote it (or it is empty); any failure leaves
-    it as it was.
+    it as it was, one of `prove` too, which gets the whole folder before it appears.
     """
     origin = Path(source or model.name_or_path or os.devnull)
     size = shard_size(max_shard_size)
-    written(folder, lambda partial: _write(model, processor, partial, origin, size))
+    written(folder, lambda partial: _write(model, processor, partial, origin, size), prove)
 
 
 def shard_size(text: int | str) -> int:
@@ -243,12 +250,14 @@ def shard_size(text: int | str) -> int:
     return size
 
 
-def written(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder`, check it, and put it in the place of `folder`, all or nothing."""
+def written(folder: str | Path, write: Callable[[Path], None], prove: Callable[[Path], object] | None = None) -> None:
+    """Let `write` fill a folder beside `folder`, check it (`prove` too), and put it in the place of `folder`, all or nothing."""
     with replaced(folder) as partial:
         write(partial)
         _sign(partial)
         verify(partial)
+        if prove is not None:
+            prove(partial)
 
 
 @contextmanager
@@ -278,7 +287,10 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 
 def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
     """Put the model's weights, in place, into the number format of the files that it came from; refuse what overflows there."""
+    unsaved = [(one, name, one._buffers[name]) for one in model.modules() for name in one._non_persistent_buffers_set]
     within: PreTrainedModel = nn.Module.to(model, stored)
+    for module, name, buffer in unsaved:  # no file holds them: rotary frequencies stay as loading would make them
+        module._buffers[name] = buffer
     broken = [name for name, value in within.named_parameters() if not bool(value.isfinite().all())]
     if broken:
         raise UserError(
@@ -301,9 +313,18 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, source: Path, m
     with _quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     if processor is not None:
+        _forget_last_call(processor)
         processor.save_pretrained(folder)
     elif source.is_dir():
         copy_processor(source, folder)
+
+
+def _forget_last_call(processor: Any) -> None:
+    """Take off padding and truncation of a fast tokenizer's last call, which its file would hold; each call sets its own."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if getattr(tokenizer, "is_fast", False):
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
 
 
 def copy_processor(source: Path, folder: Path) -> None:

@@ -13,15 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from slimlmm import energy_verb, export_verb
+from slimlmm import checkdata_verb, energy_verb, export_verb, verify_verb
 from slimlmm.errors import UserError
+from slimlmm.leaving import LeftError, heeding
 from slimlmm.monitoring import verb as monitor_verb
 from slimlmm.serving import verbs
+
+#: what a wrong option raises: Click's, of which newer typers have a copy of their own
+USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +52,7 @@ Recipe = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
 
 
 def main() -> None:
-    """Run the command line; bad input gives one message and exit code 2, Ctrl-C exit code 130."""
+    """Run the command line; bad input gives one message and exit code 2, Ctrl-C and SIGTERM 128 and the signal's number."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -58,11 +61,13 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         _stop(str(error), 2)
+    except LeftError as error:
+        _stop(f"{error}.", error.code)
     except (KeyboardInterrupt, typer.Abort):
         _stop("interrupted; the same command again resumes at the last finished round.", 130)
     except (OSError, SafetensorError) as error:
         _stop(f"{_reason(error)}. What was finished is kept; the same command again goes on from there.", 2)
-    except click.ClickException as error:
+    except USAGE as error:
         error.show()
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
@@ -190,18 +195,28 @@ def compress(
     recipe: Recipe = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of validation accuracy that may be lost.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    save_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between two times that a training writes its state to disk.")
+    ] = 5.0,
     quiet: Quiet = False,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Prune and distill in stages, the main job; the same command again resumes at the last finished round."""
+    """Prune and distill in stages, the main job; killed or stopped, the same command goes on where it was."""
     from slimlmm import commands, pipeline, report
     from slimlmm.progress import reporter
 
     settings = commands.settings(recipe, shrink=shrink, max_drop=max_drop, seed=seed)
-    with reporter(quiet) as tell:
+    with heeding(), reporter(quiet) as tell:
         found = pipeline.run(
-            model, data, out, settings, command=_command(), trust_remote_code=trust_remote_code, tell=tell
+            model,
+            data,
+            out,
+            settings,
+            command=_command(),
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+            save_every=60 * save_minutes,
         )
     _report(found.model_dump(mode="json"), json_out, lambda: Console().print(report.final_table(found)))
 
@@ -289,7 +304,7 @@ def study(
         raise UserError(f"unexpected {' '.join(context.args)!r}: one STUDY at a time; arms come after --arms.")
     others = [Path(name) for name in context.args] if page else []
     only = [name for text in (*(arms or ()), *context.args) for name in text.replace(",", " ").split()]
-    with reporter(quiet) as tell:
+    with heeding(), reporter(quiet) as tell:
         found, shown = commands.study(
             [source, *others],
             out=out,
@@ -366,11 +381,14 @@ def bench(
     _report(found, json_out, lambda: Console().print(commands.bench_table(found)))
 
 
+app.command(epilog=checkdata_verb.EXAMPLE)(checkdata_verb.check_data)
 app.command(epilog=energy_verb.EXAMPLE)(energy_verb.energy)
 app.command(epilog=export_verb.EXAMPLE)(export_verb.export)
 app.command(epilog=verbs.SERVE)(verbs.serve)
 app.command(epilog=verbs.CALIBRATE)(verbs.calibrate)
 app.command(epilog=monitor_verb.EXAMPLE)(monitor_verb.monitor)
+app.command(epilog=verify_verb.VERIFY)(verify_verb.verify)
+app.command(epilog=verify_verb.CONVERT)(verify_verb.convert)
 
 
 @app.command(epilog="Example: `slimlmm adreview data/adreview --train 12000 --val 1000 --test 2400`")
@@ -396,7 +414,7 @@ def demo(out: Out = Path("runs/demo"), quiet: Quiet = False, json_out: Json = Fa
     from slimlmm.demo import demo as run
     from slimlmm.progress import reporter
 
-    with reporter(quiet) as tell:
+    with heeding(), reporter(quiet) as tell:
         found = run(out, command=_command(), tell=tell)
     _report(found, json_out, lambda: Console().print(commands.demo_page(found)))
 

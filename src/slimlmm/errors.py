@@ -5,6 +5,10 @@ class UserError(Exception):
     """Bad input or a request that cannot be met; the command line prints it without a traceback and exits with 2."""
 
 
+class LossError(UserError):
+    """A training whose loss is no number."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return the hint that follows an unknown name: the nearest valid one, then all of them."""
     import difflib

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _MODEL_TYPES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMOD
 #: keys under which a configuration says that its weights are quantised
 _QUANTISED = ("quantization_config", "compression_config")
 _ADAPTER = "adapter_config.json"
+#: blocks that are built at most, and those that are whatever the weights: parts that are left out may have a usual number
+MOST_BLOCKS, _USUAL_BLOCKS = 10_000, 1000
 
 
 def check_files(folder: Path) -> None:
@@ -45,7 +47,7 @@ def check_files(folder: Path) -> None:
     if pickled:
         raise UserError(
             f"{folder}: holds only pickled weights ({pickled}), which can run any code when loaded. "
-            f"Convert them to safetensors first: load them where you trust them, then save_pretrained."
+            f"`slimlmm convert {folder} OUT` writes them as safetensors and runs none of it."
         )
     raise UserError(f"{folder}: no *.safetensors file, so there are no weights to load.")
 
@@ -90,11 +92,34 @@ def _method(data: Mapping[str, Any]) -> str:
     return ""
 
 
+def check_depth(where: str, data: Mapping[str, Any], tensors: int | None = None) -> None:
+    """Raise a UserError where a configuration has more blocks than tensors on disk, or than any model: building may never end."""
+    most = MOST_BLOCKS if tensors is None else max(tensors, _USUAL_BLOCKS)
+    for name, count in _depths(data):
+        if count > most:
+            known = "at most" if tensors is None else f"but there are only {tensors:,} tensors on disk, so at most"
+            raise UserError(
+                f"{where}: config.json says {name} = {count:,.0f}, {known} {most:,} are built. Give the config.json that belongs "
+                f"to the weights."
+            )
+
+
+def _depths(data: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield each number of blocks in a configuration with its name."""
+    left: list[tuple[str, Any]] = list(data.items())
+    while left:  # no recursion: files may be nested deeper than that goes
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{name}.{key}", one) for key, one in value.items()]
+        elif isinstance(value, int | float) and str(name).endswith(("layers", "depth")):
+            yield name, value
+
+
 def check_sizes(where: str, config: Any) -> None:
     """Raise a UserError, with what the class says, where a model of this configuration cannot be built."""
     try:
         skeleton(config)
-    except (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError, IndexError, KeyError) as error:
+    except Exception as error:  # a wrong value may break any line of any class
         raise UserError(
             f"{where}: config.json contradicts itself, so no {config.model_type!r} model can be built of it: "
             f"{type(error).__name__}: {error}"
@@ -103,17 +128,20 @@ def check_sizes(where: str, config: Any) -> None:
 
 def broken_config(folder: Path) -> str:
     """Return all that the classes of a configuration and of its parts say against it, "" where they say nothing."""
+    return "; ".join(_problems(raw_config(folder)))
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Return what config.json says before any class reads it, nothing where it is not there or cannot be read."""
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return "; ".join(_problems(data))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
-def _problems(data: Any) -> list[str]:
+def _problems(data: dict[str, Any]) -> list[str]:
     """Return what the class of each part says, then what that of the whole says of itself."""
-    if not isinstance(data, dict):
-        return []
     parts = {
         key: part for key, part in data.items() if isinstance(part, dict) and isinstance(part.get("model_type"), str)
     }
