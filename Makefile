@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test conformance lint types headline clean
+.PHONY: demo test faults conformance lint types headline clean
 
 demo: $(READY)
 	$(BIN)/slimlmm demo --out runs/demo
@@ -18,6 +18,12 @@ test: $(READY)
 conformance: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conformance.py docs/families.md --workers 2 --check
 	$(BIN)/python -m pytest --whole-grid --numprocesses 2 --dist load
+
+# 50 kills of a small whole run, half an hour on 2 cores, then every other fault of docs/reliability.md, which is written anew
+faults: $(READY)
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --kills 50 --out runs/faults.json
+	$(BIN)/python benchmarks/faults.py --page docs/reliability.md --out runs/faults.json
 
 # hours on 2 cores, minutes on a GPU; stop it at any time, the same command resumes
 headline: $(READY)

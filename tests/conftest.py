@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from slimlmm import adreview, checkpoint, data, measure
+from slimlmm import adreview, certificate, checkpoint, data, measure, probes
 from tiny import tiny
 from zoo import CONFIGS
 
@@ -52,10 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def no_new_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the new process, seconds twice a run, that measures the memory of an answer, where no test is about it."""
+    """Leave out new processes, seconds each, where no test is about them: memory of an answer, certificate (made here)."""
     if "new_process" not in request.keywords:
         told = measure.Memory(kind="rss", before=1, peak=2)
         monkeypatch.setattr(measure, "answering_memory", lambda *_, **__: told)
+        monkeypatch.setattr(certificate, "afresh", probes.told)
 
 
 @pytest.fixture(scope="session")

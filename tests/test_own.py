@@ -1,6 +1,7 @@
 """Learning from the student's own answers: on policy, judged by the teacher, and nothing else than before where not wanted."""
 
 import copy
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ def test_where_no_picture_is_drawn_the_training_is_the_same_to_the_bit(tmp_path,
     plain, other = student_of(cache, 0.3), student_of(cache, 0.3)
     accumulated = {"accumulate": 2, "learning_rate": 1e-3}
     train(plain, processor, rows.train[:40], settings(**accumulated), tmp_path, teacher=cache)
-    monkeypatch.setattr(own.OwnAnswers, "chosen", lambda self, groups: [])
+    monkeypatch.setattr(own.OwnAnswers, "chosen", lambda self, groups, draw: [])
     train(other, processor, rows.train[:40], settings(own_answers=0.5, **accumulated), tmp_path, teacher=cache)
     assert same(plain, other)
     assert not same(plain, student_of(cache, 0.3))
@@ -215,7 +216,7 @@ def test_a_share_is_one_of_the_pictures_that_the_teacher_is_asked_about(rows, ta
     drawn = own.own_answers(
         taught[0].model, processor, rows.train[:40], settings(own_answers=share), lambda groups: {}, asked, 0
     )
-    found = [drawn.chosen(groups) for _ in range(400)]
+    found = [drawn.chosen(groups, random.Random(step)) for step in range(400)]
     assert {len(one) for one in found} == counts
     assert sum(map(len, found)) == pytest.approx(400 * 5 * share, rel=0.05)
     assert {at for one in found for at in one} == {2, 3, 4, 5, 6}

@@ -134,12 +134,12 @@ def test_a_run_asks_the_model_that_each_round_began_with_also_when_rolled_back_a
     asked, plain, out = [], rounds._train, tmp_path / "run"
     settings = recipe.parse({"bench_calls": 0, "data": DATA, "stages": STAGES, "max_drop": 1, "patience": 0}, "test")
 
-    def recorded(job, model, processor, settings, where, folder):
+    def recorded(job, model, processor, settings, *rest):
         teachers = [job.cache.model, job.previous.model]
         before = [weights_fingerprint(one) for one in teachers]
-        result = plain(job, model, processor, settings, where, folder)
+        result = plain(job, model, processor, settings, *rest)
         assert before == [weights_fingerprint(one) for one in teachers], "a teacher was trained"
-        asked.append((where[0].name, *before))
+        asked.append((rest[0][0].name, *before))
         return result
 
     monkeypatch.setattr(rounds, "_train", recorded)

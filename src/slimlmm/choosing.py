@@ -22,12 +22,13 @@ from slimlmm.collate import Collator, texts_of
 from slimlmm.costs import Answer
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
+from slimlmm.files import write_json
 from slimlmm.grid import Grid
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
 from slimlmm.resizing import predict_parameters
-from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.runfolder import RunFolder
 from slimlmm.sensitivity import Curve, curves
 from slimlmm.stopping import validation_loss
 from slimlmm.teacher import TeacherCache

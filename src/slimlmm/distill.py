@@ -9,32 +9,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import reduce
 from pydantic import BaseModel
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from slimlmm import leaving
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
 from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
-from slimlmm.errors import UserError
+from slimlmm.errors import LossError, UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.half import as_it_was, has_half
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
@@ -47,9 +46,11 @@ from slimlmm.losses import (
     Seen,
     combine,
 )
+from slimlmm.optimizing import frozen, optimizers
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
-from slimlmm.spans import Span, check_schedule, schedule, warmup_steps
+from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
+from slimlmm.spans import Span, check_schedule, warmup_steps
 from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache, Teachers
 
@@ -96,7 +97,7 @@ class _Groups(Dataset[list[Row]]):
         return self.groups[index]
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(SavingTrainer):
     """Trainer with the summed answer-token losses divided by the global answer-token count."""
 
     def __init__(
@@ -109,6 +110,8 @@ class DistillTrainer(Trainer):
         own: OwnAnswers | None,
         **kwargs: Any,
     ) -> None:
+        model: PreTrainedModel = args[0]
+        self.use_cache = vars(model.config).get("use_cache")
         super().__init__(*args, **kwargs)
         self.weights = weights
         self.teachers = teachers
@@ -121,8 +124,9 @@ class DistillTrainer(Trainer):
         )
         if own is not None:
             refuse_shards(self)
+        self.saves = False
         self.row_visits = 0
-        self._sums: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -130,7 +134,7 @@ class DistillTrainer(Trainer):
         """Return the batches of one step and their answer tokens; here the student, as it is at this step, answers first."""
         if self.own is not None:
             student: Any = self.model
-            epoch_iterator = self.own.batches(student, epoch_iterator, device)
+            epoch_iterator = self.own.batches(student, epoch_iterator, device, self.state.global_step)
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
         return found
 
@@ -148,8 +152,8 @@ class DistillTrainer(Trainer):
         tokens = shown.labels_A.numel()
         count = num_items_in_batch if num_items_in_batch is not None else tokens
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-        self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.sums["tokens"] = self.sums.get("tokens", 0.0) + tokens
         total = parts["total"]
         if self.accelerator.num_processes > 1 and self.weights.keys() <= MATCHES.keys():
             # these leave the logits alone, and DDP waits for a gradient of everything that its outputs come from
@@ -181,20 +185,28 @@ class DistillTrainer(Trainer):
             inputs.get("given_answers"),
         )
 
+    def forget_use_cache(self) -> None:
+        """Put back what the Trainer sets in the configuration, so that it is not written into the student's."""
+        config = cast(PreTrainedModel, self.model).config
+        if self.use_cache is None:
+            vars(config).pop("use_cache", None)
+        else:
+            config.use_cache = self.use_cache
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number."""
-        tokens = self._sums.pop("tokens", 0.0)
+        tokens = self.sums.pop("tokens", 0.0)
         if tokens:
-            means = {name: value / tokens for name, value in self._sums.items()}
+            means = {name: value / tokens for name, value in self.sums.items()}
             logs = {
                 **logs,
                 **{f"loss/{name}": value for name, value in means.items()},
                 "loss": means["total"],
                 "row_visits": float(self.row_visits),
             }
-            self._sums.clear()
+            self.sums.clear()
             if not math.isfinite(means["total"]):
-                raise UserError(
+                raise LossError(
                     f"the loss became {means['total']} at step {self.state.global_step} (parts: {means}); "
                     "lower train.learning_rate in the recipe."
                 )
@@ -236,15 +248,17 @@ def train(
     seed: int = 0,
     progress: Progress | None = None,
     span: Span | None = None,
+    saving: Saving | None = None,
 ) -> TrainResult:
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
     `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation`: rows that are looked at;
-    `span`: the steps that are made.
+    `span`: the steps that are made. With `saving` the state is written to `out` now and then, and one that is there is taken up.
 
     Raises:
-        UserError: a loss needs a teacher and there is none, no rows, or the loss becomes non-finite.
+        UserError: a loss needs a teacher and there is none, or no rows.
+        LossError: the loss becomes non-finite.
     """
     refuse(settings, teacher, previous)
     _check_settings(settings, rows, teacher, validation, span)
@@ -254,11 +268,8 @@ def train(
     own = own_answers(model, processor, rows, settings, collate, taught, seed)
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
-        model=model,
-        args=_arguments(settings, out, seed, model.device, span),
-        data_collator=groups_as_they_are if own else collate,
-        train_dataset=groups,
-        optimizers=_optimizers(model, anatomy, settings, readouts, span),
+        *(model, _arguments(settings, out, seed, model.device, span), groups_as_they_are if own else collate, groups),
+        optimizers=optimizers(model, anatomy, settings, readouts, span),
         weights=dict(settings.losses),
         teachers=teachers,
         readouts=readouts,
@@ -268,10 +279,57 @@ def train(
     )
     batch = to_device(collate(groups.groups[:2]), model.device)
     row_flops = _row_flops(trainer, model, batch)
-    began = time.perf_counter()
+    state = _State(trainer, report, keeper)
+    state.take_up(out, saving, teachers)
     with quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
-        _run(trainer, model, _frozen(model, anatomy, settings.freeze), teachers)
-    return _result(trainer, time.perf_counter() - began, row_flops, report, keeper)
+        _run(trainer, model, frozen(model, anatomy, settings.freeze), teachers, state.found)
+    return _result(trainer, state.seconds, row_flops, report, keeper)
+
+
+class _State:
+    """What of a training neither model, optimizer nor Trainer holds: counts, histories, readouts, the best weights so far."""
+
+    def __init__(self, trainer: DistillTrainer, report: _Report, keeper: Sequence[KeepBest]) -> None:
+        self.trainer, self.report, self.keeper = trainer, report, keeper
+        self.found: Path | None = None
+        self._began, self._earlier = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def take_up(self, out: Path, saving: Saving | None, teachers: Teachers | None) -> None:
+        """Have the state written as `saving` says, and go on from the one that is there."""
+        if saving is None:
+            return
+        self.trainer.saves = True
+        self.trainer.add_callback(Saver(out, saving, self.more, teachers.flush if teachers else lambda: None))
+        self.found = latest(out, saving.of, saving.say)
+        if self.found is None:
+            return
+        figures, tensors = more_of(self.found)
+        trainer = self.trainer
+        trainer.row_visits, trainer.sums = figures["row_visits"], figures["sums"]
+        self.report.history, self._earlier = figures["history"], figures["seconds"]
+        for name, parameter in self._readouts():
+            parameter.data.copy_(tensors.pop(name))
+        for one in self.keeper:
+            one.take_up(figures["looks"], tensors)
+
+    def more(self) -> More:
+        """Return it as figures and tensors."""
+        trainer = self.trainer
+        figures = {"row_visits": trainer.row_visits, "sums": trainer.sums, "history": self.report.history}
+        tensors = {name: parameter.detach() for name, parameter in self._readouts()}
+        for one in self.keeper:
+            figures["looks"] = one.looks
+            tensors |= one.best
+        return figures | {"seconds": self.seconds}, tensors
+
+    def _readouts(self) -> list[tuple[str, Tensor]]:
+        maps = self.trainer.readouts.maps
+        return [(f"readout.{name}.{key}", value) for name in maps for key, value in maps[name].named_parameters()]
 
 
 def _result(
@@ -319,14 +377,18 @@ def _lessons(
     return _Groups(rows, settings.questions_per_picture), collate, readouts
 
 
-def _run(trainer: DistillTrainer, model: PreTrainedModel, frozen: _frozen, teachers: Teachers | None) -> None:
+def _run(
+    trainer: DistillTrainer, model: PreTrainedModel, held: frozen, teachers: Teachers | None, found: Path | None
+) -> None:
     """Train; whatever happens, the model is in eval mode afterwards and what the teachers answered is on disk."""
-    with frozen:
+    with held:
         model.train()
         try:
-            trainer.train()
+            with leaving.patiently() if trainer.saves else nullcontext():
+                trainer.train(resume_from_checkpoint=None if found is None else str(found))
         finally:
             as_it_was(model)
+            trainer.forget_use_cache()
             model.eval()
             if teachers:
                 teachers.flush()
@@ -390,89 +452,6 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
         use_cpu=device.type == "cpu",
         bf16=settings.precision == "auto" and has_half(device),
     )
-
-
-class _frozen:  # noqa: N801 - a context manager, used like a function
-    """Within the block the named parts take no gradient: ``vision``, ``text``, ``projector``, ``patch_embedding``."""
-
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, parts: Sequence[str]) -> None:
-        self.parameters = [
-            parameter for name, parameter in model.named_parameters() if set(_parts(name, model, anatomy)) & set(parts)
-        ]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-
-
-def _parts(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    """Return the parts that a parameter belongs to, by the towers' prefixes in the anatomy."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    parts = [tower for tower in ("vision", "text") if name.startswith(anatomy.towers.get(tower, "\0"))]
-    if isinstance(module, nn.Conv2d | nn.Conv3d) and "vision" in parts:
-        parts.append("patch_embedding")
-    return parts or (["projector"] if "lm_head" not in name else ["text"])
-
-
-def _optimizers(
-    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts, span: Span | None
-) -> tuple[torch.optim.Optimizer, LambdaLR | None]:
-    """Return the optimizer, and the schedule of a span; the Trainer makes that of a whole training."""
-    optimizer = _optimizer(model, anatomy, settings, readouts)
-    return optimizer, None if span is None else schedule(optimizer, settings, span.first)
-
-
-def _optimizer(
-    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts
-) -> torch.optim.Optimizer:
-    """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if set(_parts(name, model, anatomy)) & set(settings.freeze):
-            continue
-        scale = _rate_scale(name, anatomy, settings)
-        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    if readouts.maps:
-        groups.setdefault((1.0, 0.0), []).extend(readouts.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()
-        ],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    _own(optimizer, readouts)
-    return optimizer
-
-
-def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:
-    """Share out and clear the readouts' gradients at every step: the Trainer does so for its model, and that has no readout."""
-
-    def share(*_: Any) -> None:
-        for parameter in readouts.parameters():
-            parameter.grad = reduce(parameter.grad, "mean")
-
-    optimizer.register_step_pre_hook(share)
-    optimizer.register_step_post_hook(lambda *_: readouts.clear())
-
-
-def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:
-    vision = anatomy.towers.get("vision", "\0")
-    if not name.startswith(vision):
-        return 1.0
-    blocks = anatomy.axes["vision.blocks"]
-    depth = -1
-    if blocks.layers and name.startswith(blocks.layers + "."):
-        depth = int(name[len(blocks.layers) + 1 :].split(".")[0])
-    elif "embed" not in name:
-        depth = blocks.size - 1
-    return float(settings.vision_rate * settings.layer_decay ** (blocks.size - 1 - depth))
 
 
 @torch.inference_mode()

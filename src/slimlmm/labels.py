@@ -13,8 +13,9 @@ from slimlmm.checkpoint import Loaded
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, answer_limit, evaluating, one_look
+from slimlmm.files import write_json
 from slimlmm.progress import Reporter
-from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.runfolder import RunFolder
 from slimlmm.snapshot import key_of
 
 #: most tokens of an answer, where no row says how long answers are

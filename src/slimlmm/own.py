@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,28 +45,42 @@ class OwnAnswers:
     """of generation, see `sampling`"""
     share: float
     taught: Taught
-    draw: random.Random
+    seed: int
 
     def batches(
-        self, model: PreTrainedModel, groups: Iterable[list[list[Row]]], device: torch.device
+        self, model: PreTrainedModel, groups: Iterable[list[list[Row]]], device: torch.device, step: int
     ) -> Iterator[Batch]:
-        """Yield a batch for each list of pictures; the student answers when its batch is asked for, not before."""
-        for some in groups:
-            yield to_device(self.collate(self.answered(model, some)), device)
+        """Yield a batch for each list of pictures; the student answers when its batch is asked for, not before.
 
-    def answered(self, model: PreTrainedModel, groups: Sequence[list[Row]]) -> list[list[Row]]:
+        What is drawn follows from seed and step alone, so that a training taken up again draws what it would have drawn.
+        """
+        draw = random.Random(f"{self.seed}-{step}")
+        for some in groups:
+            with _drawing(draw.getrandbits(63), device):
+                answered = self.answered(model, some, draw)
+            yield to_device(self.collate(answered), device)
+
+    def answered(self, model: PreTrainedModel, groups: Sequence[list[Row]], draw: random.Random) -> list[list[Row]]:
         """Return the groups, some of them with rows that hold what the student wrote."""
-        chosen = self.chosen(groups)
+        chosen = self.chosen(groups, draw)
         rows = [row for at in chosen for row in groups[at]]
         written = iter(sampled(model, self.processor, rows, self.settings))
         new = {at: [replace(row, tokens=next(written)) for row in groups[at]] for at in chosen}
         return [new.get(at, group) for at, group in enumerate(groups)]
 
-    def chosen(self, groups: Sequence[list[Row]]) -> list[int]:
+    def chosen(self, groups: Sequence[list[Row]], draw: random.Random) -> list[int]:
         """Return which are answered: of n pictures that the teacher is asked about, share * n in the mean, rounded by chance."""
         asked = [at for at, group in enumerate(groups) if self.taught is None or group[0].picture_key() in self.taught]
-        count = min(len(asked), int(self.share * len(asked) + self.draw.random()))
-        return sorted(self.draw.sample(asked, count))
+        count = min(len(asked), int(self.share * len(asked) + draw.random()))
+        return sorted(draw.sample(asked, count))
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block torch draws by this seed; afterwards it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def own_answers(
@@ -81,7 +96,7 @@ def own_answers(
     if not settings.own_answers:
         return None
     drawing = sampling(model, processor, rows, settings.own_temperature)
-    return OwnAnswers(collate, processor, drawing, settings.own_answers, taught, random.Random(seed))
+    return OwnAnswers(collate, processor, drawing, settings.own_answers, taught, seed)
 
 
 def sampling(model: PreTrainedModel, processor: Any, rows: Sequence[Row], temperature: float) -> dict[str, Any]:

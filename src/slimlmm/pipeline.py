@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slimlmm import checkpoint, choosing, data, plan, report, results, vocab
+from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import by_shrink
+from slimlmm.checkdata import alignment
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
@@ -25,10 +27,14 @@ from slimlmm.recipe import Recipe, Stage, dump
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results
 from slimlmm.rounds import Done, Job, Place, attempts, job_of
-from slimlmm.runfolder import RunFolder
+from slimlmm.runfolder import RunFolder, release
+from slimlmm.saving import SAVE_EVERY
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import evaluated, model_record
 from slimlmm.teacher import TeacherCache, weights_fingerprint
+
+#: rows on which the teacher is held against itself before a run
+PROBED = 8
 
 
 def run(
@@ -41,10 +47,13 @@ def run(
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
     cache: Path | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> Results:
-    """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; resumes at the last finished round.
+    """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; a run that was killed goes on.
 
-    What the teacher said is kept in `cache`, which several runs may share (one after the other), else in the run folder.
+    It goes on at the last state on disk: that of a round, of a training in it, or of a training's steps, which is written every
+    `save_every` seconds. What the teacher said is kept in `cache`, which several runs may share (one after the other), else in
+    the run folder.
 
     Raises:
         UserError: bad model, data or recipe, a budget or an axis that cannot be met, or a folder of another run.
@@ -53,16 +62,33 @@ def run(
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
     if loaded.processor is None:
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
-    job, stages, facts, test = _prepared(loaded, source, (out, cache), recipe, tell)
+    try:
+        found = _compressed(loaded, source, (out, cache), recipe, tell, save_every)
+        found = found.model_copy(update={"command": command, "remote_code": remote_code(loaded.model)})
+        found.save(out / "results.json")
+        report.write(found, out)
+    finally:
+        release(out)
+    return found
+
+
+def _compressed(
+    loaded: checkpoint.Loaded,
+    source: str | Path,
+    where: tuple[Path, Path | None],
+    recipe: Recipe,
+    tell: Reporter,
+    save_every: float,
+) -> Results:
+    """Make the rounds, hand over what they left, and measure it beside the model that it came from."""
+    job, stages, facts, test = _prepared(loaded, source, where, recipe, tell)
+    job.save_every = save_every
     _prove(loaded.model.config, stages, tell)
     job.teacher_validation = evaluated(job.folder, loaded, job.validation, tell, "teacher-validation")
     records, kept = _rounds(job, loaded, stages)
     _hand_over(job, kept, loaded.stored)
     found = _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
-    found = found.model_copy(update={"command": command, "data": facts})
-    found.save(job.folder.path / "results.json")
-    report.write(found, job.folder.path)
-    return found
+    return found.model_copy(update={"data": facts})
 
 
 def _prepared(
@@ -100,12 +126,28 @@ def _prepared(
 
 
 def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:
-    """Save the last model that kept the promise as ``final/``, in the number format that the teacher's files have."""
+    """Save the last model that kept the promise as ``final/``, in the number format that the teacher's files have.
+
+    It appears when a new process of stock classes has answered as the model in memory does (`certificate.certify`).
+    """
     if kept is None:
         raise UserError(
             f"no round kept within {job.recipe.max_drop} points of the teacher; see {job.folder.path}/stages for what was tried."
         )
-    checkpoint.save(checkpoint.as_stored(kept.model, stored), kept.processor, job.folder.final)
+    model, processor = checkpoint.as_stored(kept.model, stored), kept.processor
+
+    def prove(folder: Path) -> None:
+        certificate.certify(folder, model, processor, job.validation, kept.record.parameters)
+
+    if remote_code(model):
+        job.tell.say("final/ has no certificate: its model's code is not the stock one, so no stock class can answer")
+    checkpoint.save(model, processor, job.folder.final, prove=None if remote_code(model) else prove)
+
+
+def remote_code(model: Any) -> str | None:
+    """Return the module of the model's own code where it came with the model, None for stock classes."""
+    module = type(model).__module__
+    return module if module.startswith("transformers_modules") else None
 
 
 def _device() -> torch.device:
@@ -175,6 +217,7 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
             job.cache = TeacherCache(
                 model, Collator(processor, packed=can_pack(model, processor, job.calibration)), job.folder.cache
             )
+            _aligned(job, replace(loaded, model=model, processor=processor))
         sizes = plan.restated(describe(model.config), turn.sizes, planned)
         for one in attempts(
             job, model, processor, turn.model_copy(update={"sizes": sizes}), Place(number, len(turns), name, index)
@@ -191,6 +234,20 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
         model, processor = kept.model, kept.processor
         planned |= turn.sizes
     return records, kept
+
+
+def _aligned(job: Job, loaded: checkpoint.Loaded) -> None:
+    """Refuse a model that, distilled from itself through this run's collator and cache, would not start at a loss of 0."""
+    assert job.cache is not None
+    found = alignment.probed(loaded, job.calibration[:PROBED], job.cache)
+    most = alignment.limit(loaded.model.device)
+    job.tell.say("the teacher against itself, nats an answer token", loss=found.loss)
+    if not found.loss <= most:
+        raise UserError(
+            f"distilling the teacher from itself starts at {found.loss:.3g} nats an answer token, not at 0 (at most {most:g}): "
+            "labels, pictures or what the teacher said do not belong together. `slimlmm check-data` with --model shows what the "
+            "model reads of rows."
+        )
 
 
 def _finish(

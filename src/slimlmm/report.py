@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table as RichTable
 
 from slimlmm.evaluate import Interval, Score
+from slimlmm.files import write_text
 from slimlmm.measure import Comparison
 from slimlmm.results import Model, Promise, Results
 
@@ -61,9 +62,7 @@ def write(results: Results, folder: str | Path) -> Path:
     if results.rounds:
         plot_rounds(results, folder / "rounds.png")
     page = folder / "README.md"
-    temporary = page.with_name(page.name + ".part")
-    temporary.write_text(markdown(results), encoding="utf-8")
-    temporary.replace(page)
+    write_text(page, markdown(results))
     return page
 
 
@@ -186,6 +185,7 @@ def provenance_table(results: Results) -> Table:
     ]
     rows = [
         ("data", f"{data.name}: " + ", ".join(f"{n:,} {split}" for split, n in data.rows.items())),
+        ("remote code", results.remote_code or NOTHING),
         ("data hash", data.fingerprint or NOTHING),
         ("seed", str(results.seed)),
         ("run took", duration(totals.seconds) if totals else NOTHING),

@@ -7,7 +7,6 @@ Its documentation ``docs/results-schema.md`` is `schema_page`, generated from th
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
+from slimlmm.files import write_text
 from slimlmm.measure import Comparison, Environment, Memory
 from slimlmm.recipe import Recipe
 
@@ -29,11 +29,8 @@ class File(Record):
     WHAT: ClassVar[str] = "results file"
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON under a temporary name, then rename."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        """Write as JSON, whole or not at all."""
+        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -165,6 +162,9 @@ class Results(File):
     name: str = Field(description="Name of the run.")
     command: str | None = Field(None, description="Command line that started it.")
     seed: int = Field(description="Seed of the run.")
+    remote_code: str | None = Field(
+        None, description="Module of model code that came with the model and was run; null for stock classes alone."
+    )
     environment: Environment = Field(description="Machine and versions.")
     data: Dataset = Field(description="Data set.")
     teacher: Model = Field(description="The model that was compressed.")

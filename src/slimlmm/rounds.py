@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import bridging, checkpoint, data, importance, plan, repair, results, surgery, vocab
+from slimlmm import bridging, checkpoint, data, importance, leaving, plan, repair, results, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
+from slimlmm.enduring import enduring
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
+from slimlmm.files import digests, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
+from slimlmm.journal import Journal, is_whole
 from slimlmm.lessons import Taught, asked_of
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
 from slimlmm.resizing import predict_parameters
-from slimlmm.runfolder import RunFolder, write_json
+from slimlmm.runfolder import RunFolder
+from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.settling import settle_best
 from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
+
+#: folder of a round in which its training writes its state
+TRAINING = "training"
+
+
+class Parts(BaseModel):
+    """What a round found so far: the score after its cuts, and its trainings."""
+
+    cut_score: Score
+    faded: list[TrainResult] = []
+    trained: list[TrainResult] = []
 
 
 @dataclass(slots=True)
@@ -51,9 +68,16 @@ class Job:
     previous: TeacherCache | None = None
     """of the model that the round began with, where a training of it asks that"""
     teacher_validation: Evaluation | None = None
+    save_every: float = SAVE_EVERY
+    """seconds between two times that the state of a training is written"""
 
 
-def job_of(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
+def job_of(
+    folder: RunFolder,
+    recipe: Recipe,
+    rows: Mapping[str, list[data.Row]],
+    tell: Reporter,
+) -> Job:
     """Return the job of a recipe on its rows by split, drawn as the recipe says."""
     settings = recipe.data
     training = data.sample(rows["train"], settings.train_rows, recipe.seed)
@@ -118,7 +142,12 @@ def attempts(job: Job, model: PreTrainedModel, processor: Any, turn: Round, plac
 
 def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place) -> Done:
     folder = job.folder.stage(place.number, place.name)
-    if not (folder / "done.json").exists():
+    done = folder / "done.json"
+    if done.exists() and not is_whole(done, folder / "model"):
+        job.tell.say(f"{place}: {folder / 'model'} is not what was written; the round is made again")
+        shutil.rmtree(folder)
+        folder.mkdir()
+    if not done.exists():
         job.tell.say(str(place), **turn.sizes)
         return _round(job, model, processor, turn, place, folder)
     loaded = checkpoint.load(folder / "model", device=model.device)
@@ -143,13 +172,11 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     before, counted = describe(model.config).sizes, model.num_parameters()
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
-    job, start = _beside_previous(job, model, processor, turn), model
-    model, faded = _without(job, model, processor, turn, place, folder)
-    if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
-        model = copy.deepcopy(model)
+    job = _beside_previous(job, model, processor, turn)
+    model, processor, parts = _cut_part(job, model, processor, turn, place, folder)
     after = describe(model.config).sizes
-    cut_score = _score(job, model, processor, f"{place.name} after the cut")
-    trained, score = _recovered(job, model, processor, turn, place, folder, start=turn.fade if faded else 0)
+    score = _recovered(job, model, processor, turn, place, folder, parts)
+    faded, trained = parts.faded, parts.trained
     changed = [axis for axis in after if after[axis] != before[axis]]
     record = results.Round(
         number=place.number,
@@ -161,18 +188,39 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         after={axis: after[axis] for axis in changed},
         parameters_before=counted,
         parameters=model.num_parameters(),
-        after_cut=cut_score,
+        after_cut=parts.cut_score,
         after_recovery=score,
-        kept_promise=_promise(job, score or cut_score),
+        kept_promise=_promise(job, score or parts.cut_score),
         fade=turn.fade if faded else 0,
         trainings=len(trained),
         seconds=time.perf_counter() - began,
         **_training_facts([*faded, *trained]),
     )
     checkpoint.save(model, processor, folder / "model")
-    (folder / "metrics.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters})
+    write_text(folder / "metrics.json", record.model_dump_json(indent=1) + "\n")
+    files = digests(folder / "model")
+    write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters, "files": files})
+    Journal(folder).forget()
+    shutil.rmtree(folder / TRAINING, ignore_errors=True)
     return Done(model, processor, record)
+
+
+def _cut_part(
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
+) -> tuple[PreTrainedModel, Any, Parts]:
+    """Return the model after its cuts, or after the last training that an interrupted run finished, and what was found so far."""
+    journal = Journal(folder)
+    if (number := journal.last()) is not None:
+        job.tell.say(f"{place} goes on", trainings_done=number)
+        return *journal.model(number, model.device), Parts.model_validate(journal.facts(number))
+    start = model
+    model, faded = _without(job, model, processor, turn, place, folder)
+    if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
+        model = copy.deepcopy(model)
+    parts = Parts(cut_score=_score(job, model, processor, f"{place.name} after the cut"), faded=faded)
+    if turn.train:
+        journal.keep(0, model, processor, parts.model_dump(mode="json"))
+    return model, processor, parts
 
 
 def _beside_previous(job: Job, model: PreTrainedModel, processor: Any, turn: Round) -> Job:
@@ -186,20 +234,43 @@ def _beside_previous(job: Job, model: PreTrainedModel, processor: Any, turn: Rou
 
 
 def _recovered(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path, *, start: int
-) -> tuple[list[TrainResult], Score | None]:
-    """Make the round's trainings, the first from `start` on; the last one again, up to `patience` times, if it must be."""
-    parts = list(turn.train)
-    rest = [Span(first=start, last=parts[0].steps)] if start else []
-    trained = [
-        _train(job, model, processor, part, (place, number), folder, *rest[number:])
-        for number, part in enumerate(parts)
-    ]
-    score = _score(job, model, processor, f"{place.name} recovered") if trained else None
-    while trained and not _promise(job, score) and len(trained) < len(parts) + job.recipe.patience:
-        trained.append(_train(job, model, processor, parts[-1], (place, len(trained)), folder))
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path, parts: Parts
+) -> Score | None:
+    """Make the round's trainings that are not made yet; the last one again, up to `patience` times, if it must be.
+
+    The first begins behind the steps in which units faded. What each leaves is written down.
+    """
+    journal, trainings = Journal(folder), list(turn.train)
+
+    def make() -> None:
+        number = len(parts.trained)
+        settings = trainings[min(number, len(trainings) - 1)]
+        span = Span(first=turn.fade, last=settings.steps) if parts.faded and not number else None
+        done = _train(job, model, processor, settings, (place, number), folder, span, lambda: _reset(journal, model))
+        parts.trained.append(done)
+        journal.keep(number + 1, model, processor, parts.model_dump(mode="json"))
+        leaving.heed(f" after {place} training {number + 1}, which is on disk")
+
+    while len(parts.trained) < len(trainings):
+        make()
+    score = _score(job, model, processor, f"{place.name} recovered") if trainings else None
+    while trainings and not _promise(job, score) and len(parts.trained) < len(trainings) + job.recipe.patience:
+        make()
         score = _score(job, model, processor, f"{place.name} recovered further")
-    return trained, score
+    return score
+
+
+def _reset(journal: Journal, model: PreTrainedModel) -> None:
+    """Put back the weights that the training began with."""
+    number = journal.last()
+    assert number is not None
+    _copy(journal.model(number, model.device)[0], model)
+
+
+def _copy(source: PreTrainedModel, model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, value in source.named_parameters():
+            model.get_parameter(name).copy_(value)
 
 
 def _train(
@@ -209,25 +280,33 @@ def _train(
     settings: Training,
     where: tuple[Place, int],
     folder: Path,
-    span: Span | None = None,
+    span: Span | None,
+    reset: Callable[[], None],
 ) -> TrainResult:
     place, part = where
-    return train(
-        model,
-        processor,
-        job.train_rows,
-        settings,
-        folder / "training",
-        teacher=job.cache,
-        previous=job.previous,
-        taught=job.taught,
-        validation=job.validation,
-        seed=job.recipe.seed + place.number + 1000 * part + (500 if span and span.first else 0),
-        progress=lambda facts: job.tell.step(
-            f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
-        ),
-        span=span,
-    )
+    seed = job.recipe.seed + place.number + 1000 * part + (500 if span and span.first else 0)
+
+    def make(settings: Training) -> TrainResult:
+        of = f"{place.name}, training {part}, seed {seed}, {span and (span.first, span.last)}, {settings.model_dump_json()}"
+        return train(
+            model,
+            processor,
+            job.train_rows,
+            settings,
+            folder / TRAINING,
+            teacher=job.cache,
+            previous=job.previous,
+            taught=job.taught,
+            validation=job.validation,
+            seed=seed,
+            progress=lambda facts: job.tell.step(
+                f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
+            ),
+            span=span,
+            saving=Saving(job.save_every, of, job.tell.say),
+        )
+
+    return enduring(make, settings, reset, lambda text: job.tell.say(f"{place} training {part + 1}: {text}"))
 
 
 def _criterion(turn: Round, axis: str) -> str:
@@ -275,7 +354,7 @@ def _without(
         check_cut(student, keeps, gate, by[0].judge[0])
         settings = turn.train[0].model_copy(update={"validate_every": None})
         span = Span(first=0, last=turn.fade, callbacks=(Ramp(gate, turn.fade),))
-        trained = _train(job, student, processor, settings, (place, 0), folder, span)
+        trained = _train(job, student, processor, settings, (place, 0), folder, span, lambda: _copy(model, student))
     return cut_all(student, keeps), [trained]
 
 

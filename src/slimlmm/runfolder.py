@@ -1,6 +1,7 @@
 """The run folder: what belongs to which run, which rounds are done, and nothing half-written.
 
-    RUN/recipe.yaml  run.json  cache/  stages/01-blocks.1/{plan.json, model/, metrics.json, done.json}  results.json  final/
+    RUN/recipe.yaml  run.json  .lock  owner.json  cache/  results.json  final/
+        stages/01-blocks.1/{plan.json, parts/, training/, model/, metrics.json, done.json}
 
 ``done.json`` is written last; a round without it is redone. ``run.json`` says what the run was started with, so that another
 model, data set or recipe is refused instead of mixed in.
@@ -11,22 +12,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from slimlmm.errors import UserError
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, flush it to disk, then rename."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from slimlmm.files import write_json, write_text
 
 
 def claim(path: Path, identity: dict[str, Any]) -> None:
@@ -49,6 +46,58 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
     write_json(record, identity)
 
 
+#: locks that this process holds, by folder
+_HELD: dict[Path, FileLock] = {}
+LOCK, OWNER = ".lock", "owner.json"
+
+
+def hold(path: Path) -> None:
+    """Keep other processes out of the folder until `release`, or until this process ends, however it does.
+
+    Raises:
+        UserError: another process is at work in it; the message names it.
+    """
+    place = path.resolve()
+    if place in _HELD:
+        return
+    lock = FileLock(place / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{path}: {_owner(place)} is at work in it. Wait for it, stop it, or choose another --out."
+        ) from None
+    _HELD[place] = lock
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    write_json(place / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+
+
+def release(path: Path) -> None:
+    """Let other processes in again; nothing where this process does not hold the folder."""
+    place = path.resolve()
+    if (lock := _HELD.pop(place, None)) is not None:
+        (place / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the folder within the block."""
+    hold(path)
+    try:
+        yield
+    finally:
+        release(path)
+
+
+def _owner(place: Path) -> str:
+    try:
+        told = json.loads((place / OWNER).read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']} (since {told['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """One run on disk; `shared` is a cache that it has in common with other runs."""
@@ -58,13 +107,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, identity: dict[str, Any], shared: Path | None = None) -> RunFolder:
-        """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` does."""
+        """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` and `hold` do."""
         claim(path, identity)
+        hold(path)
         return cls(path, shared)
 
     def keep_recipe(self, text: str) -> None:
         """Write down what is carried out, all defaults and planned sizes included."""
-        (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
+        write_text(self.path / "recipe.yaml", text)
 
     @property
     def cache(self) -> Path:
@@ -86,11 +136,9 @@ class RunFolder:
         return self.path / "final"
 
     def stage(self, number: int, name: str) -> Path:
-        """Return the folder of one round, emptied unless it is done."""
+        """Return the folder of one round; what an interrupted run left there is looked through by its journal."""
         folder = self.path / "stages" / f"{number:02d}-{name}"
-        if not (folder / "done.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from slimlmm import checkpoint, data, measure, results
 from slimlmm.anatomy import describe
 from slimlmm.data import Row
 from slimlmm.evaluate import Evaluation, answer_limit, encode, evaluate
+from slimlmm.files import write_text
 from slimlmm.progress import Reporter
 from slimlmm.runfolder import RunFolder
 from slimlmm.teacher import identity
@@ -27,11 +27,11 @@ def evaluated(folder: RunFolder, side: checkpoint.Loaded, rows: list[Row], tell:
         shared = folder.shared / f"answers-{key_of(side, rows)}.json"
         if not shared.exists():
             folder.shared.mkdir(parents=True, exist_ok=True)
-            _write(_answered(side, rows, tell, name), shared)
+            write_text(shared, _answered(side, rows, tell, name).model_dump_json())
         found = Evaluation.model_validate_json(shared.read_bytes())
     else:
         found = _answered(side, rows, tell, name)
-    _write(found, path)
+    write_text(path, found.model_dump_json())
     return found
 
 
@@ -47,12 +47,6 @@ def _answered(side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: st
 def key_of(side: checkpoint.Loaded, rows: Sequence[Row]) -> str:
     """Return the content hash of model, processor and rows in order."""
     return hashlib.sha256(identity(side.model, side.processor) + data.fingerprint(rows).encode()).hexdigest()[:32]
-
-
-def _write(found: Evaluation, path: Path) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(found.model_dump_json(), encoding="utf-8")
-    temporary.replace(path)
 
 
 def model_record(

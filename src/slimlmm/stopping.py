@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,31 +41,37 @@ class KeepBest(TrainerCallback):
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], every: int, patience: int) -> None:
         self.model, self.batches, self.every, self.patience = model, batches, every, patience
         self.looks: list[tuple[int, float]] = []
-        self.kept = 0
-        self._best: dict[str, Tensor] = {}
-        self._misses = 0
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> int:
+        """Step of the least loss, the first of equal ones; 0 where no look gave a number."""
+        numbers = [look for look in self.looks if math.isfinite(look[1])]
+        return min(numbers, key=lambda look: look[1])[0] if numbers else 0
+
+    def take_up(self, looks: Sequence[Sequence[float]], best: Mapping[str, Tensor]) -> None:
+        """Go on from these looks and the best weights of them."""
+        self.looks = [(int(step), loss) for step, loss in looks]
+        self.best = dict(best)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look, at every so many steps and after the last one."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         loss = validation_loss(self.model, self.batches)
-        best = min((one for _, one in self.looks), default=float("inf"))
         self.looks.append((state.global_step, loss))
-        if loss < best:
-            self.kept, self._misses = state.global_step, 0
-            self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
-            return
-        self._misses += 1
-        control.should_training_stop |= self._misses >= self.patience
+        if self.kept == state.global_step:
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
+        misses = sum(step > self.kept for step, _ in self.looks)
+        control.should_training_stop |= misses >= self.patience
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the best weights back where later steps were no better."""
-        if self._best and self.kept != state.global_step:
+        if self.best and self.kept != state.global_step:
             with torch.no_grad():
                 for name, parameter in self._trained():
-                    parameter.copy_(self._best[name])
-        self._best = {}
+                    parameter.copy_(self.best[name])
+        self.best = {}
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]

@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, study_results, sweeps
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
+from slimlmm.files import write_json, write_text
 from slimlmm.measure import environment
 from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
-from slimlmm.runfolder import claim, write_json
+from slimlmm.runfolder import claim, held
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
 from slimlmm.sweeps import Comparison, TrainRows, Wanted
@@ -243,14 +244,16 @@ def run(
     """
     names, study = planned.todo(only), planned.study
     claim(out, planned.identity)
-    (out / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    work = _Work(planned, out, command, trust_remote_code, tell or Quiet())
-    for turn, seed in enumerate(study.seeds, 1):
-        for number, name in enumerate(names, 1):
-            work.settle(name, seed, f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})")
-        found = gathered(planned, out, command)
-        found.save(out / "study.json")
-        study_page.write([found], out / "README.md")
+    with held(out):
+        write_text(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+        work = _Work(planned, out, command, trust_remote_code, tell or Quiet())
+        for turn, seed in enumerate(study.seeds, 1):
+            for number, name in enumerate(names, 1):
+                where = f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})"
+                work.settle(name, seed, where)
+            found = gathered(planned, out, command)
+            found.save(out / "study.json")
+            study_page.write([found], out / "README.md")
     return found
 
 
@@ -319,7 +322,7 @@ class _Work:
         run, folder = (study_results.folder_of(self.out, one, seed) for one in (like, name))
         claim(folder, self.planned.signature(name, seed))
         done = controls.untrained(arm.kind, run, study.model, study.data, folder, tell=self.tell, cache=cache)
-        (folder / "student-test.json").write_text(done.answers.model_dump_json(), encoding="utf-8")
+        write_text(folder / "student-test.json", done.answers.model_dump_json())
         facts = {"parameters": done.parameters, "row_visits": done.row_visits, "seconds": done.seconds}
         write_json(folder / "control.json", facts)
 

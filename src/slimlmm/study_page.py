@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from slimlmm.errors import UserError
+from slimlmm.files import write_text
 from slimlmm.report import NOTHING, Table, count, duration, points, size
 from slimlmm.study_results import Arm, Compared, Spread, StudyResults
 
@@ -33,9 +34,7 @@ def write(studies: Sequence[StudyResults], page: Path) -> Path:
             if any(_arms(found, group, finished=True)):
                 plots.mkdir(exist_ok=True)
                 plot(found, group, plots / _plot_name(found, number, group))
-    temporary = page.with_name(page.name + ".part")
-    temporary.write_text(_page([markdown(found) for found in studies]), encoding="utf-8")
-    temporary.replace(page)
+    write_text(page, _page([markdown(found) for found in studies]))
     return page
 
 

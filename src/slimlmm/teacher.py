@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
+from slimlmm.files import flush, flush_folder
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.half import half
 
+#: key of a shard's hash in its metadata
+HASH = "slimlmm.sha256"
 VALUES_A_SHARD = 16_000_000
 PICTURES_A_BATCH = 16
 
@@ -89,7 +93,7 @@ class TeacherCache:
         self._pending_values = 0
         folder.mkdir(parents=True, exist_ok=True)
         for shard in sorted(folder.glob("shard-*.safetensors")):
-            self._register(shard)
+            self._take_up(shard)
 
     def key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes, prompt, answer)."""
@@ -190,10 +194,13 @@ class TeacherCache:
         """Write what is not on disk yet as one shard, under a temporary name that is replaced when whole."""
         if not self._pending:
             return
-        shard = self.folder / f"shard-{len(list(self.folder.glob('shard-*.safetensors'))):05d}.safetensors"
+        last = max((int(path.stem.rpartition("-")[2]) for path in self.folder.glob("shard-*.safetensors")), default=-1)
+        shard = self.folder / f"shard-{last + 1:05d}.safetensors"
         temporary = shard.with_suffix(".tmp")
-        save_file(self._pending, temporary)
+        save_file(self._pending, temporary, metadata={HASH: _hash(self._pending)})
+        flush(temporary)
         temporary.rename(shard)
+        flush_folder(self.folder)
         self._register(shard)
         self._pending, self._pending_values = {}, 0
 
@@ -212,6 +219,29 @@ class TeacherCache:
     def _register(self, shard: Path) -> None:
         with safe_open(shard, framework="pt") as file:
             self._where.update(dict.fromkeys(file.keys(), shard))
+
+    def _take_up(self, shard: Path) -> None:
+        """Use a shard of an earlier run if it is what was written; else remove it, aloud: what it held is asked again."""
+        try:
+            with safe_open(shard, framework="pt") as file:
+                told = (file.metadata() or {}).get(HASH)
+            whole = told == _hash(load_file(shard))
+        except (SafetensorError, OSError):
+            whole = False
+        if whole:
+            self._register(shard)
+            return
+        warnings.warn(f"{shard}: is not what was written; removed, the teacher is asked again", stacklevel=2)
+        shard.unlink()
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names and bytes, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,102 @@
+"""What a training changes and how fast: parameters by part of the model, the optimizer with its rates, frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from slimlmm.axes import Anatomy
+from slimlmm.lessons import Readouts
+from slimlmm.recipe import Training
+from slimlmm.spans import Span, schedule
+
+
+class frozen:  # noqa: N801 - a context manager, used like a function
+    """Within the block the named parts take no gradient: ``vision``, ``text``, ``projector``, ``patch_embedding``."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, parts: Sequence[str]) -> None:
+        self.parameters = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if set(parts_of(name, model, anatomy)) & set(parts)
+        ]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def parts_of(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """Return the parts that a parameter belongs to, by the towers' prefixes in the anatomy."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    parts = [tower for tower in ("vision", "text") if name.startswith(anatomy.towers.get(tower, "\0"))]
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and "vision" in parts:
+        parts.append("patch_embedding")
+    return parts or (["projector"] if "lm_head" not in name else ["text"])
+
+
+def optimizers(
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts, span: Span | None
+) -> tuple[torch.optim.Optimizer, LambdaLR | None]:
+    """Return the optimizer, and the schedule of a span; the Trainer makes that of a whole training."""
+    optimizer = _optimizer(model, anatomy, settings, readouts)
+    return optimizer, None if span is None else schedule(optimizer, settings, span.first)
+
+
+def _optimizer(
+    model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts
+) -> torch.optim.Optimizer:
+    """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if set(parts_of(name, model, anatomy)) & set(settings.freeze):
+            continue
+        scale = _rate_scale(name, anatomy, settings)
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    if readouts.maps:
+        groups.setdefault((1.0, 0.0), []).extend(readouts.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    _own(optimizer, readouts)
+    return optimizer
+
+
+def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:
+    """Share out and clear the readouts' gradients at every step: the Trainer does so for its model, and that has no readout."""
+
+    def share(*_: Any) -> None:
+        for parameter in readouts.parameters():
+            parameter.grad = reduce(parameter.grad, "mean")
+
+    optimizer.register_step_pre_hook(share)
+    optimizer.register_step_post_hook(lambda *_: readouts.clear())
+
+
+def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:
+    vision = anatomy.towers.get("vision", "\0")
+    if not name.startswith(vision):
+        return 1.0
+    blocks = anatomy.axes["vision.blocks"]
+    depth = -1
+    if blocks.layers and name.startswith(blocks.layers + "."):
+        depth = int(name[len(blocks.layers) + 1 :].split(".")[0])
+    elif "embed" not in name:
+        depth = blocks.size - 1
+    return float(settings.vision_rate * settings.layer_decay ** (blocks.size - 1 - depth))
