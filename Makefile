@@ -17,7 +17,7 @@ test: $(READY)
 # every law for every family and axis, a few minutes on 2 cores; docs/families.md is written anew and has to be what is committed
 conformance: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conformance.py docs/families.md --workers 2 --check
-	$(BIN)/python -m pytest --whole-grid --numprocesses 2 --dist load
+	$(BIN)/python -m pytest --whole-grid --thorough --numprocesses 2 --dist load
 
 # 50 kills of a small whole run, half an hour on 2 cores, then every other fault of docs/reliability.md, which is written anew
 faults: $(READY)

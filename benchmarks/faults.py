@@ -233,7 +233,7 @@ def main() -> None:
 def page(record: dict[str, Any]) -> str:
     """Return the table of faults; the tests are run now, and one that fails ends it."""
     tests = list(dict.fromkeys(test for _, _, _, test in FAULTS))
-    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/{test}" for test in tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "--thorough", *(f"tests/{test}" for test in tests)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:])

@@ -25,18 +25,24 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
 #: which of the families `make test` proves law by law, and one of how many; `make conformance` proves all
-SEED, SHARE = 4, 8
+SEED, SHARE = 4, 12
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-grid",
         action="store_true",
-        help="prove the laws for every family, not for an eighth of them, and run no other test",
+        help="prove the laws for every family, not for a twelfth of them, and run no other test",
     )
+
+    parser.addoption("--thorough", action="store_true", help="also the tests that have a quicker sibling")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    if not config.getoption("--thorough"):
+        slow = [item for item in items if "thorough" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     if config.getoption("--whole-grid"):
         other = [item for item in items if "sampled_family" not in item.fixturenames]
         config.hook.pytest_deselected(items=other)

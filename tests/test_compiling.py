@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from marks import thorough
 from slimlmm import checkpoint, compiling
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
@@ -48,7 +49,7 @@ def changes_of(teacher, rows, folder, **settings):
     "settings",
     [
         {"losses": {"cross_entropy": 1.0, "forward_kl": 1.0, "picture_states": 1.0}},
-        {"losses": {"picture_states": 1.0}, "freeze": ("text",)},
+        thorough({"losses": {"picture_states": 1.0}, "freeze": ("text",)}),
         {"losses": {"cross_entropy": 1.0, "forward_kl": 1.0}, "own_answers": 0.5, "validate_every": 2},
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BatchFeature
 
+from marks import thorough
 from slimlmm import costs, measure, prompts
 from slimlmm.anatomy import describe
 from slimlmm.costs import answer_use, flop_counter
@@ -76,7 +77,7 @@ def test_the_copy_that_answers_is_smaller_in_every_axis_that_can_be():
     assert len(set(blocks["model.language_model.layers"].values())) < text == len(blocks["model.language_model.layers"])
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "blip-2-t5"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", thorough("blip-2-t5")])
 def test_shapes_and_flops_after_a_cut_are_those_of_the_cut_configuration(name):
     """The way without building anything against the configuration that a cut writes, one axis at a time."""
     config = CONFIGS[name]()

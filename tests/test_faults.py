@@ -84,6 +84,7 @@ def test_a_finished_round_whose_model_is_broken_is_made_again_to_the_same_weight
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+@pytest.mark.thorough
 def test_a_broken_part_of_a_round_is_made_again_to_the_same_weights(teacher, ads, finished, tmp_path, monkeypatch):
     _, wanted = finished
     out = tmp_path / "run"

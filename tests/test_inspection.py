@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from marks import thorough
 from slimlmm import inspection, measure, tree
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
@@ -41,7 +42,9 @@ def test_every_parameter_has_one_part_and_blocks_are_told_apart(name):
         assert {parts[alias], parts[owner]} & {("head", ""), ("text", "embeddings"), ("text", "other")}
 
 
-@pytest.mark.parametrize("name", ["llava-clip-llama", "qwen3_vl", "blip-2-t5", "llama4_moe", "mllama"])
+@pytest.mark.parametrize(
+    "name", ["llava-clip-llama", "blip-2-t5", "llama4_moe", thorough("qwen3_vl"), thorough("mllama")]
+)
 def test_the_tree_adds_up(name, folder):
     found = inspection.inspect(folder(name), tokens=2, picture=56)
     for key in ("parameters", "bytes", "flops"):

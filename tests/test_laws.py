@@ -1,4 +1,4 @@
-"""The laws of cutting, for every axis that `describe` finds: an eighth of the families here, all of them in `make conformance`.
+"""The laws of cutting, for every axis that `describe` finds: a twelfth of the families here, all of them in `make conformance`.
 
 cut == masked and predicted == counted, with saving, loading and generating, are `test_conformance.py` and docs/families.md.
 """

@@ -272,6 +272,7 @@ def test_a_model_that_memory_does_not_hold_is_not_timed(folder, monkeypatch):
         planning.plan(folder, {"--latency-ms": 40.0})
 
 
+@pytest.mark.thorough
 def test_a_real_clock_and_the_view_in_eighty_columns(tmp_path, monkeypatch):
     config = tiny_config("llava-dinov2-llama")
     config.text_config.intermediate_size = 32768  # far from the smallest shape, so that a busy machine does not matter

@@ -91,6 +91,7 @@ def test_then_it_is_rolled_back_and_half_of_it_is_cut(teacher, ads, tmp_path, mi
     assert "rolled back" in (out / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_and_where_half_misses_too_the_run_stops_at_the_smallest_model_that_kept_it(teacher, ads, tmp_path, missing):
     missing(*(f"width.1{half} recovered{more}" for half in ("", "-half") for more in ("", " further")))
     out = tmp_path / "run"

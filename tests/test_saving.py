@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from marks import thorough
 from slimlmm import checkpoint, leaving, saving
 from slimlmm.collate import Collator
 from slimlmm.distill import train
@@ -91,11 +92,11 @@ def same(one, other):
     "more",
     [
         {},
-        {"accumulate": 2, "pictures_per_step": 8},
+        thorough({"accumulate": 2, "pictures_per_step": 8}),
         {"losses": {"cross_entropy": 1.0, "forward_kl": 1.0}, "own_answers": 0.5},
         {"validate_every": 2, "stop_after": 1, "learning_rate": 0.1},
-        {"losses": {"picture_states": 1.0}, "freeze": ("text",)},
-        {"schedule": "linear", "steps": 9, "log_every": 20},
+        thorough({"losses": {"picture_states": 1.0}, "freeze": ("text",)}),
+        thorough({"schedule": "linear", "steps": 9, "log_every": 20}),
     ],
 )
 def test_killed_and_taken_up_is_never_killed(more, teacher, rows, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marks import thorough
 from slimlmm import checkpoint, cli, commands, importance, plan, streaming, surgery
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
@@ -102,7 +103,7 @@ def test_a_streamed_cut_of_all_axes_is_the_cut_of_the_loaded_model(sampled_famil
     assert found.left == ()
 
 
-@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen3_vl_moe", "blip-2-t5"])
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen3_vl_moe", thorough("blip-2-t5")])
 def test_bfloat16_stays_and_is_rounded_once(name, folders, tmp_path):
     """Widths of both towers meet in the projector: made up for twice in fp32, rounded at the end, as the loaded model is."""
     folder = folders(name, torch.bfloat16)
@@ -152,7 +153,7 @@ def test_scores_by_weights_are_those_of_the_loaded_model(name, criterion, folder
         importance.score(model, anatomy, ["text.blocks"], "taylor", [], lambda *_: None, weights=weights)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "blip2-opt"])
+@pytest.mark.parametrize("name", ["qwen3_vl", thorough("blip2-opt")])
 def test_the_order_of_the_axes_is_kept(name, folders, tmp_path):
     """Blocks first, then the width of the layers that stayed."""
     weights = checkpoint.open_weights(folders(name))
