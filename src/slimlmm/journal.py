@@ -10,13 +10,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint
+from slimlmm.distill import TrainResult
+from slimlmm.evaluate import Score
 from slimlmm.files import digests, write_json
+
+
+class Parts(BaseModel):
+    """What a round found so far: the score after its cuts, its trainings, and the seconds that it took."""
+
+    cut_score: Score
+    faded: list[TrainResult] = []
+    trained: list[TrainResult] = []
+    seconds: float = 0.0
 
 
 def is_whole(record: Path, model: Path) -> bool:
@@ -32,7 +45,13 @@ class Journal:
     """The parts of one round, in its folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "parts"
+        self.round, self.folder = folder, folder / "parts"
+        self._began, self._earlier = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the round, those of an interrupted run up to its last part included."""
+        return self._earlier + time.perf_counter() - self._began
 
     def last(self) -> int | None:
         """Return the number of the last finished part, None where there is none; what is not whole is removed."""
@@ -44,8 +63,9 @@ class Journal:
                 shutil.rmtree(path)
         return max(found, default=None)
 
-    def keep(self, number: int, model: PreTrainedModel, processor: Any, facts: dict[str, Any]) -> None:
-        """Write a part down; the one before goes."""
+    def keep(self, number: int, model: PreTrainedModel, processor: Any, parts: Parts) -> None:
+        """Write down what a part left, and what was found so far; the part before goes."""
+        facts = parts.model_copy(update={"seconds": self.seconds}).model_dump(mode="json")
         part = self.folder / str(number)
         part.mkdir(parents=True, exist_ok=True)
         checkpoint.save(model, processor, part / "model")
@@ -54,9 +74,10 @@ class Journal:
             if path != part:
                 shutil.rmtree(path)
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """Return what was written with a part."""
-        found: dict[str, Any] = json.loads((self.folder / str(number) / "part.json").read_text(encoding="utf-8"))
+    def taken_up(self, number: int) -> Parts:
+        """Return what had been found when a part was written; the seconds go on from there."""
+        found = Parts.model_validate_json((self.folder / str(number) / "part.json").read_bytes())
+        self._earlier, self._began = found.seconds, time.perf_counter()
         return found
 
     def model(self, number: int, device: Any) -> tuple[PreTrainedModel, Any]:

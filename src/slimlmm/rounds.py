@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +27,7 @@ from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.files import digests, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
-from slimlmm.journal import Journal, is_whole
+from slimlmm.journal import Journal, Parts, is_whole
 from slimlmm.lessons import Taught, asked_of
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Round, Training
@@ -42,14 +40,6 @@ from slimlmm.teacher import TeacherCache
 
 #: folder of a round in which its training writes its state
 TRAINING = "training"
-
-
-class Parts(BaseModel):
-    """What a round found so far: the score after its cuts, and its trainings."""
-
-    cut_score: Score
-    faded: list[TrainResult] = []
-    trained: list[TrainResult] = []
 
 
 @dataclass(slots=True)
@@ -168,14 +158,14 @@ def _promise(job: Job, score: Score | None) -> bool:
 
 def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path) -> Done:
     """Score, choose, repair, cut, recover, evaluate; written down before it counts."""
-    began = time.perf_counter()
+    journal = Journal(folder)
     before, counted = describe(model.config).sizes, model.num_parameters()
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
     job = _beside_previous(job, model, processor, turn)
-    model, processor, parts = _cut_part(job, model, processor, turn, place, folder)
+    model, processor, parts = _cut_part(job, model, processor, turn, place, journal)
     after = describe(model.config).sizes
-    score = _recovered(job, model, processor, turn, place, folder, parts)
+    score = _recovered(job, model, processor, turn, place, journal, parts)
     faded, trained = parts.faded, parts.trained
     changed = [axis for axis in after if after[axis] != before[axis]]
     record = results.Round(
@@ -193,33 +183,33 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         kept_promise=_promise(job, score or parts.cut_score),
         fade=turn.fade if faded else 0,
         trainings=len(trained),
-        seconds=time.perf_counter() - began,
+        seconds=journal.seconds,
         **_training_facts([*faded, *trained]),
     )
     checkpoint.save(model, processor, folder / "model")
     write_text(folder / "metrics.json", record.model_dump_json(indent=1) + "\n")
     files = digests(folder / "model")
     write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters, "files": files})
-    Journal(folder).forget()
+    journal.forget()
     shutil.rmtree(folder / TRAINING, ignore_errors=True)
     return Done(model, processor, record)
 
 
 def _cut_part(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, journal: Journal
 ) -> tuple[PreTrainedModel, Any, Parts]:
     """Return the model after its cuts, or after the last training that an interrupted run finished, and what was found so far."""
-    journal = Journal(folder)
     if (number := journal.last()) is not None:
         job.tell.say(f"{place} goes on", trainings_done=number)
-        return *journal.model(number, model.device), Parts.model_validate(journal.facts(number))
+        return *journal.model(number, model.device), journal.taken_up(number)
     start = model
-    model, faded = _without(job, model, processor, turn, place, folder)
+    model, faded = _without(job, model, processor, turn, place, journal.round)
     if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
         model = copy.deepcopy(model)
     parts = Parts(cut_score=_score(job, model, processor, f"{place.name} after the cut"), faded=faded)
     if turn.train:
-        journal.keep(0, model, processor, parts.model_dump(mode="json"))
+        journal.keep(0, model, processor, parts)
+        leaving.heed(f" after the cuts of {place}, which are on disk")
     return model, processor, parts
 
 
@@ -234,21 +224,22 @@ def _beside_previous(job: Job, model: PreTrainedModel, processor: Any, turn: Rou
 
 
 def _recovered(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path, parts: Parts
+    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, journal: Journal, parts: Parts
 ) -> Score | None:
     """Make the round's trainings that are not made yet; the last one again, up to `patience` times, if it must be.
 
     The first begins behind the steps in which units faded. What each leaves is written down.
     """
-    journal, trainings = Journal(folder), list(turn.train)
+    trainings = list(turn.train)
 
     def make() -> None:
         number = len(parts.trained)
         settings = trainings[min(number, len(trainings) - 1)]
         span = Span(first=turn.fade, last=settings.steps) if parts.faded and not number else None
-        done = _train(job, model, processor, settings, (place, number), folder, span, lambda: _reset(journal, model))
+        reset = lambda: _copy(journal.model(number, model.device)[0], model)  # noqa: E731
+        done = _train(job, model, processor, settings, (place, number), journal.round, span, reset)
         parts.trained.append(done)
-        journal.keep(number + 1, model, processor, parts.model_dump(mode="json"))
+        journal.keep(number + 1, model, processor, parts)
         leaving.heed(f" after {place} training {number + 1}, which is on disk")
 
     while len(parts.trained) < len(trainings):
@@ -258,13 +249,6 @@ def _recovered(
         make()
         score = _score(job, model, processor, f"{place.name} recovered further")
     return score
-
-
-def _reset(journal: Journal, model: PreTrainedModel) -> None:
-    """Put back the weights that the training began with."""
-    number = journal.last()
-    assert number is not None
-    _copy(journal.model(number, model.device)[0], model)
 
 
 def _copy(source: PreTrainedModel, model: PreTrainedModel) -> None:
