@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from slimlmm import certificate, checkpoint, cli, probes
+from slimlmm import certificate, checkpoint, probes
 from slimlmm.certificate import NAME, certify, digests, verify
 from slimlmm.errors import UserError
+from test_cli import call
 from tiny import tiny
 
 WEIGHTS = "model.safetensors"
@@ -88,16 +88,6 @@ def elsewhere(folder):
 
 def failures(folder, **options):
     return "\n".join(verify(folder, **options).failures)
-
-
-def call(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["slimlmm", *map(str, words)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
 
 
 def flip(folder):

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from slimlmm import cli, data
+from slimlmm import data
 from slimlmm.checkdata import check, duplicates, near, pictures
 from slimlmm.checkdata.kinds import KINDS, Pad
 from slimlmm.checkdata.look import MAX_PIXELS, Look, look
@@ -35,6 +34,7 @@ from spoiling import (
     spoil_rows,
     turned,
 )
+from test_cli import call
 
 DOCS = Path(__file__).parents[1] / "docs" / "check-data.md"
 LARGE = 1_000_000
@@ -225,16 +225,8 @@ def test_near_is_a_setting_and_equal_files_are_told_once(ads):
     assert "near train-test" not in equal
 
 
-def call(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["slimlmm", "check-data", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
 def test_the_verb_prints_the_whole_record_and_ends_with_0_on_clean_data(ads, teacher, monkeypatch, capsys):
-    code, out, err = call(monkeypatch, capsys, ads, "--model", teacher, "--json", "--rows", "4")
+    code, out, err = call(monkeypatch, capsys, "check-data", ads, "--model", teacher, "--json", "--rows", "4")
     record = CheckData.model_validate_json(out)
     assert code == 0
     assert record.model.picture_tokens == (4, 4)
@@ -245,7 +237,7 @@ def test_the_verb_prints_the_whole_record_and_ends_with_0_on_clean_data(ads, tea
 
 
 def test_the_verb_ends_with_2_on_errors(spoilt, monkeypatch, capsys):
-    code, out, err = call(monkeypatch, capsys, spoilt, "--max-pixels", LARGE, "--quiet")
+    code, out, err = call(monkeypatch, capsys, "check-data", spoilt, "--max-pixels", LARGE, "--quiet")
     assert code == 2
     assert err == ""
     assert "leak train-test" in out
@@ -260,14 +252,14 @@ def test_the_verb_ends_with_2_on_errors(spoilt, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(words, message, ads, monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, *[ads if word == "ADS" else word for word in words])
+    code, _, err = call(monkeypatch, capsys, "check-data", *[ads if word == "ADS" else word for word in words])
     assert code == 2
     assert message in err
     assert "Traceback" not in err
 
 
 def test_help_has_an_example(monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "--help")
+    code, out, _ = call(monkeypatch, capsys, "check-data", "--help")
     assert code == 0
     assert "Example:" in out
     assert "slimlmm check-data" in out

@@ -62,12 +62,7 @@ class Job:
     """seconds between two times that the state of a training is written"""
 
 
-def job_of(
-    folder: RunFolder,
-    recipe: Recipe,
-    rows: Mapping[str, list[data.Row]],
-    tell: Reporter,
-) -> Job:
+def job_of(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
     """Return the job of a recipe on its rows by split, drawn as the recipe says."""
     settings = recipe.data
     training = data.sample(rows["train"], settings.train_rows, recipe.seed)

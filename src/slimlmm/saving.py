@@ -150,11 +150,12 @@ def _sign(folder: Path, of: str) -> None:
 def latest(out: Path, of: str, say: Callable[[str], None]) -> Path | None:
     """Return the latest whole checkpoint of this training, None where there is none; others are removed, and that is said."""
     found = sorted(out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if not _fault(path, of)]
+    faults = {path: _fault(path, of) for path in found}  # once: each is a hash of all that is there
+    whole = [path for path in found if not faults[path]]
     for path in found:
         if path not in whole[-1:]:
-            if (fault := _fault(path, of)) and fault != OTHER:
-                say(f"{path}: {fault}; removed")
+            if faults[path] not in (None, OTHER):
+                say(f"{path}: {faults[path]}; removed")
             shutil.rmtree(path)
     return whole[-1] if whole else None
 
