@@ -28,6 +28,7 @@ from transformers.utils import logging
 from slimlmm import __version__
 from slimlmm.errors import UserError
 from slimlmm.families import stock_class
+from slimlmm.files import refuse_unwritable
 from slimlmm.intake import broken_config, check_config, check_depth, check_files, check_sizes, raw_config
 from slimlmm.probing import skeleton
 from slimlmm.shards import Shards
@@ -300,7 +301,8 @@ def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
 
 
 def refuse_foreign(target: Path) -> None:
-    """Raise a UserError if `target` exists and slimlmm did not write it."""
+    """Raise a UserError if `target` exists and slimlmm did not write it, or if nothing can be written beside it."""
+    refuse_unwritable(target.parent)
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or target.is_symlink():

@@ -24,6 +24,7 @@ from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.files import write_json
 from slimlmm.grid import Grid
+from slimlmm.job import Handed, Job, Place, job_of
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
@@ -80,7 +81,7 @@ class Choice:
 class Ground:
     """What trial cuts start from: the model after the lossless cuts, its processor, rows."""
 
-    job: rounds.Job
+    job: Job
     model: PreTrainedModel
     processor: Any
     per_picture: int
@@ -101,7 +102,7 @@ def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Pat
     model = surgery.living(model)
     few = recipe.data.model_copy(update={"calibration_rows": recipe.curve_rows})
     plain = recipe.model_copy(update={"max_drop": None, "data": few})
-    job = rounds.job_of(RunFolder(folder), plain, rows, tell)
+    job = job_of(RunFolder(folder), plain, rows, tell)
     packed = can_pack(model, processor, job.calibration)
     job.cache = TeacherCache(model, Collator(processor, packed=packed), folder / "cache")
     return Ground(job=job, model=model, processor=processor, per_picture=data.rows_per_picture(rows["train"]))
@@ -180,12 +181,14 @@ def tried_shape(
     )
     turn = sweeps.one_shot(planned)[-1].rounds[-1]
     told = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]  # a run that goes on must find this very shape
-    where = rounds.Place(number, of, f"candidate-{told}", number)
-    done = next(rounds.attempts(job, ground.model, ground.processor, turn, where))
+    where = Place(number, of, f"candidate-{told}", number)
+    start = Handed(ground.model, ground.processor, job.folder.path, ground.model.device)
+    done = next(rounds.attempts(job, start, turn, where))
     assert done.record.after_recovery is not None
-    collator = Collator(done.processor, packed=can_pack(done.model, done.processor, job.validation))
+    model, processor = done.left.model, done.left.processor
+    collator = Collator(processor, packed=can_pack(model, processor, job.validation))
     groups = data.by_picture(job.validation, 16)
-    loss = validation_loss(done.model, [collator(groups[at : at + 16]) for at in range(0, len(groups), 16)])
+    loss = validation_loss(model, [collator(groups[at : at + 16]) for at in range(0, len(groups), 16)])
     job.tell.say(f"candidate {number}/{of}", shape=name, validation_loss=loss)
     return Tried(
         name=name,

@@ -198,6 +198,12 @@ def compress(
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Minutes between two times that a training writes its state to disk.")
     ] = 5.0,
+    keep_rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Models of finished rounds that stay in OUT; all by default. Those of lossless rounds stay."
+        ),
+    ] = None,
     quiet: Quiet = False,
     json_out: Json = False,
     trust_remote_code: Trust = False,
@@ -205,6 +211,7 @@ def compress(
     """Prune and distill in stages, the main job; killed or stopped, the same command goes on where it was."""
     from slimlmm import commands, pipeline, report
     from slimlmm.progress import reporter
+    from slimlmm.room import Keeping
 
     settings = commands.settings(recipe, shrink=shrink, max_drop=max_drop, seed=seed)
     with heeding(), reporter(quiet) as tell:
@@ -216,7 +223,7 @@ def compress(
             command=_command(),
             trust_remote_code=trust_remote_code,
             tell=tell,
-            save_every=60 * save_minutes,
+            keeping=Keeping(60 * save_minutes, keep_rounds),
         )
     _report(found.model_dump(mode="json"), json_out, lambda: Console().print(report.final_table(found)))
 

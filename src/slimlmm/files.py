@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from slimlmm.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in place of what was there; a crash at any moment leaves the old file or the new one."""
@@ -49,3 +51,20 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before anything long begins; nothing is made.
+
+    Raises:
+        UserError: with the operating system's reason.
+    """
+    place = folder.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another --out.") from error

@@ -8,7 +8,6 @@ last, with the hashes of the model's files, and then the part before is removed.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from slimlmm import checkpoint
 from slimlmm.distill import TrainResult
 from slimlmm.evaluate import Score
 from slimlmm.files import digests, write_json
+from slimlmm.runfolder import is_whole
 
 
 class Parts(BaseModel):
@@ -30,15 +30,6 @@ class Parts(BaseModel):
     faded: list[TrainResult] = []
     trained: list[TrainResult] = []
     seconds: float = 0.0
-
-
-def is_whole(record: Path, model: Path) -> bool:
-    """Tell whether the files of a model folder are those that the record beside it was written with."""
-    try:
-        told = json.loads(record.read_text(encoding="utf-8"))
-        return bool(told["files"]) and told["files"] == digests(model)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 class Journal:

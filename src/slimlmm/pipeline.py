@@ -6,35 +6,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, vocab
+from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import by_shrink
-from slimlmm.checkdata import alignment
 from slimlmm.collate import Collator, texts_of
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
+from slimlmm.files import refuse_unwritable
 from slimlmm.grid import Grid
+from slimlmm.job import Done, Handed, Job, LetGoError, Place, job_of
 from slimlmm.labels import file_of, labelled
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results
-from slimlmm.rounds import Done, Job, Place, attempts, job_of
+from slimlmm.room import KEEPING, Keeping
+from slimlmm.rounds import attempts
 from slimlmm.runfolder import RunFolder, release
-from slimlmm.saving import SAVE_EVERY
 from slimlmm.selfcheck import self_check
 from slimlmm.snapshot import evaluated, model_record
-from slimlmm.teacher import TeacherCache, weights_fingerprint
-
-#: rows on which the teacher is held against itself before a run
-PROBED = 8
+from slimlmm.teacher import weights_fingerprint
 
 
 def run(
@@ -47,23 +43,24 @@ def run(
     trust_remote_code: bool = False,
     tell: Reporter | None = None,
     cache: Path | None = None,
-    save_every: float = SAVE_EVERY,
+    keeping: Keeping = KEEPING,
 ) -> Results:
     """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; a run that was killed goes on.
 
-    It goes on at the last state on disk: that of a round, of a training in it, or of a training's steps, which is written every
-    `save_every` seconds. What the teacher said is kept in `cache`, which several runs may share (one after the other), else in
+    It goes on at the last state on disk: that of a round, of a training in it, or of a training's steps, written as often as
+    `keeping` says. What the teacher said is kept in `cache`, which several runs may share (one after the other), else in
     the run folder.
 
     Raises:
-        UserError: bad model, data or recipe, a budget or an axis that cannot be met, or a folder of another run.
+        UserError: bad model, data or recipe, a budget or an axis that cannot be met, a folder of another run, a full disk.
     """
     tell = tell or Quiet()
+    refuse_unwritable(out)
     loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
     if loaded.processor is None:
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
     try:
-        found = _compressed(loaded, source, (out, cache), recipe, tell, save_every)
+        found = _compressed(loaded, source, (out, cache), recipe, tell, keeping)
         found = found.model_copy(update={"command": command, "remote_code": remote_code(loaded.model)})
         found.save(out / "results.json")
         report.write(found, out)
@@ -78,11 +75,12 @@ def _compressed(
     where: tuple[Path, Path | None],
     recipe: Recipe,
     tell: Reporter,
-    save_every: float,
+    keeping: Keeping,
 ) -> Results:
     """Make the rounds, hand over what they left, and measure it beside the model that it came from."""
     job, stages, facts, test = _prepared(loaded, source, where, recipe, tell)
-    job.save_every = save_every
+    job.keeping = keeping
+    _refuse_no_room(job, loaded, stages, {"train": job.vocabulary_rows, "validation": []})
     _prove(loaded.model.config, stages, tell)
     job.teacher_validation = evaluated(job.folder, loaded, job.validation, tell, "teacher-validation")
     records, kept = _rounds(job, loaded, stages)
@@ -134,7 +132,7 @@ def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:
         raise UserError(
             f"no round kept within {job.recipe.max_drop} points of the teacher; see {job.folder.path}/stages for what was tried."
         )
-    model, processor = checkpoint.as_stored(kept.model, stored), kept.processor
+    model, processor = checkpoint.as_stored(kept.left.model, stored), kept.left.processor
 
     def prove(folder: Path) -> None:
         certificate.certify(folder, model, processor, job.validation, kept.record.parameters)
@@ -207,21 +205,26 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
 
     A round that misses it is rolled back and half of it is tried; the run stops where that misses it too.
     """
+    while True:
+        try:
+            return _walked(job, loaded, stages)
+        except LetGoError as error:
+            job.tell.say(f"{error}; the rounds whose models were let go are made again")
+            job.folder.forget_let_go()
+
+
+def _walked(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tuple[list[results.Round], Done | None]:
     records: list[results.Round] = []
     kept: Done | None = None
-    model, processor = loaded.model, loaded.processor
-    planned = dict(describe(model.config).sizes)
+    handed = Handed.of(loaded)
+    planned = dict(describe(handed.config).sizes)
     turns = [(stage.name, index, turn) for stage in stages for index, turn in enumerate(stage.rounds, 1)]
     for number, (name, index, turn) in enumerate(turns, 1):
-        if job.cache is None and not turn.drop:
-            job.cache = TeacherCache(
-                model, Collator(processor, packed=can_pack(model, processor, job.calibration)), job.folder.cache
-            )
-            _aligned(job, replace(loaded, model=model, processor=processor))
-        sizes = plan.restated(describe(model.config), turn.sizes, planned)
-        for one in attempts(
-            job, model, processor, turn.model_copy(update={"sizes": sizes}), Place(number, len(turns), name, index)
-        ):
+        if job.teacher is None and not turn.drop:
+            job.teacher = handed
+        sizes = plan.restated(describe(handed.config), turn.sizes, planned)
+        restated, place = turn.model_copy(update={"sizes": sizes}), Place(number, len(turns), name, index)
+        for one in attempts(job, handed, restated, place):
             records.append(one.record)
             kept = one if one.record.kept_promise else kept
         job.folder.forget_previous()
@@ -231,23 +234,38 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
             )
             break
         assert kept is not None
-        model, processor = kept.model, kept.processor
+        handed = kept.left
         planned |= turn.sizes
+        if job.keeping.rounds is not None and job.teacher is not None:
+            job.folder.let_go(job.keeping.rounds, job.teacher.folder, handed.folder)
     return records, kept
 
 
-def _aligned(job: Job, loaded: checkpoint.Loaded) -> None:
-    """Refuse a model that, distilled from itself through this run's collator and cache, would not start at a loss of 0."""
-    assert job.cache is not None
-    found = alignment.probed(loaded, job.calibration[:PROBED], job.cache)
-    most = alignment.limit(loaded.model.device)
-    job.tell.say("the teacher against itself, nats an answer token", loss=found.loss)
-    if not found.loss <= most:
-        raise UserError(
-            f"distilling the teacher from itself starts at {found.loss:.3g} nats an answer token, not at 0 (at most {most:g}): "
-            "labels, pictures or what the teacher said do not belong together. `slimlmm check-data` with --model shows what the "
-            "model reads of rows."
-        )
+def _refuse_no_room(
+    job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage], rows: Mapping[str, list[data.Row]]
+) -> None:
+    """Say what the run will need on disk at most, or refuse it where less is free.
+
+    What the lossless cuts will spare takes a look at all texts, so it is looked at where it decides.
+    """
+    hidden = loaded.model.get_output_embeddings().weight.shape[1]
+    cache = room.cache_of(Collator(loaded.processor, packed=False), job.asked, stages, hidden)
+    lossless = any(turn.drop for stage in stages for turn in stage.rounds)
+
+    def refuse(config: Any) -> None:
+        need = room.need_of(config, stages, loaded.stored.itemsize, cache, job.keeping)
+        needs = {job.folder.path: need.total}
+        if job.folder.shared:
+            needs = {job.folder.path: need.total - cache, job.folder.shared: cache}
+        room.refuse(needs, str(need))
+        job.tell.say(f"disk: at most {room.readable(need.total)} will be needed ({need})")
+
+    try:
+        refuse(loaded.model.config)
+    except UserError:
+        if not lossless:
+            raise
+        refuse(resized(loaded.model.config, lossless_sizes(loaded, rows)))
 
 
 def _finish(

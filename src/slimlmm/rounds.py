@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import bridging, checkpoint, data, importance, leaving, plan, repair, results, surgery, vocab
+from slimlmm import bridging, checkpoint, importance, leaving, plan, repair, results, room, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
-from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
+from slimlmm.calibration import Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.enduring import enduring
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Evaluation, Score, drop, evaluate
+from slimlmm.evaluate import Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.files import digests, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
-from slimlmm.journal import Journal, Parts, is_whole
-from slimlmm.lessons import Taught, asked_of
-from slimlmm.progress import Reporter
-from slimlmm.recipe import Recipe, Round, Training
+from slimlmm.job import Done, Handed, Job, Place
+from slimlmm.journal import Journal, Parts
+from slimlmm.recipe import Round, Training
 from slimlmm.resizing import predict_parameters
-from slimlmm.runfolder import RunFolder
-from slimlmm.saving import SAVE_EVERY, Saving
+from slimlmm.runfolder import is_whole
+from slimlmm.saving import Saving
 from slimlmm.settling import settle_best
 from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
@@ -42,90 +41,25 @@ from slimlmm.teacher import TeacherCache
 TRAINING = "training"
 
 
-@dataclass(slots=True)
-class Job:
-    """What every round of one run shares."""
-
-    folder: RunFolder
-    recipe: Recipe
-    train_rows: list[data.Row]
-    calibration: list[data.Row]
-    validation: list[data.Row]
-    vocabulary_rows: list[data.Row]
-    tell: Reporter
-    taught: Taught = None
-    cache: TeacherCache | None = None
-    previous: TeacherCache | None = None
-    """of the model that the round began with, where a training of it asks that"""
-    teacher_validation: Evaluation | None = None
-    save_every: float = SAVE_EVERY
-    """seconds between two times that the state of a training is written"""
-
-
-def job_of(folder: RunFolder, recipe: Recipe, rows: Mapping[str, list[data.Row]], tell: Reporter) -> Job:
-    """Return the job of a recipe on its rows by split, drawn as the recipe says."""
-    settings = recipe.data
-    training = data.sample(rows["train"], settings.train_rows, recipe.seed)
-    asked, taught = asked_of(training, settings.teacher_rows, recipe.seed)
-    return Job(
-        folder=folder,
-        recipe=recipe,
-        train_rows=training,
-        calibration=data.spread(asked, settings.calibration_rows, EACH, recipe.seed + 1),
-        taught=taught,
-        validation=data.sample(rows["validation"], settings.validation_rows, recipe.seed),
-        vocabulary_rows=rows["train"] + rows["validation"],
-        tell=tell,
-    )
-
-
-@dataclass(slots=True)
-class Done:
-    """A finished round: the model it left, and its record."""
-
-    model: PreTrainedModel
-    processor: Any
-    record: results.Round
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a round stands in the run: its number from 1, of how many, its stage, its position there; half of the cut or all."""
-
-    number: int
-    of: int
-    stage: str
-    index: int
-    half: bool = False
-
-    def __str__(self) -> str:
-        return f"round {self.number}/{self.of} {self.name}"
-
-    @property
-    def name(self) -> str:
-        """Name of the round, as in its folder."""
-        return f"{self.stage}.{self.index}" + ("-half" if self.half else "")
-
-
-def attempts(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place) -> Iterator[Done]:
+def attempts(job: Job, handed: Handed, turn: Round, place: Place) -> Iterator[Done]:
     """Yield the round; where it misses the promise even with more recovery, also half of its cut, from the same model.
 
-    Rounds that an earlier run of this folder has finished are read, not made.
+    Rounds that an earlier run of this folder has finished are not made; the models between them are not even read.
     """
-    one = _taken(job, model, processor, turn, place)
+    one = _taken(job, handed, turn, place)
     yield one
     if one.record.kept_promise:
         return
-    half = plan.halved(model.config, turn.sizes, Grid.of(job.recipe))
+    half = plan.halved(handed.config, turn.sizes, Grid.of(job.recipe))
     missed = f"{place} lost more than the promised {job.recipe.max_drop} points"
     if not half:
         job.tell.say(f"{missed}, and no smaller cut lies between; rolled back")
         return
     job.tell.say(f"{missed}; rolled back, half of it is tried", **half)
-    yield _taken(job, model, processor, turn.model_copy(update={"sizes": half}), replace(place, half=True))
+    yield _taken(job, handed, turn.model_copy(update={"sizes": half}), replace(place, half=True))
 
 
-def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place) -> Done:
+def _taken(job: Job, handed: Handed, turn: Round, place: Place) -> Done:
     folder = job.folder.stage(place.number, place.name)
     done = folder / "done.json"
     if done.exists() and not is_whole(done, folder / "model"):
@@ -134,11 +68,13 @@ def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         folder.mkdir()
     if not done.exists():
         job.tell.say(str(place), **turn.sizes)
-        return _round(job, model, processor, turn, place, folder)
-    loaded = checkpoint.load(folder / "model", device=model.device)
+        before, after = (predict_parameters(handed.config, sizes) for sizes in ({}, turn.sizes))
+        room.refuse({folder: room.work_of(after, before, turn)}, f"{place}: parts and states")
+        job.ask()
+        return _round(job, handed.model, handed.processor, turn, place, folder)
     record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
     job.tell.say(f"{place} was done", parameters=record.parameters)
-    return Done(loaded.model, loaded.processor, record)
+    return Done(Handed(None, None, folder / "model", handed.device), record)
 
 
 def _promise(job: Job, score: Score | None) -> bool:
@@ -187,7 +123,7 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     write_json(folder / "done.json", {"round": place.number, "parameters": record.parameters, "files": files})
     journal.forget()
     shutil.rmtree(folder / TRAINING, ignore_errors=True)
-    return Done(model, processor, record)
+    return Done(Handed(model, processor, folder / "model", model.device), record)
 
 
 def _cut_part(
@@ -282,7 +218,7 @@ def _train(
                 f"{place} training {part + 1}", facts["step"], facts["steps"], loss=facts["loss"]
             ),
             span=span,
-            saving=Saving(job.save_every, of, job.tell.say),
+            saving=Saving(job.keeping.seconds, of, job.tell.say),
         )
 
     return enduring(make, settings, reset, lambda text: job.tell.say(f"{place} training {part + 1}: {text}"))

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slimlmm.errors import UserError
-from slimlmm.files import write_json, write_text
+from slimlmm.files import digests, write_json, write_text
 
 
 def claim(path: Path, identity: dict[str, Any]) -> None:
@@ -140,6 +140,45 @@ class RunFolder:
         folder = self.path / "stages" / f"{number:02d}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def finished(self) -> list[Path]:
+        """Return the folders of the rounds that are finished, in their order."""
+        return [record.parent for record in sorted(self.path.glob("stages/*/done.json"))]
+
+    def let_go(self, last: int, teacher: Path, kept: Path) -> None:
+        """Remove models of finished rounds, but those of the `last` ones, those up to the teacher, and `kept`."""
+        rounds = self.finished()
+        models = [one / "model" for one in rounds]
+        first = models.index(teacher) + 1 if teacher in models else 0
+        for one in rounds[first:-last]:
+            if one / "model" != kept:
+                let_go(one / "done.json", one / "model")
+
+    def forget_let_go(self) -> None:
+        """Remove the rounds whose models were let go, so that they are made again."""
+        for one in self.finished():
+            if not any((one / "model").glob("*.safetensors")):
+                shutil.rmtree(one)
+
+
+def is_whole(record: Path, model: Path) -> bool:
+    """Tell whether the files of a model folder are those that the record beside it was written with, but for those let go."""
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+        found, gone = digests(model), set(told.get("let_go", ()))
+        stayed = {name: value for name, value in told["files"].items() if name not in gone or name in found}
+        return bool(told["files"]) and stayed == found
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def let_go(record: Path, model: Path) -> None:
+    """Remove the weights of a finished round's model; that they went is written down before they go."""
+    told = json.loads(record.read_text(encoding="utf-8"))
+    weights = sorted(path for path in model.glob("*.safetensors"))
+    write_json(record, told | {"let_go": sorted({*told.get("let_go", ()), *(path.name for path in weights)})})
+    for path in weights:
+        path.unlink()
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimlmm import rounds
 from slimlmm.errors import UserError
+from slimlmm.job import Job
 from slimlmm.plan import Space
 from slimlmm.recipe import Round
 
@@ -62,9 +63,7 @@ class Curve:
         return less + (more - less) * math.log(high / size) / math.log(high / low)
 
 
-def curves(
-    job: rounds.Job, model: PreTrainedModel, processor: Any, space: Space, *, points: int = POINTS
-) -> dict[str, Curve]:
+def curves(job: Job, model: PreTrainedModel, processor: Any, space: Space, *, points: int = POINTS) -> dict[str, Curve]:
     """Cut every axis of the space alone to a few of its sizes, repair, and return the curve of each by its name.
 
     Raises:
