@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import yaml
 
 from slimlmm import adreview, checkpoint
-from slimlmm.files import digests
 from slimlmm.measure import environment
+from slimlmm.reproducing import left_by
 from tiny import tiny  # type: ignore[import-not-found]
 
 NAME = "llava-dinov2-llama"
@@ -195,8 +195,6 @@ REST = (
     "models of old rounds, `slimlmm reproduce`. There is no data-loader worker to die; intervals go by a monotonic clock.",
     "",
 )
-#: results that are not those of the arithmetic: times, the machine, where things lie
-APART = ("seconds", "environment", "totals", "name", "memory", "command", "created")
 
 
 def main() -> None:
@@ -306,20 +304,6 @@ def last_word(told: str) -> str:
         if isinstance(record, dict) and ("event" in record or "work" in record):
             return str(record.get("event") or record["work"]).strip()
     return "loading"
-
-
-def left_by(out: Path) -> dict[str, Any]:
-    """Return what a run left: hashes of its final files, its results without what is no arithmetic, its answers."""
-    files = {name: value for name, value in digests(out / "final").items() if name != "certificate.json"}
-    answers = {path.name: without(json.loads(path.read_text())) for path in sorted(out.glob("*-test.json"))}
-    return {"files": files, "results": without(json.loads((out / "results.json").read_text())), "answers": answers}
-
-
-def without(found: Any) -> Any:
-    """Return a record without the keys in `APART`, at any depth."""
-    if isinstance(found, dict):
-        return {key: without(value) for key, value in found.items() if key not in APART}
-    return [without(one) for one in found] if isinstance(found, list) else found
 
 
 def write(arguments: argparse.Namespace, whole: float, runs: list[dict[str, Any]]) -> None:

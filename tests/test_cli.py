@@ -8,7 +8,7 @@ from slimlmm import checkpoint, cli
 
 VERBS = (
     *("inspect", "cut", "finetune", "compress", "plan", "study", "evaluate", "bench", "energy", "serve", "adreview"),
-    *("calibrate", "monitor", "export", "check-data", "verify", "convert"),
+    *("calibrate", "monitor", "export", "check-data", "verify", "reproduce", "convert"),
     "demo",
 )
 

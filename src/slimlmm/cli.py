@@ -395,6 +395,7 @@ app.command(epilog=verbs.SERVE)(verbs.serve)
 app.command(epilog=verbs.CALIBRATE)(verbs.calibrate)
 app.command(epilog=monitor_verb.EXAMPLE)(monitor_verb.monitor)
 app.command(epilog=verify_verb.VERIFY)(verify_verb.verify)
+app.command(epilog=verify_verb.REPRODUCE)(verify_verb.reproduce)
 app.command(epilog=verify_verb.CONVERT)(verify_verb.convert)
 
 

@@ -38,6 +38,7 @@ from slimlmm.selfcheck import self_check
 from slimlmm.shards import first_of
 from slimlmm.snapshot import model_record
 from slimlmm.study_results import StudyResults
+from slimlmm.teacher import weights_fingerprint
 
 
 def settings(path: Path | None, *, shrink: float | None, max_drop: float | None, seed: int | None) -> Recipe:
@@ -80,7 +81,8 @@ def cut(
     failed = [check for check in self_check(weights.config, sizes) if not check.ok]
     if failed:
         raise UserError("cannot be cut: " + "; ".join(f"{check.axis}: {check.reason}" for check in failed))
-    found = {"out": str(out), "sizes": sizes, "left_behind": weights.left, "warnings": warnings}
+    found = {"out": str(out), "sizes": sizes, "left_behind": weights.left, "warnings": warnings, "seed": seed}
+    found["environment"] = measure.environment().model_dump()
     if source is not None:
         rows = data.sample(data.load(source).need("train", source), 256, seed)
         return found | _cut_in_memory(model, out, sizes, criterion, rows, seed, largest, trust_remote_code)
@@ -267,16 +269,25 @@ def evaluate(
     for note in splits.notes:
         tell.say(note)
     rows = data.sample(splits.need(split, source), count, seed)
-    found = []
+    found, prints = [], {}
     for name in [model] + ([against] if against else []):
         loaded = checkpoint.load(name, trust_remote_code=trust_remote_code)
         _processor(loaded, name)
+        prints[name] = weights_fingerprint(loaded.model)
         found.append(
             evaluation.evaluate(
                 loaded.model, loaded.processor, rows, progress=lambda done, total: tell.step("evaluating", done, total)
             )
         )
-    result: dict[str, Any] = {"model": model, "split": split, **found[0].summary.model_dump()}
+    result: dict[str, Any] = {
+        "model": model,
+        "split": split,
+        **found[0].summary.model_dump(),
+        "seed": seed,
+        "rows_fingerprint": data.fingerprint(rows),
+        "fingerprints": prints,
+        "environment": measure.environment().model_dump(),
+    }
     if against:
         result |= {
             "against": against,

@@ -60,7 +60,10 @@ def run(
     if loaded.processor is None:
         raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
     try:
-        found = _compressed(loaded, source, (out, cache), recipe, tell, keeping)
+        told = {"model": _lasting(model), "data": _lasting(source), "trust_remote_code": trust_remote_code}
+        job, stages, facts, test = _prepared(loaded, source, RunFolder(out, cache), recipe, tell, told)
+        job.keeping = keeping
+        found = _compressed(job, loaded, stages, test).model_copy(update={"data": facts})
         found = found.model_copy(update={"command": command, "remote_code": remote_code(loaded.model)})
         found.save(out / "results.json")
         report.write(found, out)
@@ -69,34 +72,30 @@ def run(
     return found
 
 
-def _compressed(
-    loaded: checkpoint.Loaded,
-    source: str | Path,
-    where: tuple[Path, Path | None],
-    recipe: Recipe,
-    tell: Reporter,
-    keeping: Keeping,
-) -> Results:
+def _lasting(place: str | Path) -> str:
+    """Return a path that holds wherever the command is given again; a hub id as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else str(place)
+
+
+def _compressed(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage], test: list[data.Row]) -> Results:
     """Make the rounds, hand over what they left, and measure it beside the model that it came from."""
-    job, stages, facts, test = _prepared(loaded, source, where, recipe, tell)
-    job.keeping = keeping
     _refuse_no_room(job, loaded, stages, {"train": job.vocabulary_rows, "validation": []})
-    _prove(loaded.model.config, stages, tell)
-    job.teacher_validation = evaluated(job.folder, loaded, job.validation, tell, "teacher-validation")
+    _prove(loaded.model.config, stages, job.tell)
+    job.teacher_validation = evaluated(job.folder, loaded, job.validation, job.tell, "teacher-validation")
     records, kept = _rounds(job, loaded, stages)
     _hand_over(job, kept, loaded.stored)
-    found = _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
-    return found.model_copy(update={"data": facts})
+    return _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
 
 
 def _prepared(
-    loaded: checkpoint.Loaded, source: str | Path, where: tuple[Path, Path | None], recipe: Recipe, tell: Reporter
+    loaded: checkpoint.Loaded,
+    source: str | Path,
+    folder: RunFolder,
+    recipe: Recipe,
+    tell: Reporter,
+    given: dict[str, Any],
 ) -> tuple[Job, tuple[Stage, ...], results.Dataset, list[data.Row]]:
-    """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder.
-
-    `where`: that folder, and the cache that it shares with other runs, if any.
-    """
-    out, cache = where
+    """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder."""
     wanted = recipe.data.answers
     splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed, unlabelled=wanted != "given")
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
@@ -109,15 +108,15 @@ def _prepared(
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     if wanted != "given":
         plan.check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
-        file = file_of(RunFolder.open(out, identity, cache), loaded, rows["train"])
+        file = file_of(folder.open(identity, given), loaded, rows["train"])
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
     if recipe.sizes_by != "shares" and not recipe.stages:
-        RunFolder.open(out, identity, cache)  # what the choice found is kept in it
-    stages = schedule(loaded, rows, recipe, out, tell)
+        folder.open(identity, given)  # what the choice found is kept in it
+    stages = schedule(loaded, rows, recipe, folder.path, tell)
     plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
-    folder = RunFolder.open(out, identity, cache)
+    folder.open(identity, given)
     folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     return job_of(folder, recipe, rows, tell), stages, facts, test

@@ -58,6 +58,7 @@ class Model(Record):
 
     name: str = Field(description="Folder name or hub id.")
     model_type: str = Field(description="model_type of its stock config.")
+    fingerprint: str | None = Field(None, description="Hash over configuration and weights, by name.")
     sizes: dict[str, int] = Field(description="Size of every axis that can be cut.")
     parameters: dict[str, int] = Field(description="Parameters by part, and `total`; tied ones count once.")
     disk_bytes: int | None = Field(None, description="Bytes of all files of its folder.")

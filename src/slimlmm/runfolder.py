@@ -26,11 +26,22 @@ from slimlmm.errors import UserError
 from slimlmm.files import digests, write_json, write_text
 
 
-def claim(path: Path, identity: dict[str, Any]) -> None:
+class OtherRunError(UserError):
+    """A folder belongs to another run; `told` says by what."""
+
+    def __init__(self, path: Path, told: str) -> None:
+        super().__init__(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
+        self.told = told
+
+
+def claim(path: Path, identity: dict[str, Any], given: dict[str, Any] | None = None) -> None:
     """Create the folder and sign it with ``run.json``, or find that it has that signature.
 
+    What was `given` beside, such as where the model lay, is written down and may differ when the run goes on.
+
     Raises:
-        UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
+        UserError: the folder holds something else.
+        OtherRunError: it is that of a run of another model, data set or recipe (each named).
     """
     record = path / "run.json"
     if record.exists():
@@ -38,12 +49,12 @@ def claim(path: Path, identity: dict[str, Any]) -> None:
         changed = [key for key, value in identity.items() if before.get(key) != value]
         if changed:
             told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
-            raise UserError(f"{path} belongs to another run ({told}). Choose another --out, or remove that folder.")
+            raise OtherRunError(path, told)
         return
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} exists, is not empty and is no slimlmm run (no run.json). Choose another --out.")
     path.mkdir(parents=True, exist_ok=True)
-    write_json(record, identity)
+    write_json(record, identity | ({"given": given} if given else {}))
 
 
 #: locks that this process holds, by folder
@@ -105,12 +116,11 @@ class RunFolder:
     path: Path
     shared: Path | None = None
 
-    @classmethod
-    def open(cls, path: Path, identity: dict[str, Any], shared: Path | None = None) -> RunFolder:
+    def open(self, identity: dict[str, Any], given: dict[str, Any] | None = None) -> RunFolder:
         """Create the folder, or take it up again if it belongs to the same run; refuses as `claim` and `hold` do."""
-        claim(path, identity)
-        hold(path)
-        return cls(path, shared)
+        claim(self.path, identity, given)
+        hold(self.path)
+        return self
 
     def keep_recipe(self, text: str) -> None:
         """Write down what is carried out, all defaults and planned sizes included."""

@@ -12,7 +12,7 @@ from slimlmm.evaluate import Evaluation, answer_limit, encode, evaluate
 from slimlmm.files import write_text
 from slimlmm.progress import Reporter
 from slimlmm.runfolder import RunFolder
-from slimlmm.teacher import identity
+from slimlmm.teacher import identity, weights_fingerprint
 
 #: answer tokens that FLOPs are counted with
 ANSWER_TOKENS = 8
@@ -57,6 +57,7 @@ def model_record(
     return results.Model(
         name=side.path.name,
         model_type=side.model.config.model_type,
+        fingerprint=weights_fingerprint(side.model),
         sizes=describe(side.model.config).sizes,
         parameters=measure.parameters(side.model),
         disk_bytes=measure.disk_bytes(side.path),

@@ -1,4 +1,4 @@
-"""The verbs `verify` and `convert`: a folder held against its certificate; pickled weights into safetensors."""
+"""The verbs `verify`, `reproduce`, `convert`: a folder against its certificate, a run against itself, pickles into safetensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimlmm.errors import UserError
+from slimlmm.leaving import heeding
 
 if TYPE_CHECKING:  # a command line that shows its help loads no torch
     from slimlmm.certificate import Verdict
     from slimlmm.converting import Converted
+    from slimlmm.reproducing import Reproduction
 
 VERIFY = "Example: `slimlmm verify runs/mine/final --json`"
+REPRODUCE = "Example: `slimlmm reproduce runs/mine --out runs/again`"
 CONVERT = "Example: `slimlmm convert path/to/pickled path/to/plain`"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -58,6 +61,52 @@ def verdict(found: Verdict) -> Table:
         more = f" (and {len(check.failures) - 1} more)" if len(check.failures) > 1 else ""
         said = check.failures[0] + more if check.failures else check.said
         table.add_row(check.name, "FAILED" if check.failures else "ok", escape(said))
+    return table
+
+
+def reproduce(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run of compress.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the new run into.")],
+    model: Annotated[str | None, typer.Option("--model", help="Where the model lies now, if not where it did.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Where the rows lie now, if not where they did.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json_out: Json = False,
+) -> None:
+    """Make a finished run again from its own folder and compare: files to the byte, answers, results, machine.
+
+    Exit code 2 where the accuracy is another, or where bits differ though machine and versions do not (on a CPU).
+    """
+    from slimlmm import reproducing
+    from slimlmm.progress import reporter
+
+    with heeding(), reporter(quiet) as tell:
+        found = reproducing.reproduce(run, out, model=model, source=data, tell=tell)
+    if json_out:
+        print(found.model_dump_json(indent=1))
+    else:
+        Console().print(reproduced(found), highlight=False)
+    if found.failed:
+        raise UserError(
+            f"{run}: was not reproduced ({found.outcome}); {out}/{reproducing.RECORD} has every difference."
+        )
+
+
+def reproduced(found: Reproduction) -> Table:
+    """Return the terminal view of a reproduction."""
+    told = {
+        "machine and versions": [f"{one.what}: {one.first} then, {one.again} now" for one in found.machine],
+        "files of final/": [one.what for one in found.files],
+        "answers": [f"{count} rows in {name}" for name, count in found.answers.items() if count],
+        "results": [f"{one.what}: {one.first} then, {one.again} now" for one in found.results],
+    }
+    table = Table(title=f"{escape(found.run)}: {found.outcome}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("", "", "what differs"):
+        table.add_column(head)
+    for name, lines in told.items():
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        table.add_row(name, f"{len(lines)} differ" if lines else "equal", escape("; ".join(lines[:3]) + more))
+    low, mean, high = (100 * value for value in (found.difference.low, found.difference.mean, found.difference.high))
+    table.add_row("accuracy", f"{mean:+.2f}", f"points, then minus now, 95 % [{low:+.2f}, {high:+.2f}]")
     return table
 
 

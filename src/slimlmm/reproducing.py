@@ -1,0 +1,197 @@
+"""A finished run made again from what its folder says, and held against it: weights, answers, results, machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import yaml
+from pydantic import Field
+
+from slimlmm import certificate, pipeline, recipe
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Evaluation, Interval, Record, drop
+from slimlmm.files import digests
+from slimlmm.progress import Reporter
+from slimlmm.results import File, Results
+from slimlmm.runfolder import OtherRunError, claim
+
+#: what of results is not of the arithmetic: times, the machine, memory, where things lie
+APART = frozenset(
+    {"seconds", "environment", "totals", "name", "memory", "command", "created", "latency", "throughput", "ratios"}
+)
+#: what of a machine may differ without a bit of the results doing so
+ALIKE = frozenset({"created", "memory", "git"})
+#: answers that a run keeps
+ANSWERS = ("teacher-validation.json", "teacher-test.json", "student-test.json")
+RECORD = "reproduction.json"
+ON_A_GPU = (
+    "on a GPU sums of atomics (index_add, scatter in backward passes), the choice of kernels, fused attention and reduced "
+    "precision may differ from run to run"
+)
+Outcome = Literal["to the byte", "same answers", "within chance", "different"]
+
+
+class Difference(Record):
+    """Something that is not alike."""
+
+    what: str = Field(description="Field, file or key.")
+    first: str = Field(description="In the run that was reproduced.")
+    again: str = Field(description="Now.")
+
+
+class Reproduction(File):
+    """A run against the same run made again."""
+
+    WHAT: ClassVar[str] = "record of a reproduction"
+
+    run: str = Field(description="The run that was reproduced.")
+    again: str = Field(description="Folder of the run that was made now.")
+    outcome: Outcome = Field(
+        description="to the byte: files of final/ (but the dated certificate), answers and results are equal; same answers: "
+        "every answer is; within chance: the student's accuracy is, by the paired interval; different: it is not."
+    )
+    machine: tuple[Difference, ...] = Field(
+        description="What of machine and versions differs; empty where all bits must be equal."
+    )
+    files: tuple[Difference, ...] = Field(description="Files of final/ by SHA-256.")
+    answers: dict[str, int] = Field(description="Rows whose answers differ, by file.")
+    results: tuple[Difference, ...] = Field(description="Entries of results.json, times apart.")
+    difference: Interval = Field(
+        description="Student's accuracy then minus now on the same test rows, paired bootstrap over pictures, 0 to 1."
+    )
+    seconds: tuple[float | None, float | None] = Field(description="Wall time of rounds and evaluations, then and now.")
+
+    @property
+    def failed(self) -> bool:
+        """Whether this should not be: other bits on the same CPU and versions, or another accuracy anywhere."""
+        return self.outcome == "different" or (self.outcome != "to the byte" and not self.machine and not on_a_gpu())
+
+
+def on_a_gpu() -> bool:
+    """Tell whether runs calculate on a GPU here."""
+    return torch.cuda.is_available()
+
+
+def reproduce(
+    run: Path, out: Path, *, model: str | None = None, source: Path | None = None, tell: Reporter | None = None
+) -> Reproduction:
+    """Make a finished run again in `out`, from its own recipe, model and data (or where these lie now), and compare both.
+
+    Raises:
+        UserError: the run is not finished or does not say what it began with, or model or data are others by their hashes.
+    """
+    signed = _signed(run)
+    first = Results.load(run / "results.json")
+    if first.student is None or not (run / "final").is_dir():
+        raise UserError(f"{run}: is not finished. Give its command again: {first.command or 'slimlmm compress ...'}")
+    given = signed.get("given", {})
+    model, source = model or given.get("model"), source or (Path(given["data"]) if "data" in given else None)
+    if model is None or source is None:
+        raise UserError(f"{run}/run.json does not say where model and data lie; give them with --model and --data.")
+    if out.resolve() == run.resolve():
+        raise UserError(f"--out {out} is the run itself; choose another folder.")
+    settings = recipe.parse(yaml.safe_load(signed["recipe"]), f"{run}/run.json")
+    torch.set_num_threads(max(1, min(first.environment.threads, os.cpu_count() or 1)))
+    try:
+        claim(out, {key: signed[key] for key in ("model", "data", "recipe")}, given | {"reproduces": str(run)})
+        again = pipeline.run(
+            model, source, out, settings, trust_remote_code=given.get("trust_remote_code", False), tell=tell
+        )
+    except OtherRunError as error:
+        raise UserError(
+            f"{run} began with something else ({error.told}). Give --model and --data as they were then."
+        ) from error
+    found = compared(run, out, first, again)
+    found.save(out / RECORD)
+    return found
+
+
+def _signed(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        missing = {"model", "data", "recipe"} - set(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run}: is no run of slimlmm compress (run.json: {error}).") from error
+    if missing:
+        raise UserError(
+            f"{run}/run.json: has no {', '.join(sorted(missing))}; only runs of compress can be reproduced."
+        )
+    return dict(found)
+
+
+def compared(run: Path, out: Path, first: Results, again: Results) -> Reproduction:
+    """Hold two finished runs against each other."""
+    files = tuple(_differences(_final(run), _final(out)))
+    figures = tuple(_differences(_flat(_plain(first)), _flat(_plain(again))))
+    pairs = {
+        name: [Evaluation.model_validate_json((one / name).read_bytes()) for one in (run, out)] for name in ANSWERS
+    }
+    answers = {name: _unlike(*pair) for name, pair in pairs.items()}
+    difference = drop(*pairs["student-test.json"])
+    outcome: Outcome = "different"
+    if not (files or figures or any(answers.values())):
+        outcome = "to the byte"
+    elif not any(answers.values()):
+        outcome = "same answers"
+    elif difference.low <= 0 <= difference.high:
+        outcome = "within chance"
+    machines = [
+        _flat({key: value for key, value in one.environment.model_dump().items() if key not in ALIKE})
+        for one in (first, again)
+    ]
+    return Reproduction(
+        run=str(run),
+        again=str(out),
+        outcome=outcome,
+        machine=tuple(_differences(*machines)),
+        files=files,
+        answers=answers,
+        results=figures,
+        difference=difference,
+        seconds=(first.totals and first.totals.seconds, again.totals and again.totals.seconds),
+    )
+
+
+def left_by(run: Path) -> dict[str, Any]:
+    """Return all that a finished run left and that must be equal to the byte: files, answers, results without what is `APART`."""
+    answers = {name: without(json.loads((run / name).read_text(encoding="utf-8"))) for name in ANSWERS}
+    return {"files": _final(run), "results": _plain(Results.load(run / "results.json")), "answers": answers}
+
+
+def without(found: Any) -> Any:
+    """Return a record without the keys in `APART`, at any depth."""
+    if isinstance(found, dict):
+        return {key: without(value) for key, value in found.items() if key not in APART}
+    return [without(one) for one in found] if isinstance(found, list) else found
+
+
+def _final(run: Path) -> dict[str, str]:
+    return {name: value for name, value in digests(run / "final").items() if name != certificate.NAME}
+
+
+def _plain(results: Results) -> Any:
+    return without(results.model_dump(mode="json"))
+
+
+def _unlike(one: Evaluation, other: Evaluation) -> int:
+    return sum(a != b for a, b in zip(one.answers, other.answers, strict=True))
+
+
+def _flat(found: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of a record by their dotted path."""
+    if isinstance(found, Mapping):
+        return {key: leaf for name, value in found.items() for key, leaf in _flat(value, f"{path}{name}.").items()}
+    if isinstance(found, list | tuple):
+        return {key: leaf for index, value in enumerate(found) for key, leaf in _flat(value, f"{path}{index}.").items()}
+    return {path.removesuffix("."): found}
+
+
+def _differences(first: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[Difference]:
+    for name in sorted(first.keys() | again.keys()):
+        if first.get(name) != again.get(name):
+            yield Difference(what=name, first=str(first.get(name)), again=str(again.get(name)))
