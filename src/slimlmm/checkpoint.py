@@ -103,6 +103,16 @@ def load(
     return Loaded(model=model.eval(), processor=processor, path=folder, note=note, stored=stored)
 
 
+def load_to_answer(
+    model_id: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """Load as `load` does, in float32, and refuse a model whose processor cannot be built."""
+    loaded = load(model_id, device=device, trust_remote_code=trust_remote_code)
+    if loaded.processor is None:
+        raise UserError(f"{model_id}: has no processor that can be loaded. {loaded.note}")
+    return loaded
+
+
 def open_weights(model_id: str | Path, *, trust_remote_code: bool = False) -> Weights:
     """Return the weights of a local folder or a hub id, checked against its configuration, none of them read yet."""
     folder = folder_of(model_id)

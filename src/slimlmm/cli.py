@@ -48,6 +48,10 @@ Devices = Annotated[
     int,
     typer.Option("--tensor-parallel", min=1, max=1024, help="Devices that one model is split over when it is served."),
 ]
+Minutes = Annotated[
+    float,
+    typer.Option("--save-minutes", min=0, help="Minutes between two times that a training writes its state to disk."),
+]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
 
 
@@ -171,19 +175,28 @@ def finetune(
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the train rows, when there is no recipe.")] = 3.0,
     seed: Seed = 0,
+    save_minutes: Minutes = 5.0,
     quiet: Quiet = False,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Teacher correction: fine-tune a model on your own data, evaluated before and after."""
-    from slimlmm import commands
+    """Teacher correction: fine-tune a model on your own data, evaluated before and after; killed, it goes on where it was."""
+    from slimlmm import finetuning
     from slimlmm.progress import reporter
 
-    with reporter(quiet) as tell:
-        found = commands.finetune(
-            model, data, out, recipe=recipe, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code, tell=tell
+    with heeding(), reporter(quiet) as tell:
+        found = finetuning.finetune(
+            model,
+            data,
+            out,
+            recipe=recipe,
+            epochs=epochs,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+            save_every=60 * save_minutes,
         )
-    _report(found, json_out, lambda: print(commands.finetuned(found)))
+    _report(found, json_out, lambda: print(finetuning.finetuned(found)))
 
 
 @app.command(epilog="Example: `slimlmm compress MODEL --data DATA --out runs/mine --shrink 18`")
@@ -195,9 +208,7 @@ def compress(
     recipe: Recipe = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of validation accuracy that may be lost.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
-    save_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes between two times that a training writes its state to disk.")
-    ] = 5.0,
+    save_minutes: Minutes = 5.0,
     keep_rounds: Annotated[
         int | None,
         typer.Option(

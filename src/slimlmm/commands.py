@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Group as Lines
 from rich.markup import escape
 from rich.table import Table
@@ -23,13 +22,13 @@ from slimlmm import study as studying
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.deployable import refuse_unsplittable, warnings_of
-from slimlmm.distill import can_pack, train
+from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.inspection import sizes_of
 from slimlmm.losses import cross_entropy
 from slimlmm.progress import Reporter
-from slimlmm.recipe import Recipe, Training
+from slimlmm.recipe import Recipe
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
 from slimlmm.report import Table as PlainTable
 from slimlmm.resizing import resized
@@ -170,87 +169,6 @@ def _answer_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return cross_entropy(logits_AV, labels_A) / labels_A.numel()
 
 
-def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> list[Training]:
-    """Return the trainings of a YAML list, or one that passes `epochs` times over the rows."""
-    if path is None:
-        pictures = len(data.by_picture(rows, 16))
-        steps = max(1, round(epochs * pictures / 16))
-        return [
-            Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
-        ]
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, list) or not raw:
-        raise UserError(f"{path}: must be a list of trainings, each with steps, learning_rate ...")
-    return recipes.parse_trainings(raw, str(path))
-
-
-def finetune(
-    model: str,
-    source: Path,
-    out: Path,
-    *,
-    recipe: Path | None,
-    epochs: float,
-    seed: int,
-    tell: Reporter,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Fine-tune on the train rows and save; validation accuracy before and after."""
-    loaded = checkpoint.load(
-        model, trust_remote_code=trust_remote_code, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    _processor(loaded, model)
-    checkpoint.refuse_foreign(out.expanduser().absolute())
-    splits = data.load(source, seed=seed)
-    for note in splits.notes:
-        tell.say(note)
-    rows = splits.need("train", source)
-    validation = data.sample(splits.need("validation", source), 500, seed)
-    phases = trainings(recipe, rows, epochs)
-    torch.manual_seed(seed)
-    before = evaluation.evaluate(loaded.model, loaded.processor, validation)
-    done = [
-        train(
-            loaded.model,
-            loaded.processor,
-            rows,
-            phase,
-            out.parent / f".{out.name}.training",
-            validation=validation,
-            seed=seed,
-            progress=lambda facts: tell.step("fine-tuning", facts["step"], facts["steps"], loss=facts["loss"]),
-        )
-        for phase in phases
-    ]
-    after = evaluation.evaluate(loaded.model, loaded.processor, validation)
-    checkpoint.save(loaded.model, loaded.processor, out, source=loaded.path)
-    return {
-        "out": str(out),
-        "validation_before": before.summary.model_dump(),
-        "validation_after": after.summary.model_dump(),
-        "row_visits": sum(one.row_visits for one in done),
-        "seconds": sum(one.seconds for one in done),
-        "flops": sum(one.flops for one in done),
-    }
-
-
-def finetuned(found: dict[str, Any]) -> str:
-    """Return the sentence that `finetune` prints."""
-    before, after = (found[key]["overall"] for key in ("validation_before", "validation_after"))
-    return (
-        f"validation exact match {100 * before['accuracy']:.1f} % -> {100 * after['accuracy']:.1f} % of {after['n']} rows, "
-        f"{found['row_visits']:,} row visits in {found['seconds']:.0f} s: {found['out']}"
-    )
-
-
-def _processor(loaded: checkpoint.Loaded, model: str) -> None:
-    if loaded.processor is None:
-        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
-
-
 def evaluate(
     model: str,
     source: Path,
@@ -271,8 +189,7 @@ def evaluate(
     rows = data.sample(splits.need(split, source), count, seed)
     found, prints = [], {}
     for name in [model] + ([against] if against else []):
-        loaded = checkpoint.load(name, trust_remote_code=trust_remote_code)
-        _processor(loaded, name)
+        loaded = checkpoint.load_to_answer(name, trust_remote_code=trust_remote_code)
         prints[name] = weights_fingerprint(loaded.model)
         found.append(
             evaluation.evaluate(
@@ -369,9 +286,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure one model, or two in turns, on rows of the data (or fresh AdReview creatives)."""
     stated = None if watts is None else joules.Declared(watts)
-    sides = [checkpoint.load(name, trust_remote_code=trust_remote_code) for name in (model, against) if name]
-    for side, name in zip(sides, (model, against), strict=False):
-        _processor(side, str(name))
+    names = [name for name in (model, against) if name]
+    sides = [checkpoint.load_to_answer(name, trust_remote_code=trust_remote_code) for name in names]
     rows = _bench_rows(source)
     found: dict[str, Any] = {"environment": measure.environment().model_dump(), "rows": len(rows)}
     found["models"] = [model_record(side, None, rows).model_dump() for side in sides]

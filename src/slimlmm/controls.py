@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Stage, Training, read
 from slimlmm.results import Results
 from slimlmm.runfolder import RunFolder
-from slimlmm.teacher import TeacherCache
+from slimlmm.saving import SAVE_EVERY, Saving
+from slimlmm.teacher import TeacherCache, weights_fingerprint
 
 Untrained = Literal["scratch", "random-init"]
 DESCRIPTIONS = {
@@ -82,16 +84,7 @@ def untrained(
     config = AutoConfig.from_pretrained(run / "final")
     student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(_device())
     visits = found.totals.row_visits if found.totals else 0
-    training = Training(
-        steps=max(1, round(visits / rows_a_step(rows, 16, last.questions_per_picture))),
-        pictures_per_step=16,
-        questions_per_picture=last.questions_per_picture,
-        learning_rate=RATE,
-        freeze=(),
-        losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
-        temperature=last.temperature,
-        **({} if kind == "scratch" else last.model_dump(include={"teachers", "own_answers", "own_temperature"})),
-    )
+    training = _training(kind, last, visits / rows_a_step(rows, 16, last.questions_per_picture))
     asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
     teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)
     done = train(
@@ -104,9 +97,25 @@ def untrained(
         taught=taught,
         seed=settings.seed,
         progress=lambda facts: tell.step(f"{kind} training", facts["step"], facts["steps"], loss=facts["loss"]),
+        saving=Saving(SAVE_EVERY, f"{weights_fingerprint(student)}, {training.model_dump_json()}", tell.say),
     )
     answers = evaluate(student.eval(), processor, test)
+    shutil.rmtree(out / "training", ignore_errors=True)
     return Trained(answers, student.num_parameters(), done.row_visits, done.seconds)
+
+
+def _training(kind: Untrained, last: Training, steps: float) -> Training:
+    """Return the training from random weights beside that of the last shape."""
+    return Training(
+        steps=max(1, round(steps)),
+        pictures_per_step=16,
+        questions_per_picture=last.questions_per_picture,
+        learning_rate=RATE,
+        freeze=(),
+        losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
+        temperature=last.temperature,
+        **({} if kind == "scratch" else last.model_dump(include={"teachers", "own_answers", "own_temperature"})),
+    )
 
 
 def rows_a_step(rows: Sequence[data.Row], pictures: int, questions: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 from slimlmm.distill import TrainResult
 from slimlmm.errors import LossError, UserError
@@ -51,6 +52,13 @@ def enduring(
             say(f"out of memory with {at_once} pictures at once; it begins again with {at_once // 2}")
             settings = settings.model_copy(update={"accumulate": 2 * settings.accumulate})
         reset()
+
+
+def put_back(source: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give a model, in place, the weights of another of the same shape."""
+    with torch.no_grad():
+        for name, value in source.named_parameters():
+            model.get_parameter(name).copy_(value)
 
 
 def _memory(error: BaseException) -> bool:

@@ -56,9 +56,7 @@ def run(
     """
     tell = tell or Quiet()
     refuse_unwritable(out)
-    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=_device())
-    if loaded.processor is None:
-        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=_device())
     try:
         told = {"model": _lasting(model), "data": _lasting(source), "trust_remote_code": trust_remote_code}
         job, stages, facts, test = _prepared(loaded, source, RunFolder(out, cache), recipe, tell, told)

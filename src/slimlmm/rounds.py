@@ -20,7 +20,7 @@ from slimlmm.axes import Keep, noun_of
 from slimlmm.calibration import Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
-from slimlmm.enduring import enduring
+from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
@@ -167,7 +167,7 @@ def _recovered(
         number = len(parts.trained)
         settings = trainings[min(number, len(trainings) - 1)]
         span = Span(first=turn.fade, last=settings.steps) if parts.faded and not number else None
-        reset = lambda: _copy(journal.model(number, model.device)[0], model)  # noqa: E731
+        reset = lambda: put_back(journal.model(number, model.device)[0], model)  # noqa: E731
         done = _train(job, model, processor, settings, (place, number), journal.round, span, reset)
         parts.trained.append(done)
         journal.keep(number + 1, model, processor, parts)
@@ -180,12 +180,6 @@ def _recovered(
         make()
         score = _score(job, model, processor, f"{place.name} recovered further")
     return score
-
-
-def _copy(source: PreTrainedModel, model: PreTrainedModel) -> None:
-    with torch.no_grad():
-        for name, value in source.named_parameters():
-            model.get_parameter(name).copy_(value)
 
 
 def _train(
@@ -269,7 +263,7 @@ def _without(
         check_cut(student, keeps, gate, by[0].judge[0])
         settings = turn.train[0].model_copy(update={"validate_every": None})
         span = Span(first=0, last=turn.fade, callbacks=(Ramp(gate, turn.fade),))
-        trained = _train(job, student, processor, settings, (place, 0), folder, span, lambda: _copy(model, student))
+        trained = _train(job, student, processor, settings, (place, 0), folder, span, lambda: put_back(model, student))
     return cut_all(student, keeps), [trained]
 
 

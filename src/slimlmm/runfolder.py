@@ -92,8 +92,10 @@ def release(path: Path) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the folder within the block."""
+def held(path: Path, identity: dict[str, Any] | None = None) -> Iterator[None]:
+    """Hold the folder within the block; with an `identity`, `claim` it before."""
+    if identity is not None:
+        claim(path, identity)
     hold(path)
     try:
         yield

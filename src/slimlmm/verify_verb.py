@@ -1,4 +1,4 @@
-"""The verbs `verify`, `reproduce`, `convert`: a folder against its certificate, a run against itself, pickles into safetensors."""
+"""The verbs `verify`, `reproduce`, `convert`: a folder against its certificate, a run against itself, pickles made plain."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from slimlmm.checkdata.look import Look
 from slimlmm.checkdata.reading import Reading, read
 from slimlmm.checkdata.record import CheckData, Lengths, Model
 from slimlmm.data import MAX_PIXELS
-from slimlmm.errors import UserError
 from slimlmm.progress import Quiet, Reporter
 
 
@@ -72,9 +71,7 @@ def check(
 
 def _loaded(model: str, trust_remote_code: bool) -> checkpoint.Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=device)
-    if loaded.processor is None:
-        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=device)
     return loaded
 
 

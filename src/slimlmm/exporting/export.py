@@ -70,9 +70,7 @@ def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
     checkpoint.refuse_foreign(order.out.expanduser().absolute())
     if order.threads:
         torch.set_num_threads(order.threads)
-    loaded = checkpoint.load(model)
-    if loaded.processor is None:
-        raise UserError(f"{model}: has no processor that can be loaded. {loaded.note}")
+    loaded = checkpoint.load_to_answer(model)
     if order.target != TORCHAO:
         graphs.refuse(loaded.model, model, order.target)
     splits = data.load(source, seed=order.seed)

@@ -1,0 +1,156 @@
+"""Fine-tuning of a model on one's own rows: trainings in turn, each of which goes on where it was killed.
+
+.OUT.training/{run.json, before-validation.json, parts/, training/}    beside OUT, until OUT is written
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from slimlmm import checkpoint, data, leaving, measure
+from slimlmm import recipe as recipes
+from slimlmm.distill import TrainResult, train
+from slimlmm.enduring import enduring, put_back
+from slimlmm.errors import UserError
+from slimlmm.evaluate import Evaluation, evaluate
+from slimlmm.journal import Journal, Parts
+from slimlmm.progress import Reporter
+from slimlmm.recipe import Training
+from slimlmm.runfolder import RunFolder, held
+from slimlmm.saving import SAVE_EVERY, Saving
+from slimlmm.snapshot import evaluated
+from slimlmm.teacher import weights_fingerprint
+
+#: validation rows that are looked at before and after
+LOOKED_AT = 500
+
+
+def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> list[Training]:
+    """Return the trainings of a YAML list, or one that passes `epochs` times over the rows."""
+    if path is None:
+        pictures = len(data.by_picture(rows, 16))
+        steps = max(1, round(epochs * pictures / 16))
+        return [
+            Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
+        ]
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{path}: must be a list of trainings, each with steps, learning_rate ...")
+    return recipes.parse_trainings(raw, str(path))
+
+
+def finetune(
+    model: str,
+    source: Path,
+    out: Path,
+    *,
+    recipe: Path | None,
+    epochs: float,
+    seed: int,
+    tell: Reporter,
+    trust_remote_code: bool = False,
+    save_every: float = SAVE_EVERY,
+) -> dict[str, Any]:
+    """Fine-tune on the train rows and save; validation accuracy before and after. Killed, the same call goes on where it was.
+
+    Raises:
+        UserError: bad model, data or recipe, or a half-finished fine-tuning of another model, data set or recipe lies there.
+    """
+    checkpoint.refuse_foreign(out.expanduser().absolute())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=device)
+    splits = data.load(source, seed=seed)
+    for note in splits.notes:
+        tell.say(note)
+    rows = splits.need("train", source)
+    validation = data.sample(splits.need("validation", source), LOOKED_AT, seed)
+    phases = trainings(recipe, rows, epochs)
+    told = json.dumps([one.model_dump(mode="json") for one in phases])
+    hashes = weights_fingerprint(loaded.model), data.fingerprint([*rows, *validation])
+    identity = {"model": hashes[0], "data": hashes[1], "trainings": told, "seed": seed}
+    place = out.expanduser().absolute().with_name(f".{out.name}.training")
+    folder = RunFolder(place)
+    with held(place, identity):
+        before = evaluated(folder, loaded, validation, tell, "before-validation")
+        trained, processor, done = _trained(loaded, (rows, validation), phases, seed, folder, before, tell, save_every)
+        after = evaluate(trained, processor, validation)
+        checkpoint.save(trained, processor, out, source=loaded.path)
+    shutil.rmtree(place)
+    return {
+        "out": str(out),
+        "validation_before": before.summary.model_dump(),
+        "validation_after": after.summary.model_dump(),
+        "row_visits": sum(one.row_visits for one in done),
+        "seconds": sum(one.seconds for one in done),
+        "flops": sum(one.flops for one in done),
+        "seed": seed,
+        "model_fingerprint": hashes[0],
+        "rows_fingerprint": hashes[1],
+        "environment": measure.environment().model_dump(),
+    }
+
+
+def _trained(
+    loaded: checkpoint.Loaded,
+    rows: tuple[list[data.Row], list[data.Row]],
+    phases: Sequence[Training],
+    seed: int,
+    folder: RunFolder,
+    before: Evaluation,
+    tell: Reporter,
+    save_every: float,
+) -> tuple[Any, Any, list[TrainResult]]:
+    """Make the trainings that are not made yet; return model, processor and what each training took."""
+    journal = Journal(folder.path)
+    model, processor, (train_rows, validation) = loaded.model, loaded.processor, rows
+    parts = Parts(cut_score=before.summary.overall)
+    if (number := journal.last()) is None:
+        journal.keep(0, model, processor, parts)
+    else:
+        tell.say("fine-tuning goes on", trainings_done=number)
+        (model, processor), parts = journal.model(number, model.device), journal.taken_up(number)
+    for index in range(len(parts.trained), len(phases)):
+        what = f"fine-tuning {index + 1}/{len(phases)}"
+
+        def make(settings: Training, index: int = index, what: str = what) -> TrainResult:
+            return train(
+                model,
+                processor,
+                train_rows,
+                settings,
+                folder.path / "training",
+                validation=validation,
+                seed=seed,
+                progress=lambda facts: tell.step(what, facts["step"], facts["steps"], loss=facts["loss"]),
+                saving=Saving(save_every, f"{index}, seed {seed}, {settings.model_dump_json()}", tell.say),
+            )
+
+        def reset(index: int = index) -> None:
+            put_back(journal.model(index, model.device)[0], model)
+
+        def say(text: str, what: str = what) -> None:
+            tell.say(f"{what}: {text}")
+
+        parts.trained.append(enduring(make, phases[index], reset, say))
+        journal.keep(index + 1, model, processor, parts)
+        leaving.heed(f" after {what}, which is on disk")
+    return model, processor, parts.trained
+
+
+def finetuned(found: dict[str, Any]) -> str:
+    """Return the sentence that `finetune` prints."""
+    before, after = (found[key]["overall"] for key in ("validation_before", "validation_after"))
+    return (
+        f"validation exact match {100 * before['accuracy']:.1f} % -> {100 * after['accuracy']:.1f} % of {after['n']} rows, "
+        f"{found['row_visits']:,} row visits in {found['seconds']:.0f} s: {found['out']}"
+    )

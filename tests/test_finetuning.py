@@ -1,0 +1,94 @@
+"""Fine-tuning that was killed goes on where it was, to the same bytes, and never on what is another's."""
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slimlmm import finetuning, saving
+from slimlmm.errors import LossError, UserError
+from test_pipeline import Recorder
+from test_saving import Dies, same
+
+TRAININGS = [
+    {
+        "steps": 4,
+        "pictures_per_step": 4,
+        "learning_rate": 1e-3,
+        "losses": {"cross_entropy": 1.0},
+        "precision": "float32",
+    },
+    {
+        "steps": 3,
+        "pictures_per_step": 4,
+        "learning_rate": 1e-4,
+        "losses": {"cross_entropy": 1.0},
+        "precision": "float32",
+    },
+]
+
+
+def tuned(teacher, ads, out, recipe=TRAININGS, dies_after=None, tell=None, seed=0):
+    """Fine-tune; die behind so many steps, where that is said. Returns what it told and its weights."""
+    path = out.parent / "trainings.yaml"
+    out.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe))
+    plain, made = saving.Saver.on_step_end, []
+
+    def dying(self, args, state, control, **rest):
+        made.append(state.global_step)
+        if len(made) == dies_after:
+            raise Dies
+        plain(self, args, state, control, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.Saver, "on_step_end", dying)
+        found = finetuning.finetune(
+            str(teacher), ads, out, recipe=path, epochs=1, seed=seed, tell=tell or Recorder(), save_every=0.0
+        )
+    return found, load_file(out / "model.safetensors"), made
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, ads, tmp_path_factory):
+    return tuned(teacher, ads, tmp_path_factory.mktemp("tuned") / "whole")
+
+
+@pytest.mark.parametrize(
+    "dies", [(3,), (4, 2)], ids=["in the first training", "at the end of the first, in the second"]
+)
+def test_killed_and_taken_up_is_never_killed(dies, teacher, ads, whole, tmp_path):
+    out, steps = tmp_path / "out", []
+    for after in dies:
+        with pytest.raises(Dies):
+            tuned(teacher, ads, out, dies_after=after)
+        assert not out.exists()
+    told = Recorder()
+    found, weights, steps = tuned(teacher, ads, out, tell=told)
+    assert len(steps) < 7, "not from the start"
+    assert same(whole[1], weights)
+    assert any("fine-tuning goes on" in text for text in told.said)
+    for key in (
+        "validation_before",
+        "validation_after",
+        "row_visits",
+        "flops",
+        "rows_fingerprint",
+        "model_fingerprint",
+    ):
+        assert found[key] == whole[0][key]
+    assert not (tmp_path / ".out.training").exists()
+
+
+def test_what_another_left_half_finished_is_not_gone_on_with(teacher, ads, tmp_path):
+    with pytest.raises(Dies):
+        tuned(teacher, ads, tmp_path / "out", dies_after=2)
+    with pytest.raises(UserError, match=r"\.out\.training belongs to another run \(seed: was 0, now 1\)"):
+        tuned(teacher, ads, tmp_path / "out", seed=1)
+
+
+def test_a_loss_that_is_no_number_begins_again_lower_and_is_refused(teacher, ads, tmp_path):
+    told = Recorder()
+    with pytest.raises(LossError, match=r"Tried at 1e\+30 and down to 2.5e\+29"):
+        tuned(teacher, ads, tmp_path / "out", [TRAININGS[0] | {"learning_rate": 1e30, "log_every": 1}], tell=told)
+    assert sum("fine-tuning 1/1: " in text for text in told.said) == 2
+    assert not (tmp_path / "out").exists()
