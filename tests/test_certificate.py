@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from slimlmm import certificate, checkpoint, probes
 from slimlmm.certificate import NAME, certify, digests, verify
+from slimlmm.demo import bundled
 from slimlmm.errors import UserError
 from test_cli import call
 from tiny import tiny
@@ -273,6 +274,17 @@ def test_a_new_process_of_stock_classes_answers_as_the_model_in_memory(rows, tmp
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float16}
     monkeypatch.setattr(certificate, "afresh", probes.told)
     assert not failures(tmp_path / "half")
+
+
+@pytest.mark.new_process
+def test_a_new_process_that_hangs_is_ended_and_told(folder, monkeypatch):
+    monkeypatch.setattr(certificate, "PATIENCE", 0.01)
+    assert "loading: the new process did not answer within 0 s and was ended" in verify(folder).failures
+
+
+@pytest.mark.parametrize("name", ["teacher", "student/model"])
+def test_what_is_bundled_is_what_was_certified(name):
+    assert verify(bundled(name), count=1).failures == ()
 
 
 def test_what_runs_in_the_new_process_imports_nothing_of_slimlmm():

@@ -26,7 +26,7 @@ from slimlmm.evaluate import Record, evaluating
 from slimlmm.families import PROMPTS, stock_class
 from slimlmm.files import sha256
 from slimlmm.intake import PICKLES
-from slimlmm.measure import Environment, environment
+from slimlmm.measure import Environment, disk_bytes, environment
 from slimlmm.results import File
 from slimlmm.shards import first_of
 
@@ -42,6 +42,8 @@ TIE = 1e-3
 #: endings of files that run when they are loaded, or are weights of other runtimes
 CODE = (*PICKLES, ".py", ".pyc", ".so", ".dll", ".h5", ".msgpack", ".npy", ".npz", ".gguf")
 _ATTENTION = ("eager", "sdpa")
+#: seconds that the new process may take, and more of them for each GB of files: loading and answering take a few on any machine
+PATIENCE, PATIENCE_A_GB = 900.0, 120.0
 
 
 class Digest(Record):
@@ -190,9 +192,19 @@ def afresh(order: probes.Order) -> dict[str, Any]:
         answer = Path(scratch) / "answer.json"
         # -P: the modules beside that script must not stand in front of those of Python
         command = [sys.executable, "-P", str(Path(probes.__file__).resolve()), str(answer)]
-        done = subprocess.run(
-            command, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment
-        )
+        limit = PATIENCE + PATIENCE_A_GB * disk_bytes(order["folder"]) / 1e9
+        try:
+            done = subprocess.run(
+                command,
+                input=json.dumps(order),
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"the new process did not answer within {limit:.0f} s and was ended"}
         if done.returncode or not answer.exists():
             last = ([line for line in done.stderr.splitlines() if line.strip()] or ["without a word"])[-1]
             return {"error": f"the new process ended with {done.returncode}: {last}"}
