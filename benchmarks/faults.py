@@ -1,7 +1,6 @@
 """Kill a small whole run with SIGKILL at random moments, let it go on, and hold what it leaves against one that was not killed.
 
     python benchmarks/faults.py --kills 50 --out benchmarks/results/faults-DATE.json    # half an hour
-    python benchmarks/faults.py --page docs/reliability.md --out benchmarks/results/faults-DATE.json    # runs the tests
 
 The tiny LLaVA (DINOv2 + Llama) on a small AdReview: lossless cuts, a block, inner sizes with state matches and own answers,
 widths; states are written after every step. Each run is killed five times, after .15 to .45 of the time that a whole run
@@ -58,143 +57,6 @@ RECIPE: dict[str, Any] = {
         {"name": "width", "rounds": [{"sizes": {"text.width": 36}, "train": {"steps": 20, "validate_every": 5}}]},
     ],
 }
-#: fault, where, what is done, the test that holds it
-FAULTS = (
-    (
-        "SIGKILL between two steps",
-        "a training",
-        "goes on at the last state: the same weights and history",
-        "test_saving.py::test_killed_and_taken_up_is_never_killed",
-    ),
-    (
-        "SIGKILL again and again",
-        "a training",
-        "the same",
-        "test_saving.py::test_killed_again_and_again_and_without_a_state_it_is_the_same_too",
-    ),
-    (
-        "interrupted",
-        "between rounds",
-        "goes on at the last finished round",
-        "test_pipeline.py::test_an_interrupted_run_resumes_at_the_last_finished_round_to_the_same_weights",
-    ),
-    (
-        "interrupted",
-        "between two attempts at a promise",
-        "goes on with the second",
-        "test_rounds.py::test_a_run_stopped_between_attempts_resumes_to_the_same_weights",
-    ),
-    (
-        "interrupted",
-        "while units fade",
-        "begins that round anew",
-        "test_fading.py::test_a_round_fades_cuts_and_goes_on_and_an_interrupted_one_begins_anew",
-    ),
-    (
-        "killed",
-        "a study, inside an arm and between arms",
-        "runs nothing twice",
-        "test_study.py::test_a_study_killed_inside_an_arm_and_between_arms_runs_nothing_twice",
-    ),
-    (
-        "SIGTERM, Ctrl-C",
-        "a training",
-        "writes its state after the step and leaves with 128 + the signal",
-        "test_saving.py::test_told_to_stop_it_writes_its_state_first",
-    ),
-    (
-        "SIGTERM, Ctrl-C, or a second one",
-        "anywhere else",
-        "leaves at once; what is finished is on disk",
-        "test_saving.py::test_outside_of_a_training_and_the_second_time_a_signal_stops_at_once",
-    ),
-    (
-        "file cut short, bit flipped, file missing, record unreadable, not written to its end",
-        "state of a training",
-        "told, removed, the training begins anew",
-        "test_saving.py::test_a_torn_state_is_told_and_removed",
-    ),
-    (
-        "state of another training",
-        "the same folder",
-        "not taken up",
-        "test_saving.py::test_the_state_of_another_training_is_not_taken_up",
-    ),
-    (
-        "disk full",
-        "state of a training: weights, optimizer, record",
-        "refused with the megabytes that are free; the state before stays",
-        "test_saving.py::test_a_full_disk_is_told_with_its_numbers_and_the_state_before_stays",
-    ),
-    ("disk full, any failure", "writing a checkpoint", "refused; the folder before stays", "test_checkpoint.py"),
-    (
-        "bit flipped",
-        "model of a finished round",
-        "told, that round is made again: the same weights",
-        "test_faults.py::test_a_finished_round_whose_model_is_broken_is_made_again_to_the_same_weights",
-    ),
-    (
-        "bit flipped",
-        "part of a round",
-        "made again: the same weights",
-        "test_faults.py::test_a_broken_part_of_a_round_is_made_again_to_the_same_weights",
-    ),
-    (
-        "bit flipped, file cut short",
-        "shard of the teacher's cache",
-        "told, removed, the teacher is asked again",
-        "test_faults.py::test_a_broken_shard_of_the_teachers_cache_is_told_and_asked_again",
-    ),
-    (
-        "a second process",
-        "the same run folder",
-        "refused with pid, host and since when",
-        "test_faults.py::test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_gone",
-    ),
-    (
-        "loss NaN or infinite",
-        "a training",
-        "told; begins again at half the rate, twice; then refused",
-        "test_faults.py::test_a_loss_that_is_no_number_is_told_tried_lower_and_refused",
-    ),
-    (
-        "out of memory (CUDA, CPU)",
-        "a training",
-        "told; begins again with half of the pictures at once, down to one; then refused",
-        "test_enduring.py::test_out_of_memory_takes_half_of_the_pictures_at_once_down_to_one",
-    ),
-    ("another model, data set or recipe", "an existing run folder", "refused with both hashes", "test_pipeline.py"),
-    (
-        "labels, pictures or cache that do not belong together",
-        "start of a run",
-        "refused: the teacher against itself does not start at 0",
-        "test_faults.py::test_a_teacher_that_is_not_its_own_student_is_refused",
-    ),
-    ("labels a token off, another teacher's states", "check-data", "error: misaligned", "test_checkdata_model.py"),
-    (
-        "broken, huge, animated, two-faced pictures, leaks, paths out of the folder, 30 other kinds",
-        "check-data",
-        "each by name with rows ([check-data.md](check-data.md))",
-        "test_checkdata.py",
-    ),
-    ("broken rows", "reading data", "counted, named, skipped up to a share, else refused", "test_data.py"),
-    (
-        "a wrong weight, key, parameter count, pickle, code, changed or added file",
-        "`final/`",
-        "no certificate, no `final/`; `verify` names it ([verify.md](verify.md))",
-        "test_certificate.py",
-    ),
-    ("pickles that are more than weights", "convert", "refused; nothing is run", "test_converting.py"),
-    ("missing, truncated, contradicting files", "a model folder", "refused with what to do", "test_intake.py"),
-)
-REST = (
-    "**On a CPU** the same seed gives the same bytes on the same machine and versions, interrupted or not. On a GPU this has not",
-    "been tried; sums of atomics (index_add, scatter in backward passes), the choice of kernels and fused attention may differ.",
-    "",
-    "**Not covered yet**: fuzzing of data files, output that turns read-only, disk need estimated before the start, a budget for",
-    "models of old rounds, `slimlmm reproduce`. There is no data-loader worker to die; intervals go by a monotonic clock.",
-    "",
-)
 
 
 def main() -> None:
@@ -202,13 +64,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--page", type=Path, help="run the tests of every other fault, and write the table with the kills of --out"
-    )
     arguments = parser.parse_args()
-    if arguments.page:
-        arguments.page.write_text(page(json.loads(arguments.out.read_text())), encoding="utf-8")
-        return
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -226,35 +82,6 @@ def main() -> None:
             shutil.rmtree(root / f"run-{len(runs) - 1}")
             print(json.dumps(runs[-1]), flush=True)
             write(arguments, whole, runs)
-
-
-def page(record: dict[str, Any]) -> str:
-    """Return the table of faults; the tests are run now, and one that fails ends it."""
-    tests = list(dict.fromkeys(test for _, _, _, test in FAULTS))
-    command = [sys.executable, "-m", "pytest", "-q", "--thorough", *(f"tests/{test}" for test in tests)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stdout[-3000:])
-    at = ", ".join(f"{name} {count}" for name, count in sorted(record["killed_at"].items(), key=lambda one: -one[1]))
-    kills = (
-        f"{record['kills']} times SIGKILL at random moments in {record['runs']} runs (last thing told before: {at}); "
-        f"{record['equal']} of {record['runs']} runs ended byte for byte like the one that was not killed"
-    )
-    when = record["environment"]["created"][:10]
-    lines = [
-        "# What happens when something goes wrong",
-        "",
-        "Generated by `benchmarks/faults.py --page`, which runs the tests.",
-        "",
-        f"**Killed**: {kills} (`make faults`, {when}).",
-        "",
-        "| fault | where | what slimlmm does | test |",
-        "|---|---|---|---|",
-        *(f"| {what} | {where} | {does} | `{test}` |" for what, where, does, test in FAULTS),
-        "",
-        *REST,
-    ]
-    return "\n".join(lines)
 
 
 def start(root: Path, out: Path) -> subprocess.Popen[str]:

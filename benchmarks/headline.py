@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slimlmm import adreview, checkpoint, controls, measure, pipeline, report
+from slimlmm import adreview, controls, measure, pipeline, report
 from slimlmm.demo import BUNDLE, bundled
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, paired_bootstrap

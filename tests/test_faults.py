@@ -1,5 +1,7 @@
 """Faults of a whole run: other processes, broken files, losses that are no numbers, labels that are not the answers."""
 
+import errno
+import io
 import math
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from slimlmm import checkpoint, job, pipeline, recipe, runfolder
@@ -15,6 +18,7 @@ from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.errors import LossError, UserError
 from slimlmm.teacher import TeacherCache
+from test_cli import call
 from test_pipeline import Recorder
 from tiny import tiny
 
@@ -133,3 +137,29 @@ def test_a_teacher_that_is_not_its_own_student_is_refused(loss, teacher, ads, tm
     with pytest.raises(UserError, match=r"distilling the teacher from itself starts at .* not at 0 \(at most 0.001\)"):
         pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(RAW, "test"))
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_an_output_that_turns_read_only_is_told_and_the_run_goes_on_from_there(
+    teacher, ads, finished, tmp_path, monkeypatch, capsys
+):
+    out, recipe_path, plain, broken = tmp_path / "run", tmp_path / "recipe.yaml", io.open, []
+    recipe_path.write_text(yaml.safe_dump(RAW))
+    words = ("compress", teacher, "--data", ads, "--recipe", recipe_path, "--out", out)
+
+    def refusing(path, mode="r", *rest, **more):
+        if str(path).startswith(str(out)) and mode[0] in "wax" and "02-inner" in str(path):
+            broken.append(path)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return plain(path, mode, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", refusing)
+        code, _, err = call(patch, capsys, *words)
+    assert broken
+    assert code == 2
+    assert "02-inner.1" in err
+    assert "Read-only file system" in err
+    assert "the same command again goes on from there" in err
+    assert call(monkeypatch, capsys, *words)[0] == 0
+    wanted, found = finished[1], load_file(out / "final" / "model.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())

@@ -1,9 +1,11 @@
 """A training that was killed and taken up again is the one that never was: every bit of its weights, its history."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
+import time
 import types
 
 import pytest
@@ -123,6 +125,16 @@ def test_killed_again_and_again_and_without_a_state_it_is_the_same_too(teacher, 
     assert same(wanted, weights)
     assert found.history == untouched.history
     assert len(list((tmp_path / "killed" / "training").glob("checkpoint-*"))) == 1
+
+
+def test_the_wall_clock_may_jump(teacher, rows, whole, tmp_path, monkeypatch):
+    plain, jumps = time.time, itertools.cycle([0, 4e8, -4e8, 3600, -3600])
+    monkeypatch.setattr(time, "time", lambda: plain() + next(jumps))
+    with pytest.raises(Dies):
+        trained(teacher, rows, tmp_path, told(), dies_at=4)
+    weights, found = trained(teacher, rows, tmp_path, told())
+    assert same(whole, weights)
+    assert 0 < found.seconds < 600
 
 
 def _cut_short(folder):
