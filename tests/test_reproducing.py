@@ -65,6 +65,7 @@ def test_another_model_or_data_set_is_refused_by_its_hash(finished, teacher, ads
         (lambda run: (run / "run.json").write_text("[]"), "has no data, model, recipe"),
         (lambda run: shutil.rmtree(run / "final"), "is not finished"),
         (lambda run: change(run / "run.json", lambda told: told.pop("given")), "give them with --model and --data"),
+        (lambda run: change(run / "run.json", trusting), "ran code that came with its model; --trust-remote-code"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused_with_what_to_do(spoil, message, pair, tmp_path):
@@ -77,6 +78,10 @@ def test_what_cannot_be_reproduced_is_refused_with_what_to_do(spoil, message, pa
 def test_the_run_itself_is_no_place_for_its_reproduction(finished):
     with pytest.raises(UserError, match="is the run itself"):
         reproduce(finished, finished)
+
+
+def trusting(told):
+    told["given"]["trust_remote_code"] = True
 
 
 def change(path, how):

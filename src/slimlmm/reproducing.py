@@ -78,12 +78,19 @@ def on_a_gpu() -> bool:
 
 
 def reproduce(
-    run: Path, out: Path, *, model: str | None = None, source: Path | None = None, tell: Reporter | None = None
+    run: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    source: Path | None = None,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
 ) -> Reproduction:
     """Make a finished run again in `out`, from its own recipe, model and data (or where these lie now), and compare both.
 
     Raises:
-        UserError: the run is not finished or does not say what it began with, or model or data are others by their hashes.
+        UserError: the run is not finished or does not say what it began with, model or data are others by their hashes, or it
+            ran code of its model and that is not allowed here.
     """
     signed = _signed(run)
     first = Results.load(run / "results.json")
@@ -93,15 +100,15 @@ def reproduce(
     model, source = model or given.get("model"), source or (Path(given["data"]) if "data" in given else None)
     if model is None or source is None:
         raise UserError(f"{run}/run.json does not say where model and data lie; give them with --model and --data.")
+    if given.get("trust_remote_code") and not trust_remote_code:
+        raise UserError(f"{run} ran code that came with its model; --trust-remote-code lets that code run again.")
     if out.resolve() == run.resolve():
         raise UserError(f"--out {out} is the run itself; choose another folder.")
     settings = recipe.parse(yaml.safe_load(signed["recipe"]), f"{run}/run.json")
     torch.set_num_threads(max(1, min(first.environment.threads, os.cpu_count() or 1)))
     try:
         claim(out, {key: signed[key] for key in ("model", "data", "recipe")}, given | {"reproduces": str(run)})
-        again = pipeline.run(
-            model, source, out, settings, trust_remote_code=given.get("trust_remote_code", False), tell=tell
-        )
+        again = pipeline.run(model, source, out, settings, trust_remote_code=trust_remote_code, tell=tell)
     except OtherRunError as error:
         raise UserError(
             f"{run} began with something else ({error.told}). Give --model and --data as they were then."

@@ -71,6 +71,9 @@ def reproduce(
     data: Annotated[Path | None, typer.Option("--data", help="Where the rows lie now, if not where they did.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json_out: Json = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the hub, as that run did. Off: refused.")
+    ] = False,
 ) -> None:
     """Make a finished run again from its own folder and compare: files to the byte, answers, results, machine.
 
@@ -80,7 +83,9 @@ def reproduce(
     from slimlmm.progress import reporter
 
     with heeding(), reporter(quiet) as tell:
-        found = reproducing.reproduce(run, out, model=model, source=data, tell=tell)
+        found = reproducing.reproduce(
+            run, out, model=model, source=data, trust_remote_code=trust_remote_code, tell=tell
+        )
     if json_out:
         print(found.model_dump_json(indent=1))
     else:
