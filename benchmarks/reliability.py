@@ -11,9 +11,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+#: seconds after which an input counts as a hang
+SLOWEST = 10
 #: fault, where, what is done, the test that holds it
 FAULTS = (
     (
@@ -219,12 +222,13 @@ only.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
-    for name in ("faults", "more", "fuzz"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--faults", type=Path, required=True)
+    parser.add_argument("--more", type=Path, required=True)
+    parser.add_argument("--fuzz", type=Path, required=True, nargs="+")
     arguments = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in (arguments.faults, arguments.more, arguments.fuzz)]
+    faults, more, *fuzz = (json.loads(path.read_text()) for path in (arguments.faults, arguments.more, *arguments.fuzz))
     prove()
-    arguments.page.write_text(page(*records), encoding="utf-8")
+    arguments.page.write_text(page(faults, more, fuzz), encoding="utf-8")
 
 
 def prove() -> None:
@@ -236,7 +240,7 @@ def prove() -> None:
         raise SystemExit(done.stdout[-3000:])
 
 
-def page(faults: dict[str, Any], more: dict[str, Any], fuzz: dict[str, Any]) -> str:
+def page(faults: dict[str, Any], more: dict[str, Any], fuzz: Sequence[dict[str, Any]]) -> str:
     """Return the page as Markdown."""
     at = ", ".join(f"{name} {count}" for name, count in sorted(faults["killed_at"].items(), key=lambda one: -one[1]))
     kills = (
@@ -268,8 +272,20 @@ def _day(record: dict[str, Any]) -> str:
     return str(record["environment"]["created"][:10])
 
 
-def _fuzzed(fuzz: dict[str, Any]) -> list[str]:
-    return []
+def _fuzzed(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of parsers: one line of each, the engines beside each other."""
+    lines = [
+        f"**Fuzzed**: each input ended in a value or in a refusal with its reason, in less than {SLOWEST} s; what did not is "
+        f"a find ({', '.join(_day(one) for one in records)}).",
+        "",
+        "| parser | engine | inputs | accepted | refused | finds left | slowest |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        for one in record["parsers"]:
+            counts = " | ".join(f"{one[key]:,}" for key in ("inputs", "accepted", "refused", "found"))
+            lines.append(f"| {one['parser']} | {one['engine']} | {counts} | {one['slowest_s']:.2f} s |")
+    return [*lines, ""]
 
 
 def _table() -> list[str]:
