@@ -103,11 +103,16 @@ def load(
     return Loaded(model=model.eval(), processor=processor, path=folder, note=note, stored=stored)
 
 
+def usual_device() -> torch.device:
+    """Return the device that models run on unless otherwise said: the GPU where torch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_to_answer(
     model_id: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
 ) -> Loaded:
-    """Load as `load` does, in float32, and refuse a model whose processor cannot be built."""
-    loaded = load(model_id, device=device, trust_remote_code=trust_remote_code)
+    """Load as `load` does, in float32, to the usual device, and refuse a model whose processor cannot be built."""
+    loaded = load(model_id, device=device or usual_device(), trust_remote_code=trust_remote_code)
     if loaded.processor is None:
         raise UserError(f"{model_id}: has no processor that can be loaded. {loaded.note}")
     return loaded

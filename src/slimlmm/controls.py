@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from slimlmm import checkpoint, data
+from slimlmm.checkpoint import usual_device
 from slimlmm.collate import Collator
 from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
@@ -82,7 +83,7 @@ def untrained(
     processor = checkpoint.load(run / "final").processor
     # trained in full precision as the student was, whatever format its files are in
     config = AutoConfig.from_pretrained(run / "final")
-    student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(_device())
+    student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(usual_device())
     visits = found.totals.row_visits if found.totals else 0
     training = _training(kind, last, visits / rows_a_step(rows, 16, last.questions_per_picture))
     asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
@@ -142,7 +143,7 @@ def _rows(
     splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare)
     rows = splits.need("train", source)
     if bare:
-        loaded = checkpoint.load(model, device=_device())
+        loaded = checkpoint.load(model, device=usual_device())
         rows = labelled(loaded, rows, file_of(folder, loaded, rows), tell, every=used.answers == "teacher")
     test = splits.need("test", source)
     return data.sample(rows, used.train_rows, seed), data.sample(test, used.test_rows, seed)
@@ -156,10 +157,6 @@ def _teacher(run: Path, model: str | Path, settings: Recipe, rows: list[data.Row
         if not turn.drop:
             break
         where = run / "stages" / f"{number:02d}-{name}.{index}" / "model"
-    loaded = checkpoint.load(where, device=_device())
+    loaded = checkpoint.load(where, device=usual_device())
     collator = Collator(loaded.processor, packed=can_pack(loaded.model, loaded.processor, rows))
     return TeacherCache(loaded.model, collator, cache)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

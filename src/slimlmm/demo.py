@@ -42,7 +42,7 @@ def demo(out: Path, *, command: str, tell: Reporter) -> dict[str, Any]:
     found: dict[str, Any] = {"live": live.model_dump(mode="json"), "folder": str(out / "run")}
     headline = BUNDLE / "student" / "results.json"
     if headline.exists():
-        student = checkpoint.load(BUNDLE / "student" / "model")
+        student = checkpoint.load_to_answer(BUNDLE / "student" / "model")
         rows = data.load(folder).need("test", folder)
         tell.say("evaluating the bundled student")
         answers = evaluate(student.model, student.processor, rows)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from slimlmm import checkpoint, data, leaving, measure
@@ -67,8 +66,7 @@ def finetune(
         UserError: bad model, data or recipe, or a half-finished fine-tuning of another model, data set or recipe lies there.
     """
     checkpoint.refuse_foreign(out.expanduser().absolute())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=device)
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     splits = data.load(source, seed=seed)
     for note in splits.notes:
         tell.say(note)

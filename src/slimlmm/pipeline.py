@@ -56,7 +56,7 @@ def run(
     """
     tell = tell or Quiet()
     refuse_unwritable(out)
-    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=_device())
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     try:
         told = {"model": _lasting(model), "data": _lasting(source), "trust_remote_code": trust_remote_code}
         job, stages, facts, test = _prepared(loaded, source, RunFolder(out, cache), recipe, tell, told)
@@ -82,7 +82,7 @@ def _compressed(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage], te
     job.teacher_validation = evaluated(job.folder, loaded, job.validation, job.tell, "teacher-validation")
     records, kept = _rounds(job, loaded, stages)
     _hand_over(job, kept, loaded.stored)
-    return _finish(job, loaded, checkpoint.load(job.folder.final, device=_device()), records, test)
+    return _finish(job, loaded, checkpoint.load(job.folder.final, device=checkpoint.usual_device()), records, test)
 
 
 def _prepared(
@@ -143,10 +143,6 @@ def remote_code(model: Any) -> str | None:
     """Return the module of the model's own code where it came with the model, None for stock classes."""
     module = type(model).__module__
     return module if module.startswith("transformers_modules") else None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def schedule(

@@ -131,8 +131,7 @@ def _ground(
     model: str, start: _Start, settings: Recipe, folder: Path, trust_remote_code: bool, tell: Reporter
 ) -> choosing.Ground:
     """Load the model that trial cuts start from."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = checkpoint.load(model, trust_remote_code=trust_remote_code, device=device)
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     return choosing.ground_of(loaded, start.rows, settings, folder, tell)
 
 

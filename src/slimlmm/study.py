@@ -167,7 +167,7 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         UserError: bad model or data, or names that do not fit.
     """
     tell = tell or Quiet()
-    loaded = checkpoint.load_to_answer(study.model, trust_remote_code=trust_remote_code)
+    loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
     settings = study.base.data
     bare = settings.answers != "given"
     splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0], unlabelled=bare)

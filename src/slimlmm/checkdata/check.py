@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slimlmm import checkpoint
 from slimlmm.checkdata import answers, duplicates, pictures, seeing
 from slimlmm.checkdata.kinds import Pad
@@ -70,8 +68,7 @@ def check(
 
 
 def _loaded(model: str, trust_remote_code: bool) -> checkpoint.Loaded:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code, device=device)
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     return loaded
 
 

@@ -70,7 +70,7 @@ def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
     checkpoint.refuse_foreign(order.out.expanduser().absolute())
     if order.threads:
         torch.set_num_threads(order.threads)
-    loaded = checkpoint.load_to_answer(model)
+    loaded = checkpoint.load_to_answer(model, device="cpu")  # graphs are traced there
     if order.target != TORCHAO:
         graphs.refuse(loaded.model, model, order.target)
     splits = data.load(source, seed=order.seed)

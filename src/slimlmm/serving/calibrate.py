@@ -100,11 +100,11 @@ def judged(threshold: Escalation, answers: Answers) -> dict[str, Any]:
 
 def _answered(student: str, teacher: str, rows: Mapping[str, Sequence[Row]], tell: Reporter) -> dict[str, Answers]:
     """Return both models' answers to each split; one model is in memory at a time."""
-    loaded = checkpoint.load(student)
+    loaded = checkpoint.load_to_answer(student)
     mine = {}
     for name, part in rows.items():
         mine[name] = graded(Answerer(loaded.model, loaded.processor), part, tell, f"student, {name}")
-    loaded = checkpoint.load(teacher)
+    loaded = checkpoint.load_to_answer(teacher)
     answers = {}
     for name, part in rows.items():
         theirs = evaluate(loaded.model, loaded.processor, part, progress=partial(tell.step, f"teacher, {name}"))
