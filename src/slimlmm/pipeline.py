@@ -99,8 +99,14 @@ def _prepared(
     `where`: that folder, and the cache that it shares with other runs, if any.
     """
     out, cache = where
-    wanted = recipe.data.answers
-    splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed, unlabelled=wanted != "given")
+    wanted, share = recipe.data.answers, recipe.data.max_bad_share
+    splits = data.load(
+        source,
+        max_bad_share=share,
+        seed=recipe.seed,
+        unlabelled=wanted != "given",
+        allowed=recipe.data.pictures,
+    )
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
     facts = results.Dataset(
         name=str(source),

@@ -172,7 +172,13 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         raise UserError(f"{study.model}: has no processor that can be loaded. {loaded.note}")
     settings = study.base.data
     bare = settings.answers != "given"
-    splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0], unlabelled=bare)
+    splits = data.load(
+        study.data,
+        max_bad_share=settings.max_bad_share,
+        seed=study.seeds[0],
+        unlabelled=bare,
+        allowed=settings.pictures,
+    )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
     planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
     train = rows["train"]
