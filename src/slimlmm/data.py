@@ -7,7 +7,10 @@ transformers and TRL documentation, with one picture, one user turn and one assi
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +166,8 @@ def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
+    if READERS.get(table.suffix) == "json" and table.is_file():
+        _refuse_null(table)
     try:
         if table.is_dir():
             data = datasets.load_from_disk(str(table))
@@ -177,8 +182,39 @@ def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
-    for record in data:
-        yield {**record, "_folder": table.parent, "_root": root}
+    number = 1
+    try:
+        for record in data:
+            yield {**record, "_folder": table.parent, "_root": root}
+            number += 1
+    except UnicodeDecodeError as error:  # what a reader of JSON lets pass
+        raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
+
+
+#: a `null` that stands where no value of a list or an object does, unless a text holds it
+_LONE_NULL = re.compile(rb"(?:^|[^:,\[\s])\s*null")
+_VALUE = re.compile(r"\S")
+
+
+def _refuse_null(table: Path) -> None:
+    """Raise a UserError where `null` stands in place of a row: the process would end there, in Arrow's reader of JSON."""
+    with table.open("rb") as file:
+        if not any(b"null" in line and _LONE_NULL.search(line) for line in file):
+            return
+    text, place = table.read_text(encoding="utf-8-sig", errors="replace"), 0
+    decoder = json.JSONDecoder(parse_int=float, strict=False)
+    try:
+        for number in itertools.count(1):
+            found = _VALUE.search(text, place)
+            if found is None:
+                return
+            row, place = decoder.raw_decode(text, found.start())
+            if row is None:
+                raise UserError(f"{table}: row {number} is null, not an object. Take it out.")
+    except json.JSONDecodeError:
+        return  # which the reader tells
+    except RecursionError as error:
+        raise UserError(f"{table}: lists or objects are nested too deep to be rows.") from error
 
 
 def check(
@@ -256,6 +292,8 @@ def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False, a
     if record.get("messages"):
         question, answer = _turns(record["messages"], unlabelled)
         images = record.get("images") or [record.get("image")]
+        if not isinstance(images, list):
+            raise ValueError("images are no list")
         if len(images) != 1:
             raise ValueError(f"{len(images)} pictures in one row (one is supported)")
         image = images[0]
@@ -288,19 +326,24 @@ def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings) 
     return path
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], unlabelled: bool) -> tuple[str, str]:
+def _turns(messages: object, unlabelled: bool) -> tuple[str, str]:
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError("messages are no list of turns")
     roles = [message.get("role") for message in messages]
     if unlabelled and roles == ["user"]:
-        return _text(messages[0]["content"]), ""
+        return _text(messages[0].get("content")), ""
     if roles != ["user", "assistant"]:
-        raise ValueError(f"messages must be one user and one assistant turn, not {roles}")
-    return _text(messages[0]["content"]), _text(messages[1]["content"])
+        raise ValueError(f"messages must be one user and one assistant turn, not {str(roles)[:100]}")
+    return _text(messages[0].get("content")), _text(messages[1].get("content"))
 
 
-def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+def _text(content: object) -> str:
     if isinstance(content, str):
         return content.replace("<image>", "")
-    return "\n".join(part["text"] for part in content if part.get("type") == "text" and part.get("text"))
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise ValueError("the content of a turn is neither text nor a list of parts")
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
 def rows_per_picture(rows: Sequence[Row]) -> int:

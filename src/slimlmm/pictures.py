@@ -126,7 +126,7 @@ def file_bytes(path: Path, allowed: PictureSettings) -> bytes:
         with path.open("rb") as file:
             raw = file.read(allowed.max_bytes + 1) if status.st_size <= allowed.max_bytes else b""
     except OSError as error:
-        dangling = path.is_symlink() and not path.exists()
+        dangling = os.path.islink(path) and not os.path.exists(path)
         raise PictureError("missing picture", "a link to nothing" if dangling else str(error.strerror)) from error
     except PictureError:
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from slimlmm.enduring import enduring
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
-from slimlmm.files import digests, write_json, write_text
+from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
 from slimlmm.journal import Journal, Parts, is_whole
@@ -136,7 +137,7 @@ def _taken(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         job.tell.say(str(place), **turn.sizes)
         return _round(job, model, processor, turn, place, folder)
     loaded = checkpoint.load(folder / "model", device=model.device)
-    record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
+    record = read_json(TypeAdapter(results.Round), folder / "metrics.json")
     job.tell.say(f"{place} was done", parameters=record.parameters)
     return Done(loaded.model, loaded.processor, record)
 

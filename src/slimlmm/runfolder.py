@@ -21,20 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from slimlmm.errors import UserError
-from slimlmm.files import write_json, write_text
+from slimlmm.files import read_json, write_json, write_text
+
+#: what ``run.json`` holds
+IDENTITY = TypeAdapter(dict[str, Any])
 
 
 def claim(path: Path, identity: dict[str, Any]) -> None:
     """Create the folder and sign it with ``run.json``, or find that it has that signature.
 
     Raises:
-        UserError: the folder holds something else, or a run of another model, data set or recipe (each named).
+        UserError: the folder holds something else, or a run of another model, data set or recipe (each named), or ``run.json``
+            is damaged.
     """
     record = path / "run.json"
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(IDENTITY, record)
         changed = [key for key, value in identity.items() if before.get(key) != value]
         if changed:
             told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
@@ -94,7 +99,7 @@ def _owner(place: Path) -> str:
     try:
         told = json.loads((place / OWNER).read_text(encoding="utf-8"))
         return f"process {told['pid']} on {told['host']} (since {told['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
 
 

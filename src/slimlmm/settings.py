@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from slimlmm.errors import UserError, nearest
 
 T = TypeVar("T")
+#: values that a file of settings may hold
+MOST_PLACES = 100_000
 
 
 class Settings(BaseModel):
@@ -24,11 +26,27 @@ class Settings(BaseModel):
 def read_yaml(path: Path, what: str) -> Any:
     """Return what a YAML file holds (safe loading), {} where it is empty; a UserError calls it a `what`."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if _places(found, {}) > MOST_PLACES:
+            raise ValueError(f"its aliases stand for more than {MOST_PLACES:,} values")
+        json.dumps(found, default=str, skipkeys=True, ensure_ascii=False).encode()  # refuses half characters
+        return found
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # ValueError: no UTF-8, a date that there is not, a number of thousands of digits, half a character, a list in itself
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _places(value: Any, known: dict[int, int]) -> int:
+    """Return how many values a value holds, those behind aliases as often as they are named."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_PLACES + 1  # where it is met within itself, it has no end
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_places(one, known) for one in inner)
+    return known[id(value)]
 
 
 def valid(adapter: TypeAdapter[T], raw: Any, source: str, kind: Callable[[tuple[Any, ...]], type[Settings]]) -> T:

@@ -232,7 +232,8 @@ def _name_problems(raw: Mapping[str, Any]) -> list[str]:
             lines.append(f"arms.{name}.like: no arm {like!r}. {nearest(str(like), known)}")
         elif like in arms and arms[like].get("kind", "compress") != "compress":
             lines.append(f"arms.{name}.like: {like!r} is no compress arm, so it has no shape of its own.")
-    for number, group in enumerate(raw.get("groups") or []):
+    groups = raw.get("groups")
+    for number, group in enumerate(groups if isinstance(groups, list) else []):
         if not isinstance(group, Mapping) or sweeps:
             continue
         lines += _group_problems(f"groups.{number}", group, known)
