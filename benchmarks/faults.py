@@ -179,6 +179,13 @@ FAULTS = (
     ),
     ("broken rows", "reading data", "counted, named, skipped up to a share, else refused", "test_data.py"),
     (
+        "pictures outside of the folder, bombs, SVG, PDF, EPS, two-faced files, what makes a decoder stumble",
+        "reading data",
+        "broken rows; nothing of them is decoded beyond the limits",
+        "test_picture_files.py",
+    ),
+    ("spoilt bytes and trees", "every file and request that is read", "a value or a refusal, in time", "test_fuzz.py"),
+    (
         "a wrong weight, key, parameter count, pickle, code, changed or added file",
         "`final/`",
         "no certificate, no `final/`; `verify` names it ([verify.md](verify.md))",
@@ -191,7 +198,7 @@ REST = (
     "**On a CPU** the same seed gives the same bytes on the same machine and versions, interrupted or not. On a GPU this has not",
     "been tried; sums of atomics (index_add, scatter in backward passes), the choice of kernels and fused attention may differ.",
     "",
-    "**Not covered yet**: fuzzing of data files, output that turns read-only, disk need estimated before the start, a budget for",
+    "**Not covered yet**: output that turns read-only, disk need estimated before the start, a budget for",
     "models of old rounds, `slimlmm reproduce`. There is no data-loader worker to die; intervals go by a monotonic clock.",
     "",
 )
