@@ -15,11 +15,12 @@ from rich.console import Console
 from slimlmm import data
 from slimlmm.checkdata import check, duplicates, near, pictures
 from slimlmm.checkdata.kinds import KINDS, Pad
-from slimlmm.checkdata.look import MAX_PIXELS, Look, look
+from slimlmm.checkdata.look import Look, look
 from slimlmm.checkdata.reading import read
 from slimlmm.checkdata.record import CheckData
 from slimlmm.checkdata.view import view
 from slimlmm.errors import UserError
+from slimlmm.pictures import MAX_PIXELS
 from slimlmm.progress import Quiet
 from spoiling import (
     NOISE,

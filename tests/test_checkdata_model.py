@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from slimlmm import checkpoint
 from slimlmm.checkdata import alignment, answers, pictures, seeing
 from slimlmm.checkdata.kinds import Pad
-from slimlmm.checkdata.look import MAX_PIXELS
 from slimlmm.checkdata.reading import read
 from slimlmm.collate import Collator
 from slimlmm.evaluate import encode
+from slimlmm.pictures import MAX_PIXELS
 from slimlmm.progress import Quiet
 from slimlmm.teacher import TeacherCache
 from spoiling import added

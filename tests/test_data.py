@@ -72,13 +72,6 @@ def test_bad_rows_are_counted_named_and_refused_beyond_the_share(tmp_path, recor
     assert any("skipped 1 of 10" in note for note in splits.notes)
 
 
-def test_picture_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", 50)
-    folder_of(tmp_path, [GOOD])
-    with pytest.raises(UserError, match=r"cannot be decoded|larger than"):
-        data.load(tmp_path)
-
-
 def test_missing_validation_is_split_off_aloud_by_whole_pictures(tmp_path):
     folder_of(tmp_path, [GOOD, {**GOOD, "image": "b.png"}] * 4)
     splits = data.load(tmp_path)

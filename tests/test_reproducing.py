@@ -62,7 +62,7 @@ def test_another_model_or_data_set_is_refused_by_its_hash(finished, teacher, ads
     ("spoil", "message"),
     [
         (lambda run: (run / "run.json").unlink(), "is no run of slimlmm compress"),
-        (lambda run: (run / "run.json").write_text("[]"), "has no data, model, recipe"),
+        (lambda run: (run / "run.json").write_text("[]"), "run.json is not what was written there"),
         (lambda run: shutil.rmtree(run / "final"), "is not finished"),
         (lambda run: change(run / "run.json", lambda told: told.pop("given")), "give them with --model and --data"),
         (lambda run: change(run / "run.json", trusting), "ran code that came with its model; --trust-remote-code"),

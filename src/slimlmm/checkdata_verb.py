@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from slimlmm import picture_options
+
 EXAMPLE = "Example: `slimlmm check-data DATA --model MODEL`"
 Source = Annotated[
     Path, typer.Argument(metavar="DATA", help="Folder or file of rows: image, question, answer[, task].")
@@ -26,7 +28,9 @@ Rows = Annotated[int, typer.Option(min=1, help="Rows that are run through the mo
 def check_data(
     source: Source,
     model: Model = None,
-    max_pixels: MaxPixels = 50_000_000,
+    max_pixels: MaxPixels = picture_options.USUAL_PIXELS,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     near: Near = 2,
     max_answer: MaxAnswer = 128,
     rows: Rows = 16,
@@ -42,7 +46,8 @@ def check_data(
     from slimlmm.checkdata.view import view
     from slimlmm.progress import reporter
 
-    limits = Limits(max_pixels=max_pixels, near=near, max_answer=max_answer, rows=rows, seed=seed)
+    allowed = picture_options.allowed(pictures_from, max_picture_pixels)
+    limits = Limits(max_pixels=max_pixels, near=near, max_answer=max_answer, rows=rows, seed=seed, allowed=allowed)
     with reporter(quiet) as tell:
         found = check(source, model, limits, trust_remote_code=trust_remote_code, tell=tell)
     if json_out:

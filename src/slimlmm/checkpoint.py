@@ -162,8 +162,12 @@ def load_processor(model_id: str | Path, config: Any, *, trust_remote_code: bool
         raise UserError(f"{model_id}: has no processor that can be loaded. {note}")
     try:
         generation = GenerationConfig.from_pretrained(where, local_files_only=only)
-    except OSError:  # none beside the weights: what the stock class does without
-        generation = GenerationConfig.from_model_config(config)
+    except OSError as error:
+        if local is not None and (local / GENERATION).is_file():
+            raise UserError(f"{model_id}: its {GENERATION} cannot be read. {_first_line(error)}") from error
+        generation = GenerationConfig.from_model_config(config)  # what the stock class does without
+    except Exception as error:  # as for configurations
+        raise UserError(f"{model_id}: its {GENERATION} cannot be understood. {_first_line(error)}") from error
     return processor, generation
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint, data, plan, rounds, surgery, sweeps, vocab
@@ -22,7 +23,7 @@ from slimlmm.collate import Collator, texts_of
 from slimlmm.costs import Answer
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
-from slimlmm.files import write_json
+from slimlmm.files import read_json, write_json
 from slimlmm.grid import Grid
 from slimlmm.job import Handed, Job, Place, job_of
 from slimlmm.pricing import fitted, table, within_measured
@@ -75,6 +76,12 @@ class Choice:
         tried = [asdict(one) for one in self.tried]
         told = {"by": self.by, "sizes": self.sizes, "predicted": self.predicted, "line_error": self.line_error}
         return told | {"curves": found, "candidates": tried}
+
+
+class Chosen(BaseModel):
+    """What is read back of that."""
+
+    sizes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,5 +230,4 @@ def sizes_for_run(
             choice = chosen(space, budget, recipe.sizes_by, lambda: ground_of(loaded, rows, recipe, place, tell))
             write_json(record, choice.record())
             shutil.rmtree(place)
-        sizes: Sizes = json.loads(record.read_text(encoding="utf-8"))["sizes"]
-    return sizes
+        return read_json(TypeAdapter(Chosen), record).sizes

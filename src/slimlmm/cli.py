@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from slimlmm import checkdata_verb, energy_verb, export_verb, verify_verb
+from slimlmm import checkdata_verb, energy_verb, export_verb, picture_options, verify_verb
 from slimlmm.errors import UserError
 from slimlmm.leaving import LeftError, heeding
 from slimlmm.monitoring import verb as monitor_verb
@@ -140,6 +140,8 @@ def cut(
         str, typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data.")
     ] = "magnitude",
     data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor, activation and ablation.")] = None,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of weights to write; by magnitude or random no more is held in memory.")
     ] = "50GB",
@@ -157,6 +159,7 @@ def cut(
         sizes,
         criterion=criterion,
         source=data,
+        allowed=picture_options.allowed(pictures_from, max_picture_pixels),
         seed=seed,
         max_shard_size=max_shard_size,
         tensor_parallel=tensor_parallel,
@@ -174,6 +177,8 @@ def finetune(
         Path | None, typer.Option("--recipe", help="YAML list of trainings (see docs/recipes.md).")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the train rows, when there is no recipe.")] = 3.0,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     seed: Seed = 0,
     save_minutes: Minutes = 5.0,
     quiet: Quiet = False,
@@ -195,6 +200,7 @@ def finetune(
             trust_remote_code=trust_remote_code,
             tell=tell,
             save_every=60 * save_minutes,
+            allowed=picture_options.allowed(pictures_from, max_picture_pixels),
         )
     _report(found, json_out, lambda: print(finetuning.finetuned(found)))
 
@@ -207,6 +213,7 @@ def compress(
     shrink: Annotated[float | None, typer.Option(help="Teacher's parameters over the student's.")] = None,
     recipe: Recipe = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of validation accuracy that may be lost.")] = None,
+    pictures_from: picture_options.From = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     save_minutes: Minutes = 5.0,
     keep_rounds: Annotated[
@@ -224,7 +231,8 @@ def compress(
     from slimlmm.progress import reporter
     from slimlmm.room import Keeping
 
-    settings = commands.settings(recipe, shrink=shrink, max_drop=max_drop, seed=seed)
+    folders = pictures_from or ()
+    settings = commands.settings(recipe, shrink=shrink, max_drop=max_drop, seed=seed, pictures_from=folders)
     with heeding(), reporter(quiet) as tell:
         found = pipeline.run(
             model,
@@ -345,6 +353,8 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another model on the same rows: paired drop and agreement.")
     ] = None,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     seed: Seed = 0,
     quiet: Quiet = False,
     json_out: Json = False,
@@ -364,6 +374,7 @@ def evaluate(
             seed=seed,
             trust_remote_code=trust_remote_code,
             tell=tell,
+            allowed=picture_options.allowed(pictures_from, max_picture_pixels),
         )
     _report(found, json_out, lambda: Console().print(commands.accuracy_table(found)))
 
@@ -380,6 +391,8 @@ def bench(
     watts: Annotated[
         float | None, typer.Option(help="Also estimate joules from these watts of the device; labelled declared.")
     ] = None,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     json_out: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -395,6 +408,7 @@ def bench(
         energy=joules,
         watts=watts,
         trust_remote_code=trust_remote_code,
+        allowed=picture_options.allowed(pictures_from, max_picture_pixels),
     )
     _report(found, json_out, lambda: Console().print(commands.bench_table(found)))
 

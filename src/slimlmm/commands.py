@@ -27,6 +27,7 @@ from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.inspection import sizes_of
 from slimlmm.losses import cross_entropy
+from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
 from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
@@ -40,13 +41,21 @@ from slimlmm.study_results import StudyResults
 from slimlmm.teacher import weights_fingerprint
 
 
-def settings(path: Path | None, *, shrink: float | None, max_drop: float | None, seed: int | None) -> Recipe:
+def settings(
+    path: Path | None,
+    *,
+    shrink: float | None,
+    max_drop: float | None,
+    seed: int | None,
+    pictures_from: Sequence[Path] = (),
+) -> Recipe:
     """Return the recipe of a file (or the defaults) with what the command line says over it."""
     base = recipes.read(path) if path else Recipe()
     said = {"shrink": shrink, "max_drop": max_drop, "seed": seed}
     if shrink is not None and base.stages:
         raise UserError(f"{path} lists stages, so --shrink has no effect; leave one of the two out.")
     raw = base.model_dump(mode="json") | {key: value for key, value in said.items() if value is not None}
+    raw["data"]["pictures"]["folders"] += pictures_from
     return recipes.parse(raw, "command line")
 
 
@@ -57,6 +66,7 @@ def cut(
     *,
     criterion: str = "magnitude",
     source: Path | None = None,
+    allowed: PictureSettings = USUAL,
     seed: int = 0,
     max_shard_size: str = checkpoint.SHARD,
     tensor_parallel: int = 1,
@@ -83,7 +93,7 @@ def cut(
     found = {"out": str(out), "sizes": sizes, "left_behind": weights.left, "warnings": warnings, "seed": seed}
     found["environment"] = measure.environment().model_dump()
     if source is not None:
-        rows = data.sample(data.load(source).need("train", source), 256, seed)
+        rows = data.sample(data.load(source, allowed=allowed).need("train", source), 256, seed)
         return found | _cut_in_memory(model, out, sizes, criterion, rows, seed, largest, trust_remote_code)
     done = streaming.cut_folder(weights, sizes, out, criterion=criterion, seed=seed, max_shard_size=largest)
     # which rotary pairs stayed is known only now
@@ -178,12 +188,13 @@ def evaluate(
     against: str | None,
     seed: int,
     tell: Reporter,
+    allowed: PictureSettings = USUAL,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate one model, or two on the same rows, on a split of the data."""
     if split not in data.SPLITS:
         raise UserError(f"--split {split!r}: known: {', '.join(data.SPLITS)}.")
-    splits = data.load(source, seed=seed)
+    splits = data.load(source, seed=seed, allowed=allowed)
     for note in splits.notes:
         tell.say(note)
     rows = data.sample(splits.need(split, source), count, seed)
@@ -282,13 +293,14 @@ def bench(
     calls: int,
     energy: bool = False,
     watts: float | None = None,
+    allowed: PictureSettings = USUAL,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure one model, or two in turns, on rows of the data (or fresh AdReview creatives)."""
     stated = None if watts is None else joules.Declared(watts)
     names = [name for name in (model, against) if name]
     sides = [checkpoint.load_to_answer(name, trust_remote_code=trust_remote_code) for name in names]
-    rows = _bench_rows(source)
+    rows = _bench_rows(source, allowed)
     found: dict[str, Any] = {"environment": measure.environment().model_dump(), "rows": len(rows)}
     found["models"] = [model_record(side, None, rows).model_dump() for side in sides]
     batches = max(3, calls // 6)
@@ -303,9 +315,9 @@ def bench(
     return found
 
 
-def _bench_rows(source: Path | None) -> list[data.Row]:
+def _bench_rows(source: Path | None, allowed: PictureSettings) -> list[data.Row]:
     if source is not None:
-        splits = data.load(source)
+        splits = data.load(source, allowed=allowed)
         return splits.test or splits.validation or splits.train
     rows = []
     for index in range(16):

@@ -140,7 +140,7 @@ def _rows(
     """Return train and test rows as that run had them, with the answers that it has from the teacher."""
     used, seed = settings.data, settings.seed
     bare = used.answers != "given"
-    splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare)
+    splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare, allowed=used.pictures)
     rows = splits.need("train", source)
     if bare:
         loaded = checkpoint.load(model, device=usual_device())

@@ -7,9 +7,10 @@ transformers and TRL documentation, with one picture, one user turn and one assi
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
+import json
 import random
-import warnings
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from slimlmm import pictures
 from slimlmm.errors import UserError
+from slimlmm.pictures import USUAL, PictureError, PictureSettings
 
 #: accepted spellings of the three splits
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-#: pictures beyond this many pixels are refused before they are decoded
-MAX_PIXELS = 50_000_000
 VALIDATION_SHARE = 0.1
 
 
@@ -40,6 +41,8 @@ class Row:
     task: str = ""
     tokens: tuple[int, ...] = ()
     """token ids that a model wrote in place of the answer, end token included where it came to one; none in data"""
+    allowed: PictureSettings = USUAL
+    """which pictures are decoded"""
 
     def picture_bytes(self) -> bytes:
         """Return the encoded picture file."""
@@ -50,15 +53,9 @@ class Row:
         return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else str(self.image)
 
     def open(self) -> Image.Image:
-        """Decode the picture as RGB, its EXIF rotation applied."""
-        source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
-                picture.load()
-                return ImageOps.exif_transpose(picture).convert("RGB")
+        """Decode the picture as RGB, its EXIF rotation applied; PictureError where it is not allowed or cannot be decoded."""
+        raw = self.image if isinstance(self.image, bytes) else pictures.file_bytes(self.image, self.allowed)
+        return pictures.upright(raw, self.allowed)
 
 
 @dataclass(slots=True)
@@ -78,7 +75,14 @@ class Splits:
         return rows
 
 
-def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0, unlabelled: bool = False) -> Splits:
+def load(
+    source: Path | str,
+    *,
+    max_bad_share: float = 0.01,
+    seed: int = 0,
+    unlabelled: bool = False,
+    allowed: PictureSettings = USUAL,
+) -> Splits:
     """Read all splits of a folder or file, check every row, and split validation off train when it is missing.
 
     Args:
@@ -86,6 +90,7 @@ def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0, unla
         max_bad_share: the share of rows in [0, 1] that may be skipped as broken before the run is refused.
         seed: of the split into train and validation.
         unlabelled: whether train rows may lack an answer (it is then empty); those never go to validation.
+        allowed: which pictures are read and decoded; a row with another is broken.
 
     Raises:
         UserError: nothing readable, no rows, or more broken rows than allowed (with the counts and the first of each kind).
@@ -95,13 +100,14 @@ def load(source: Path | str, *, max_bad_share: float = 0.01, seed: int = 0, unla
         raise UserError(f"{source}: no such file or folder. DATA is a folder or file of rows, see the README.")
     splits = Splits()
     for split, tables in tables_of(source).items():
-        raw = [record for table in tables for record in records_of(table)]
+        raw = [record for table in tables for record in records_of(table, root_of(source))]
         rows = check(
             raw,
             name=f"{source}: {split}",
             max_bad_share=max_bad_share,
             notes=splits.notes,
             unlabelled=unlabelled and split == "train",
+            allowed=allowed,
         )
         setattr(splits, split, rows)
     if not (splits.train or splits.validation or splits.test):
@@ -123,6 +129,11 @@ def _split_validation_off(splits: Splits, seed: int) -> None:
     splits.notes.append(
         f"no validation split: {len(splits.validation)} rows ({len(taken)} pictures) were split off train (seed {seed})"
     )
+
+
+def root_of(source: Path) -> Path:
+    """Return the folder of a data set, which its pictures may not lie outside of."""
+    return source if source.is_dir() else source.parent
 
 
 def tables_of(source: Path) -> dict[str, list[Path]]:
@@ -150,11 +161,13 @@ def tables_of(source: Path) -> dict[str, list[Path]]:
     return found
 
 
-def records_of(table: Path) -> Iterator[dict[str, Any]]:
-    """Yield the raw records of one table; relative picture paths are resolved against its folder."""
+def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
+    """Yield the raw records of one table; relative picture paths are resolved against its folder, and stay within `root`."""
     import datasets
 
     datasets.disable_progress_bars()
+    if READERS.get(table.suffix) == "json" and table.is_file():
+        _refuse_null(table)
     try:
         if table.is_dir():
             data = datasets.load_from_disk(str(table))
@@ -169,8 +182,39 @@ def records_of(table: Path) -> Iterator[dict[str, Any]]:
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
-    for record in data:
-        yield {**record, "_folder": table.parent}
+    number = 1
+    try:
+        for record in data:
+            yield {**record, "_folder": table.parent, "_root": root}
+            number += 1
+    except UnicodeDecodeError as error:  # what a reader of JSON lets pass
+        raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
+
+
+#: a `null` that stands where no value of a list or an object does, unless a text holds it
+_LONE_NULL = re.compile(rb"(?:^|[^:,\[\s])\s*null")
+_VALUE = re.compile(r"\S")
+
+
+def _refuse_null(table: Path) -> None:
+    """Raise a UserError where `null` stands in place of a row: the process would end there, in Arrow's reader of JSON."""
+    with table.open("rb") as file:
+        if not any(b"null" in line and _LONE_NULL.search(line) for line in file):
+            return
+    text, place = table.read_text(encoding="utf-8-sig", errors="replace"), 0
+    decoder = json.JSONDecoder(parse_int=float, strict=False)
+    try:
+        for number in itertools.count(1):
+            found = _VALUE.search(text, place)
+            if found is None:
+                return
+            row, place = decoder.raw_decode(text, found.start())
+            if row is None:
+                raise UserError(f"{table}: row {number} is null, not an object. Take it out.")
+    except json.JSONDecodeError:
+        return  # which the reader tells
+    except RecursionError as error:
+        raise UserError(f"{table}: lists or objects are nested too deep to be rows.") from error
 
 
 def check(
@@ -180,6 +224,7 @@ def check(
     max_bad_share: float = 0.01,
     notes: list[str] | None = None,
     unlabelled: bool = False,
+    allowed: PictureSettings = USUAL,
 ) -> list[Row]:
     """Turn raw records into rows, decoding every picture once; broken ones are counted, named and skipped.
 
@@ -190,22 +235,23 @@ def check(
     first: dict[str, str] = {}
     rows: list[Row] = []
 
-    def bad(kind: str, where: str) -> None:
+    def bad(error: ValueError, where: str) -> None:
+        kind, detail = str(error), ""
+        if isinstance(error, PictureError):  # one kind, whatever is particular about each
+            kind, detail = f"{error.kind} ({pictures.REASONS[error.kind]})", error.detail
         problems[kind] += 1
-        first.setdefault(kind, where)
+        first.setdefault(kind, f"{where}: {detail}" if detail else where)
 
     for number, record in enumerate(raw):
         try:
-            rows.append(parse(record, number, unlabelled=unlabelled))
+            rows.append(parse(record, number, unlabelled=unlabelled, allowed=allowed))
         except ValueError as error:
-            bad(str(error), str(record.get("id") or f"row {number + 1}"))
+            bad(error, str(record.get("id") or f"row {number + 1}"))
     broken = _broken_pictures(rows)
     for row in rows:
         if row.picture_key() in broken:
-            bad(
-                broken[row.picture_key()],
-                f"{row.id} ({row.image if isinstance(row.image, Path) else 'embedded bytes'})",
-            )
+            where = row.image if isinstance(row.image, Path) else "embedded bytes"
+            bad(broken[row.picture_key()], f"{row.id} ({where})")
     kept = [row for row in rows if row.picture_key() not in broken]
     total, skipped = len(raw), sum(problems.values())
     if skipped:
@@ -220,36 +266,34 @@ def check(
     return kept
 
 
-def _broken_pictures(rows: Sequence[Row]) -> dict[str, str]:
+def _broken_pictures(rows: Sequence[Row]) -> dict[str, PictureError]:
     """Decode every distinct picture once; return picture key -> what is wrong with it."""
     distinct = {row.picture_key(): row for row in rows}
 
-    def attempt(row: Row) -> str:
+    def attempt(row: Row) -> PictureError | None:
         try:
             row.open()
-        except FileNotFoundError:
-            return "picture missing"
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            return f"picture larger than {MAX_PIXELS} pixels"
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"picture cannot be decoded ({str(error).splitlines()[0][:80]})"
-        return ""
+        except PictureError as error:
+            return error
+        return None
 
     with ThreadPoolExecutor(4) as pool:
         verdicts = pool.map(attempt, distinct.values())
         return {key: verdict for key, verdict in zip(distinct, verdicts, strict=True) if verdict}
 
 
-def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False) -> Row:
-    """Turn one raw record (short or conversational form) into a row; ValueError says what is missing.
+def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False, allowed: PictureSettings = USUAL) -> Row:
+    """Turn one raw record (short or conversational form) into a row; ValueError says what is missing or not allowed.
 
-    With `unlabelled` an answer may be, and is then empty.
+    With `unlabelled` an answer may be missing, and is then empty.
     """
     question: Any
     answer: Any
     if record.get("messages"):
         question, answer = _turns(record["messages"], unlabelled)
         images = record.get("images") or [record.get("image")]
+        if not isinstance(images, list):
+            raise ValueError("images are no list")
         if len(images) != 1:
             raise ValueError(f"{len(images)} pictures in one row (one is supported)")
         image = images[0]
@@ -261,35 +305,45 @@ def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False) -
     if not answer.strip() and not unlabelled:
         raise ValueError("empty answer (of train rows the teacher can give them: data.answers: filled in the recipe)")
     identity = str(record.get("id") or f"row-{number + 1}")
-    picture = _picture(image, Path(record.get("_folder") or "."))
-    return Row(identity, picture, question.strip(), answer.strip(), str(record.get("task") or ""))
+    folder = Path(record.get("_folder") or ".")
+    picture = _picture(image, folder, Path(record.get("_root") or folder), allowed)
+    task = str(record.get("task") or "")
+    return Row(identity, picture, question.strip(), answer.strip(), task, allowed=allowed)
 
 
-def _picture(image: object, folder: Path) -> Path | bytes:
+def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings) -> Path | bytes:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes | Path):
+    if isinstance(image, bytes):
         return image
     if not isinstance(image, str) or not image:
         raise ValueError("no picture")
     if "://" in image:
         raise ValueError("picture is a URL (only local files and bytes are read)")
-    return folder / image
+    path = folder / image
+    if place := pictures.place_of(path, root, allowed.folders):
+        raise PictureError(place, image)
+    return path
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], unlabelled: bool) -> tuple[str, str]:
+def _turns(messages: object, unlabelled: bool) -> tuple[str, str]:
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError("messages are no list of turns")
     roles = [message.get("role") for message in messages]
     if unlabelled and roles == ["user"]:
-        return _text(messages[0]["content"]), ""
+        return _text(messages[0].get("content")), ""
     if roles != ["user", "assistant"]:
-        raise ValueError(f"messages must be one user and one assistant turn, not {roles}")
-    return _text(messages[0]["content"]), _text(messages[1]["content"])
+        raise ValueError(f"messages must be one user and one assistant turn, not {str(roles)[:100]}")
+    return _text(messages[0].get("content")), _text(messages[1].get("content"))
 
 
-def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+def _text(content: object) -> str:
     if isinstance(content, str):
         return content.replace("<image>", "")
-    return "\n".join(part["text"] for part in content if part.get("type") == "text" and part.get("text"))
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise ValueError("the content of a turn is neither text nor a list of parts")
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
 def rows_per_picture(rows: Sequence[Row]) -> int:

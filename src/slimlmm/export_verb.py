@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from slimlmm import picture_options
+
 if TYPE_CHECKING:  # a command line that shows its help loads no torch
     from slimlmm.exporting.manifest import Manifest
 
@@ -26,6 +28,8 @@ def export(
     max_drop: Annotated[float, typer.Option(help="Points of accuracy that may be lost; more is refused.")] = 0.5,
     calls: Annotated[int, typer.Option(min=1, help="Rows timed one at a time, in turns with the source.")] = 50,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one operation, for both.")] = None,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
@@ -45,6 +49,7 @@ def export(
         calls=calls,
         threads=threads,
         seed=seed,
+        allowed=picture_options.allowed(pictures_from, max_picture_pixels),
     )
     with reporter(quiet) as tell:
         found = run(model, data, order, tell)

@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from slimlmm.errors import UserError
+
+T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,6 +29,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as `write_text` does."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(adapter: TypeAdapter[T], path: Path) -> T:
+    """Return what a JSON file of a run holds, validated.
+
+    Raises:
+        UserError: it cannot be read, or was changed since it was written; the message names what does not fit.
+    """
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg']}" for one in error.errors()[:8])
+        raise UserError(
+            f"{path} is not what was written there ({wrong}). Put the file back, or remove it: the same command makes anew "
+            "what it held."
+        ) from error
 
 
 def flush_folder(folder: Path) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slimlmm import checkpoint, data, leaving, measure
 from slimlmm import recipe as recipes
 from slimlmm.distill import TrainResult, train
@@ -20,10 +18,12 @@ from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.journal import Journal, Parts
+from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Training
 from slimlmm.runfolder import RunFolder, held
 from slimlmm.saving import SAVE_EVERY, Saving
+from slimlmm.settings import read_yaml
 from slimlmm.snapshot import evaluated
 from slimlmm.teacher import weights_fingerprint
 
@@ -39,10 +39,7 @@ def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> lis
         return [
             Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
         ]
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    raw = read_yaml(path, "list of trainings")
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{path}: must be a list of trainings, each with steps, learning_rate ...")
     return recipes.parse_trainings(raw, str(path))
@@ -57,6 +54,7 @@ def finetune(
     epochs: float,
     seed: int,
     tell: Reporter,
+    allowed: PictureSettings = USUAL,
     trust_remote_code: bool = False,
     save_every: float = SAVE_EVERY,
 ) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def finetune(
     """
     checkpoint.refuse_foreign(out.expanduser().absolute())
     loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
-    splits = data.load(source, seed=seed)
+    splits = data.load(source, seed=seed, allowed=allowed)
     for note in splits.notes:
         tell.say(note)
     rows = splits.need("train", source)

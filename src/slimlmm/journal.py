@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint
 from slimlmm.distill import TrainResult
 from slimlmm.evaluate import Score
-from slimlmm.files import digests, write_json
+from slimlmm.files import digests, read_json, write_json
 from slimlmm.runfolder import is_whole
 
 
@@ -67,7 +67,7 @@ class Journal:
 
     def taken_up(self, number: int) -> Parts:
         """Return what had been found when a part was written; the seconds go on from there."""
-        found = Parts.model_validate_json((self.folder / str(number) / "part.json").read_bytes())
+        found = read_json(TypeAdapter(Parts), self.folder / str(number) / "part.json")
         self._earlier, self._began = found.seconds, time.perf_counter()
         return found
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from slimlmm.checkpoint import Loaded
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, answer_limit, evaluating, one_look
-from slimlmm.files import write_json
+from slimlmm.files import read_json, write_json
 from slimlmm.progress import Reporter
 from slimlmm.runfolder import RunFolder
 from slimlmm.snapshot import key_of
@@ -23,6 +24,8 @@ LONGEST = 64
 BATCH = 32
 #: batches between two writes of the file
 WRITE_EVERY = 20
+#: what the file of answers holds: hash of picture and question -> answer
+KNOWN = TypeAdapter(dict[str, str])
 
 
 def file_of(folder: RunFolder, teacher: Loaded, rows: Sequence[Row]) -> Path:
@@ -43,7 +46,7 @@ def labelled(teacher: Loaded, rows: Sequence[Row], path: Path, tell: Reporter, *
         UserError: the teacher answers nothing at all.
     """
     asked = [row for row in rows if every or not row.answer]
-    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json(KNOWN, path) if path.exists() else {}
     keys = {id(row): _key(row) for row in asked}
     missing = sorted((row for row in asked if keys[id(row)] not in known), key=lambda row: row.picture_key())
     given = [row for row in rows if row.answer]

@@ -94,8 +94,14 @@ def _prepared(
     given: dict[str, Any],
 ) -> tuple[Job, tuple[Stage, ...], results.Dataset, list[data.Row]]:
     """Read the rows, have those labelled that the recipe wants the teacher to, settle the stages, and open the run folder."""
-    wanted = recipe.data.answers
-    splits = data.load(source, max_bad_share=recipe.data.max_bad_share, seed=recipe.seed, unlabelled=wanted != "given")
+    wanted, share = recipe.data.answers, recipe.data.max_bad_share
+    splits = data.load(
+        source,
+        max_bad_share=share,
+        seed=recipe.seed,
+        unlabelled=wanted != "given",
+        allowed=recipe.data.pictures,
+    )
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
     facts = results.Dataset(
         name=str(source),

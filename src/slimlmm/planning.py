@@ -206,7 +206,8 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         notes = [f"the vocabulary of this model cannot be trimmed ({refusal}): take unused_tokens out of the recipe."]
     if source is not None:
         processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
-        splits = data.load(source, max_bad_share=settings.data.max_bad_share, seed=settings.seed)
+        used = settings.data
+        splits = data.load(source, max_bad_share=used.max_bad_share, seed=settings.seed, allowed=used.pictures)
         train, validation = (splits.need(name, source) for name in ("train", "validation"))
         axis, texts = describe(config).axis("vocab"), texts_of(processor, train + validation)
         kept = [token for token in vocab.needed(config, generation, processor, texts) if token < axis.size]

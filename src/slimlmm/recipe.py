@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from slimlmm.errors import UserError, nearest
+from slimlmm.pictures import PictureSettings
+from slimlmm.settings import Settings, fields, read_yaml, valid
 
-T = TypeVar("T")
 Level = Literal["blocks", "inner", "width"]
 #: levels in the paper's order (arXiv 2312.05795): blocks, inner dimensions, residual width
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -48,12 +47,6 @@ MULTIPLES = {"width": 64, "ffn": 64}
 
 #: keys of a recipe that say how sizes are chosen; spent where stages are listed
 CHOOSING = ("sizes_by", "curve_rows", "search_candidates", "search_row_visits")
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Training(Settings):
@@ -277,6 +270,7 @@ class DataSettings(Settings):
         500, gt=0, description="Validation rows evaluated in every round; null for all."
     )
     test_rows: int | None = Field(None, gt=0, description="Test rows for teacher and student at the end; null for all.")
+    pictures: PictureSettings = PictureSettings()
 
 
 class Recipe(Settings):
@@ -389,51 +383,14 @@ def parse_trainings(raw: Any, source: str) -> list[Training]:
     return valid(TypeAdapter(list[Training]), raw, source, lambda place: _kind(place, Training))
 
 
-def valid(adapter: TypeAdapter[T], raw: Any, source: str, kind: Callable[[tuple[Any, ...]], type[Settings]]) -> T:
-    """Validate settings; a UserError lists every problem of the `source` (`problems`, which says what `kind` is)."""
-    try:
-        return adapter.validate_python(raw)
-    except ValidationError as error:
-        lines = [f"  {line}" for line in problems(error, kind)]
-        raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
-
-
 def read(path: Path) -> Recipe:
     """Read a YAML recipe."""
     return parse(read_yaml(path, "recipe"), str(path))
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """Return what a YAML file holds (safe loading), {} where it is empty; a UserError calls it a `what`."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-
-
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML, defaults included."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-
-
-def problems(
-    error: ValidationError, kind: Callable[[tuple[Any, ...]], type[Settings]], under: tuple[str, ...] = ()
-) -> list[str]:
-    """Return one line per problem: YAML path and what is wrong; an unknown key is answered with those that its place knows.
-
-    `kind` says which settings stand at the path of a key's mapping; `under` comes before every path.
-    """
-    lines = []
-    for one in error.errors():
-        path = ".".join(map(str, (*under, *one["loc"]))) or "recipe"
-        if one["type"] == "extra_forbidden":
-            known = sorted(kind(one["loc"][:-1]).model_fields)
-            lines.append(f"{path}: unknown key. {nearest(str(one['loc'][-1]), known)}")
-        else:
-            lines.append(f"{path}: {one['msg']} (got {one['input']!r})")
-    return lines
 
 
 def _kind(place: tuple[Any, ...], root: type[Settings]) -> type[Settings]:
@@ -442,7 +399,13 @@ def _kind(place: tuple[Any, ...], root: type[Settings]) -> type[Settings]:
 
 
 #: settings by the key that holds them
-PLACES: dict[str, type[Settings]] = {"stages": Stage, "rounds": Round, "train": Training, "data": DataSettings}
+PLACES: dict[str, type[Settings]] = {
+    "stages": Stage,
+    "rounds": Round,
+    "train": Training,
+    "data": DataSettings,
+    "pictures": PictureSettings,
+}
 
 
 def page() -> str:
@@ -467,22 +430,9 @@ def page() -> str:
         "```",
     ]
     places = {kind: key for key, kind in PLACES.items()}
-    for kind in (Recipe, DataSettings, Stage, Round, Training):
+    for kind in (Recipe, DataSettings, PictureSettings, Stage, Round, Training):
         lines += fields(kind, places.get(kind, "top level"))
     return "\n".join(lines) + "\n"
-
-
-def fields(kind: type[Settings], title: str) -> list[str]:
-    """Return the Markdown section of one kind of settings: its keys, defaults and meanings."""
-    lines = ["", f"## {title}", "", str(kind.__doc__), "", "| key | default | meaning |", "|---|---|---|"]
-    for name, one in kind.model_fields.items():
-        default = "required" if one.is_required() else json.dumps(one.default, default=_plain)
-        lines.append(f"| `{name}` | `{default}` | {one.description or 'See below.'} |")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    return "see below" if isinstance(value, Settings) else list(value)
 
 
 if __name__ == "__main__":

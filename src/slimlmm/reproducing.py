@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from pydantic import Field
 
 from slimlmm import certificate, pipeline, recipe
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Interval, Record, drop
-from slimlmm.files import digests
+from slimlmm.files import digests, read_json
 from slimlmm.progress import Reporter
 from slimlmm.results import File, Results
-from slimlmm.runfolder import OtherRunError, claim
+from slimlmm.runfolder import IDENTITY, OtherRunError, claim
+from slimlmm.settings import parse_yaml
+from slimlmm.snapshot import EVALUATION
 
 #: what of results is not of the arithmetic: times, the machine, memory, where things lie
 APART = frozenset(
@@ -92,7 +93,7 @@ def reproduce(
         UserError: the run is not finished or does not say what it began with, model or data are others by their hashes, or it
             ran code of its model and that is not allowed here.
     """
-    signed = _signed(run)
+    signed, settings = signed_of(run)
     first = Results.load(run / "results.json")
     if first.student is None or not (run / "final").is_dir():
         raise UserError(f"{run}: is not finished. Give its command again: {first.command or 'slimlmm compress ...'}")
@@ -104,7 +105,6 @@ def reproduce(
         raise UserError(f"{run} ran code that came with its model; --trust-remote-code lets that code run again.")
     if out.resolve() == run.resolve():
         raise UserError(f"--out {out} is the run itself; choose another folder.")
-    settings = recipe.parse(yaml.safe_load(signed["recipe"]), f"{run}/run.json")
     torch.set_num_threads(max(1, min(first.environment.threads, os.cpu_count() or 1)))
     try:
         claim(out, {key: signed[key] for key in ("model", "data", "recipe")}, given | {"reproduces": str(run)})
@@ -118,26 +118,35 @@ def reproduce(
     return found
 
 
-def _signed(run: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        missing = {"model", "data", "recipe"} - set(found)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run}: is no run of slimlmm compress (run.json: {error}).") from error
+def signed_of(run: Path) -> tuple[dict[str, Any], recipe.Recipe]:
+    """Return what a run folder is signed with, and its recipe as it was given.
+
+    Raises:
+        UserError: the folder is not that of a run of compress.
+    """
+    record = run / "run.json"
+    if not record.is_file():
+        raise UserError(f"{run}: is no run of slimlmm compress: there is no run.json.")
+    signed = read_json(IDENTITY, record)
+    wanted = {"model": str, "data": str, "recipe": str, "given": dict}
+    missing = [name for name, kind in wanted.items() if not isinstance(signed.get(name, kind()), kind)]
+    missing += [name for name in ("model", "data", "recipe") if name not in signed]
+    given = signed.get("given", {})
+    missing += [f"given.{name}" for name in ("model", "data") if isinstance(given, dict) and not _is_text(given, name)]
     if missing:
-        raise UserError(
-            f"{run}/run.json: has no {', '.join(sorted(missing))}; only runs of compress can be reproduced."
-        )
-    return dict(found)
+        raise UserError(f"{record}: has no {', '.join(sorted(missing))}; only runs of compress can be reproduced.")
+    return signed, recipe.parse(parse_yaml(signed["recipe"], str(record)), str(record))
+
+
+def _is_text(given: Mapping[str, Any], name: str) -> bool:
+    return isinstance(given.get(name, ""), str)
 
 
 def compared(run: Path, out: Path, first: Results, again: Results) -> Reproduction:
     """Hold two finished runs against each other."""
     files = tuple(_differences(_final(run), _final(out)))
     figures = tuple(_differences(_flat(_plain(first)), _flat(_plain(again))))
-    pairs = {
-        name: [Evaluation.model_validate_json((one / name).read_bytes()) for one in (run, out)] for name in ANSWERS
-    }
+    pairs = {name: [read_json(EVALUATION, one / name) for one in (run, out)] for name in ANSWERS}
     answers = {name: _unlike(*pair) for name, pair in pairs.items()}
     difference = drop(*pairs["student-test.json"])
     outcome: Outcome = "different"

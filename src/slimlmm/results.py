@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
@@ -99,6 +99,12 @@ class Round(Record):
     row_visits: int = Field(0, description="Rows seen in training; a row seen twice counts twice.")
     seconds: float = Field(description="Wall time of the round in seconds, evaluation included.")
     flops: float | None = Field(None, description="Floating-point operations of the training.")
+
+    @model_validator(mode="after")
+    def _same_axes(self) -> Self:
+        if lacking := sorted(self.after.keys() - self.before.keys()):
+            raise ValueError(f"after names {', '.join(lacking)}, of which before knows nothing")
+        return self
 
 
 class Ratios(Record):

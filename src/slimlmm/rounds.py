@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
-from slimlmm.files import digests, write_json, write_text
+from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.importance import Loss
 from slimlmm.job import Done, Handed, Job, Place
@@ -72,7 +73,7 @@ def _taken(job: Job, handed: Handed, turn: Round, place: Place) -> Done:
         room.refuse({folder: room.work_of(after, before, turn)}, f"{place}: parts and states")
         job.ask()
         return _round(job, handed.model, handed.processor, turn, place, folder)
-    record = results.Round.model_validate_json((folder / "metrics.json").read_bytes())
+    record = read_json(TypeAdapter(results.Round), folder / "metrics.json")
     job.tell.say(f"{place} was done", parameters=record.parameters)
     return Done(Handed(None, None, folder / "model", handed.device), record)
 

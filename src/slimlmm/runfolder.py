@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from slimlmm.errors import UserError
-from slimlmm.files import digests, write_json, write_text
+from slimlmm.files import digests, read_json, write_json, write_text
+
+#: what ``run.json`` holds
+IDENTITY = TypeAdapter(dict[str, Any])
 
 
 class OtherRunError(UserError):
@@ -40,12 +44,12 @@ def claim(path: Path, identity: dict[str, Any], given: dict[str, Any] | None = N
     What was `given` beside, such as where the model lay, is written down and may differ when the run goes on.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or ``run.json`` is damaged.
         OtherRunError: it is that of a run of another model, data set or recipe (each named).
     """
     record = path / "run.json"
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(IDENTITY, record)
         changed = [key for key, value in identity.items() if before.get(key) != value]
         if changed:
             told = "; ".join(f"{key}: was {_short(before.get(key))}, now {_short(identity[key])}" for key in changed)
@@ -107,7 +111,7 @@ def _owner(place: Path) -> str:
     try:
         told = json.loads((place / OWNER).read_text(encoding="utf-8"))
         return f"process {told['pid']} on {told['host']} (since {told['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
 
 
@@ -180,7 +184,7 @@ def is_whole(record: Path, model: Path) -> bool:
         found, gone = digests(model), set(told.get("let_go", ()))
         stayed = {name: value for name, value in told["files"].items() if name not in gone or name in found}
         return bool(told["files"]) and stayed == found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

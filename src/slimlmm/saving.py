@@ -176,7 +176,7 @@ def _fault(folder: Path, of: str) -> str | None:
             or (folder / name).stat().st_size != facts["bytes"]
             or sha256(folder / name) != facts["sha256"]
         ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {WHOLE} cannot be read"
     return f"{', '.join(wrong)} is not what was written" if wrong else None
 

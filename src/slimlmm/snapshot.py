@@ -5,30 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter
+
 from slimlmm import checkpoint, data, measure, results
 from slimlmm.anatomy import describe
 from slimlmm.data import Row
 from slimlmm.evaluate import Evaluation, answer_limit, encode, evaluate
-from slimlmm.files import write_text
+from slimlmm.files import read_json, write_text
 from slimlmm.progress import Reporter
 from slimlmm.runfolder import RunFolder
 from slimlmm.teacher import identity, weights_fingerprint
 
 #: answer tokens that FLOPs are counted with
 ANSWER_TOKENS = 8
+EVALUATION = TypeAdapter(Evaluation)
 
 
 def evaluated(folder: RunFolder, side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: str) -> Evaluation:
     """Evaluate once, into ``NAME.json``; afterwards read that. Runs that share a cache share what a teacher answered there."""
     path = folder.path / f"{name}.json"
     if path.exists():
-        return Evaluation.model_validate_json(path.read_bytes())
+        return read_json(EVALUATION, path)
     if folder.shared and name.startswith("teacher"):
         shared = folder.shared / f"answers-{key_of(side, rows)}.json"
         if not shared.exists():
             folder.shared.mkdir(parents=True, exist_ok=True)
             write_text(shared, _answered(side, rows, tell, name).model_dump_json())
-        found = Evaluation.model_validate_json(shared.read_bytes())
+        found = read_json(EVALUATION, shared)
     else:
         found = _answered(side, rows, tell, name)
     write_text(path, found.model_dump_json())

@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from slimlmm import recipe
 from slimlmm.errors import UserError, nearest
-from slimlmm.recipe import Recipe, Round, Settings, Training
+from slimlmm.recipe import Recipe, Round, Training
+from slimlmm.settings import Settings, fields, problems, read_yaml
 
 Sweep = Literal[
     "orders",
@@ -143,7 +144,7 @@ def _named(arms: Any) -> Any:
 
 def read(path: Path) -> Study:
     """Read a YAML study; its `model` and `data` are taken as given, from the working folder."""
-    return parse(recipe.read_yaml(path, "study"), str(path))
+    return parse(read_yaml(path, "study"), str(path))
 
 
 def parse(raw: Any, source: str) -> Study:
@@ -152,7 +153,7 @@ def parse(raw: Any, source: str) -> Study:
     try:
         found = Study.model_validate(raw)
     except ValidationError as error:
-        lines = recipe.problems(error, _kind)
+        lines = problems(error, _kind)
     if isinstance(raw, Mapping):
         lines += _arm_problems(raw) + _name_problems(raw)
     if found is None or lines:
@@ -200,7 +201,7 @@ def _arm_problems(raw: Mapping[str, Any]) -> list[str]:
             try:
                 kind.model_validate(whole(told))
             except ValidationError as error:
-                lines += recipe.problems(error, lambda at, k=kind: _below(at, k), ("arms", name, key))  # type: ignore[misc]
+                lines += problems(error, lambda at, k=kind: _below(at, k), ("arms", name, key))  # type: ignore[misc]
         for key, keys in FIXED.items():
             given = arm.get(key)
             lines += [f"arms.{name}.{key}.{one}: {why}" for one, why in keys.items() if given and one in given]
@@ -231,7 +232,8 @@ def _name_problems(raw: Mapping[str, Any]) -> list[str]:
             lines.append(f"arms.{name}.like: no arm {like!r}. {nearest(str(like), known)}")
         elif like in arms and arms[like].get("kind", "compress") != "compress":
             lines.append(f"arms.{name}.like: {like!r} is no compress arm, so it has no shape of its own.")
-    for number, group in enumerate(raw.get("groups") or []):
+    groups = raw.get("groups")
+    for number, group in enumerate(groups if isinstance(groups, list) else []):
         if not isinstance(group, Mapping) or sweeps:
             continue
         lines += _group_problems(f"groups.{number}", group, known)
@@ -328,7 +330,7 @@ def page() -> str:
     """Return the documentation of studies as Markdown."""
     lines = INTRODUCTION.rstrip("\n").split("\n")
     for kind, title in ((Study, "top level"), (Arm, "arms"), (Group, "groups")):
-        lines += recipe.fields(kind, title)
+        lines += fields(kind, title)
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ DIR/run.json  study.yaml  cache/  runs/ARM/seed-N/ (run folders)  study.json  RE
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,13 @@ from pydantic import ValidationError
 from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, study_results, sweeps
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
-from slimlmm.files import write_json, write_text
+from slimlmm.files import read_json, write_json, write_text
 from slimlmm.measure import environment
 from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
-from slimlmm.runfolder import claim, held
+from slimlmm.runfolder import IDENTITY, claim, held
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
 from slimlmm.sweeps import Comparison, TrainRows, Wanted
@@ -60,7 +59,7 @@ class Planned:
         last = folder / ("control.json" if self.arms[name].like else "results.json")
         if not signed or not last.exists() or not (folder / "run.json").exists():
             return False
-        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        told = read_json(IDENTITY, folder / "run.json")
         return all(told.get(key) == value for key, value in signed.items())
 
     def todo(self, only: Sequence[str] = ()) -> list[str]:
@@ -170,7 +169,13 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
     settings = study.base.data
     bare = settings.answers != "given"
-    splits = data.load(study.data, max_bad_share=settings.max_bad_share, seed=study.seeds[0], unlabelled=bare)
+    splits = data.load(
+        study.data,
+        max_bad_share=settings.max_bad_share,
+        seed=study.seeds[0],
+        unlabelled=bare,
+        allowed=settings.pictures,
+    )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
     planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
     train = rows["train"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 from scipy import stats
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, Interval, Record, paired_test
+from slimlmm.files import read_json
 from slimlmm.measure import Environment
 from slimlmm.results import File, Results
+from slimlmm.snapshot import EVALUATION
 from slimlmm.studies import Group, Kind, Study
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -113,12 +114,36 @@ class StudyResults(File):
     arms: tuple[Arm, ...] = Field(description="Arms in order.")
     groups: tuple[Compared, ...] = Field(description="Comparisons in order.")
 
+    @model_validator(mode="after")
+    def _known_arms(self) -> Self:
+        names = {arm.name for arm in self.arms}
+        if unknown := sorted({name for group in self.groups for name in (*group.arms, group.reference)} - names):
+            raise ValueError(f"groups name arms that there are not: {', '.join(unknown)}")
+        return self
+
 
 class Answers(Record):
     """Answers of one arm and its teacher, by seed."""
 
     students: dict[int, Evaluation]
     teachers: dict[int, Evaluation]
+
+
+class _Control(BaseModel):
+    """What ``control.json`` says of an untrained control."""
+
+    parameters: int
+    row_visits: int
+    seconds: float
+
+
+class _Failure(BaseModel):
+    """Why a run failed."""
+
+    reason: str
+
+
+CONTROL, FAILURE = TypeAdapter(_Control), TypeAdapter(_Failure)
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -176,8 +201,8 @@ def _answers(out: Path, arm: str, like: str, seeds: Sequence[int]) -> Answers:
     students, teachers = {}, {}
     for seed in seeds:
         folder, beside = folder_of(out, arm, seed), folder_of(out, like, seed)
-        students[seed] = Evaluation.model_validate_json((folder / "student-test.json").read_bytes())
-        teachers[seed] = Evaluation.model_validate_json((beside / "teacher-test.json").read_bytes())
+        students[seed] = read_json(EVALUATION, folder / "student-test.json")
+        teachers[seed] = read_json(EVALUATION, beside / "teacher-test.json")
     return Answers(students=students, teachers=teachers)
 
 
@@ -192,16 +217,14 @@ def _costs(out: Path, arm: str, seeds: Sequence[int]) -> dict[int, tuple[int, in
             assert one.totals is not None
             found[seed] = (one.student.parameters["total"], one.totals.row_visits, one.totals.seconds)
         else:
-            told = json.loads((folder / "control.json").read_text(encoding="utf-8"))
-            found[seed] = (told["parameters"], told["row_visits"], told["seconds"])
+            told = read_json(CONTROL, folder / "control.json")
+            found[seed] = (told.parameters, told.row_visits, told.seconds)
     return found
 
 
 def _failures(out: Path, arm: str, seeds: Sequence[int]) -> dict[int, str]:
     places = {seed: failure_of(out, arm, seed) for seed in seeds}
-    return {
-        seed: json.loads(path.read_text(encoding="utf-8"))["reason"] for seed, path in places.items() if path.exists()
-    }
+    return {seed: read_json(FAILURE, path).reason for seed, path in places.items() if path.exists()}
 
 
 def _first(out: Path, arm: str, seeds: Sequence[int]) -> Results | None:

@@ -15,7 +15,7 @@ from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.look import Look
 from slimlmm.checkdata.reading import Reading, read
 from slimlmm.checkdata.record import CheckData, Lengths, Model
-from slimlmm.data import MAX_PIXELS
+from slimlmm.pictures import MAX_PIXELS, USUAL, PictureSettings
 from slimlmm.progress import Quiet, Reporter
 
 
@@ -28,6 +28,7 @@ class Limits:
     max_answer: int = 128
     rows: int = 16
     seed: int = 0
+    allowed: PictureSettings = USUAL
 
 
 def check(
@@ -45,8 +46,8 @@ def check(
     """
     began, limits, tell, pad = time.perf_counter(), limits or Limits(), tell or Quiet(), Pad()
     loaded = _loaded(model, trust_remote_code) if model else None
-    reading = read(source, pad, tell)
-    looks = pictures.looked_at(reading, limits.max_pixels, tell)
+    reading = read(source, pad, tell, limits.allowed)
+    looks = pictures.looked_at(reading, limits.max_pixels, tell, limits.allowed)
     shown = pictures.judge(reading, looks, pad)
     duplicates.judge(reading, looks, limits.near, pad, tell)
     tasks = answers.balance(reading, pad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slimlmm.checkdata.record import Example, Finding, Noun, Severity
+from slimlmm.pictures import REASONS
 
 #: examples that are kept of one kind
 KEPT = 5
@@ -34,18 +35,8 @@ def _near(where: str) -> Kind:
 #: name -> kind, in the order in which they are told among equals
 KINDS: dict[str, Kind] = {
     "unreadable row": Kind("rows", "error", "rows", "not in a form that is read. Mend it or take it out"),
-    "missing picture": Kind("pictures", "error", "pictures", "the picture file cannot be read"),
-    "not a file": Kind("pictures", "error", "pictures", "the path of the picture leads to no plain file"),
-    "not a picture": Kind("pictures", "error", "pictures", "no picture format that is decoded"),
-    "broken picture": Kind("pictures", "error", "pictures", "cannot be decoded whole"),
-    "enormous picture": Kind("pictures", "error", "pictures", "beyond what the data loader decodes. Scale it down"),
-    "escaping path": Kind(
-        "pictures", "error", "pictures", "its path leads out of the data folder, by .. or by a link. Copy the file in"
-    ),
+    **{kind: Kind("pictures", "error", "pictures", said) for kind, said in REASONS.items()},
     "large picture": Kind("pictures", "warning", "pictures", "more than --max-pixels; it was not decoded"),
-    "absolute path": Kind(
-        "pictures", "warning", "pictures", "lies outside of the data folder, which cannot move alone"
-    ),
     "animated picture": Kind("pictures", "warning", "pictures", "more than one frame; the data loader shows the first"),
     "transparent picture": Kind(
         "pictures",
@@ -62,7 +53,6 @@ KINDS: dict[str, Kind] = {
         "pictures",
         "conversion to RGB clips values above 255, it does not scale them: mostly white. Scale to 8 bits before",
     ),
-    "two-faced file": Kind("pictures", "warning", "pictures", "a picture and another kind of file in one"),
     "other colours": Kind("pictures", "info", "pictures", "not RGB; conversion to RGB keeps what is seen"),
     "rotated picture": Kind("pictures", "info", "pictures", "its EXIF rotation is applied by the data loader"),
     "linked picture": Kind("pictures", "info", "pictures", "a link, to a file inside the data folder"),

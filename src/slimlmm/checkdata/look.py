@@ -6,22 +6,15 @@ This module imports nothing heavy: processes of a pool start with it.
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import stat
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from slimlmm.data import MAX_PIXELS
+from slimlmm.pictures import USUAL, PictureError, PictureSettings, decoding, file_bytes, is_link, opened
 
-#: files beyond this are not read
-MAX_BYTES = 1 << 30
-#: formats that PIL hands to other programs or that are no rasters; they are not decoded
-SCRIPTS = frozenset(["EPS", "WMF", "EMF", "PDF", "MPEG"])
 ROTATION = 0x0112
 #: values of it that turn or mirror a picture
 TURNED = range(2, 9)
@@ -33,19 +26,6 @@ MARGIN = 3
 FLAT = 8
 #: JPEG decodes at a fraction of its size; the hash needs no more than this
 DRAFT = (72, 64)
-#: starts of files that are no pictures, as bytes in lower case, and what to call them
-KNOWN = (
-    (b"<svg", "an SVG drawing"),
-    (b"version https://git-lfs", "a Git LFS pointer: the picture itself was not downloaded"),
-    (b"<!doctype html", "an HTML page"),
-    (b"<html", "an HTML page"),
-    (b"%pdf-", "a PDF"),
-    (b"%!ps", "PostScript"),
-    (b"ftyphei", "HEIC"),
-    (b"pk\x03\x04", "a ZIP archive"),
-)
-#: what makes a picture a file of another kind too
-FOREIGN = ((b"%PDF-1", "PDF"), (b"<?php", "PHP"), (b"<script", "script"), (b"<html", "HTML"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +34,6 @@ class Look:
 
     fault: str = ""
     detail: str = ""
-    place: str = ""
-    """kind of finding about its path, "" for a plain path inside the data folder"""
     sha: bytes = b""
     size: int = 0
     """bytes of the file"""
@@ -68,82 +46,43 @@ class Look:
     animated: bool = False
     rotation: int = 1
     """EXIF orientation, 1 for upright"""
-    foreign: str = ""
     hash: int | None = None
     """64-bit difference hash, None where the picture is flat or was not decoded"""
+    linked: bool = False
+    """whether its path goes through a link inside the data folder"""
 
 
-def look(source: Path | bytes, root: Path, max_pixels: int) -> Look:
-    """Look at one picture: a path, whose place is judged against the data folder `root`, or encoded bytes."""
+def look(source: Path | bytes, root: Path, max_pixels: int, allowed: PictureSettings = USUAL) -> Look:
+    """Look at one picture: a path below the data folder `root`, or encoded bytes.
+
+    One of more than `max_pixels` is not decoded; `allowed` is what the data loader takes.
+    """
     if isinstance(source, bytes):
-        return _decoded(source, "", max_pixels)
-    place = place_of(source, root)
+        return _decoded(source, max_pixels, allowed)
     try:
-        status = source.stat()
-    except OSError as error:
-        dangling = "a link to nothing" if source.is_symlink() else str(error.strerror)
-        return Look("missing picture", dangling, place)
-    except ValueError as error:  # a null character in a path
-        return Look("missing picture", str(error))
-    if not stat.S_ISREG(status.st_mode):
-        return Look("not a file", "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device", place)
-    if status.st_size > MAX_BYTES:
-        return Look("enormous picture", f"{status.st_size:,} bytes", place, size=status.st_size)
-    try:
-        return _decoded(source.read_bytes(), place, max_pixels)
-    except OSError as error:
-        return Look("missing picture", str(error.strerror), place)
+        raw = file_bytes(source, allowed)
+    except PictureError as error:
+        return Look(error.kind, error.detail)
+    return replace(_decoded(raw, max_pixels, allowed), linked=is_link(source, root))
 
 
-def place_of(path: Path, root: Path) -> str:
-    """Return the kind of finding that the path of a picture is, "" for a file of the data folder itself."""
-    try:
-        plain, base, real, real_base = map(os.fspath, _both(path, root))
-    except ValueError:
-        return ""
-    if not _inside(plain, base):
-        return "escaping path" if ".." in path.parts else "absolute path"
-    if not _inside(real, real_base):
-        return "escaping path"
-    return "" if real[len(real_base) :] == plain[len(base) :] else "linked picture"
-
-
-def _both(path: Path, root: Path) -> tuple[str, str, str, str]:
-    return os.path.abspath(path), os.path.abspath(root), os.path.realpath(path), os.path.realpath(root)
-
-
-def _inside(path: str, base: str) -> bool:
-    return path.startswith(base.rstrip(os.sep) + os.sep)
-
-
-def _decoded(raw: bytes, place: str, max_pixels: int) -> Look:
+def _decoded(raw: bytes, max_pixels: int, allowed: PictureSettings) -> Look:
     """Look at the bytes of a file."""
     sha = hashlib.sha256(raw).digest()
-
-    def refused(fault: str, detail: str) -> Look:
-        return Look(fault, detail, place, sha, len(raw))
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(raw)) as picture:
-                kind, pixels = picture.format or "", picture.width * picture.height
-                if kind in SCRIPTS:
-                    return refused("not a picture", f"{kind}, which is not decoded here")
-                if pixels > max_pixels or pixels > MAX_PIXELS:
-                    fault = "enormous picture" if pixels > MAX_PIXELS else "large picture"
-                    return refused(fault, f"{picture.width}x{picture.height}, {pixels:,} pixels")
-                return _facts(picture, raw, place, sha)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return refused("enormous picture", _first(error))
-    except UnidentifiedImageError:
-        return refused("not a picture", named(raw))
-    except Exception as error:  # decoders raise anything on broken files
-        return refused("broken picture", _first(error))
+            with opened(raw, allowed) as picture, decoding():
+                pixels = picture.width * picture.height
+                if pixels > max_pixels:
+                    detail = f"{picture.width}x{picture.height}, {pixels:,} pixels"
+                    return Look("large picture", detail, sha, len(raw))
+                return _facts(picture, len(raw), sha)
+    except PictureError as error:
+        return Look(error.kind, error.detail, sha, len(raw))
 
 
-def _facts(picture: Image.Image, raw: bytes, place: str, sha: bytes) -> Look:
+def _facts(picture: Image.Image, size: int, sha: bytes) -> Look:
     """Decode an opened picture and tell what it is."""
     kind, mode, (width, height) = picture.format or "", picture.mode, picture.size
     animated = bool(getattr(picture, "is_animated", False))
@@ -154,9 +93,8 @@ def _facts(picture: Image.Image, raw: bytes, place: str, sha: bytes) -> Look:
     return Look(
         "",
         "",
-        place,
         sha,
-        len(raw),
+        size,
         kind,
         mode,
         width,
@@ -164,7 +102,6 @@ def _facts(picture: Image.Image, raw: bytes, place: str, sha: bytes) -> Look:
         _transparent(picture),
         animated,
         rotation if rotation in TURNED else 1,
-        foreign_of(raw),
         difference_hash(picture),
     )
 
@@ -191,25 +128,3 @@ def difference_hash(picture: Image.Image) -> int | None:
     if float(cells.max() - cells.min()) < FLAT:
         return None
     return int.from_bytes(np.packbits(cells[:, :-1] - cells[:, 1:] > MARGIN).tobytes(), "big")
-
-
-def named(raw: bytes) -> str:
-    """Return what a file that no decoder knows looks like."""
-    if not raw:
-        return "an empty file"
-    head = raw[:1024].lower()
-    return next((name for start, name in KNOWN if start in head), "an unknown format")
-
-
-def foreign_of(raw: bytes) -> str:
-    """Return what else than a picture a file is, "" for nothing: a ZIP archive at its end, or script or PDF inside."""
-    found = [name for mark, name in FOREIGN if mark in raw]
-    at = raw.rfind(b"PK\x05\x06", -65_557)
-    if at >= 0 and len(raw) >= at + 22 and at + 22 + int.from_bytes(raw[at + 20 : at + 22], "little") == len(raw):
-        found.append("ZIP")
-    return " and ".join(found)
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]

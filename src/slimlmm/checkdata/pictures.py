@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from slimlmm.checkdata.kinds import KINDS, Pad
+from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.look import Look, look
 from slimlmm.checkdata.reading import Reading
 from slimlmm.checkdata.record import Pictures
 from slimlmm.errors import UserError
+from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 
 #: seconds of work from which on starting processes (a second, and nobody else's cores) pays
@@ -31,11 +32,11 @@ DEEP = ("I", "F")
 PLAIN = "RGB"
 
 
-def looked_at(reading: Reading, max_pixels: int, tell: Reporter) -> list[Look]:
+def looked_at(reading: Reading, max_pixels: int, tell: Reporter, allowed: PictureSettings = USUAL) -> list[Look]:
     """Look at every different picture, in order."""
     sources = [entry.row.image for entry in reading.pictures]
     looks: list[Look] = []
-    for one in _looks(sources, partial(look, root=reading.root, max_pixels=max_pixels)):
+    for one in _looks(sources, partial(look, root=reading.root, max_pixels=max_pixels, allowed=allowed)):
         looks.append(one)
         if len(looks) % BUNDLE == 0 or len(looks) == len(sources):
             tell.step(WORK, len(looks), len(sources))
@@ -89,15 +90,13 @@ def _where(image: Path | bytes, note: str) -> str:
 
 def _faults(one: Look) -> Iterator[tuple[str, str]]:
     """Yield the kinds of findings that a picture is, with what is particular about it."""
-    if one.place and not (one.fault and KINDS[one.place].severity == "info"):
-        yield one.place, ""
     if one.fault:
         yield one.fault, one.detail
         return
+    if one.linked:
+        yield "linked picture", ""
     if one.animated:
         yield "animated picture", one.format
-    if one.foreign:
-        yield "two-faced file", f"{one.format} and {one.foreign}"
     if one.rotation != 1:
         yield "rotated picture", f"orientation {one.rotation}"
     if one.transparent:

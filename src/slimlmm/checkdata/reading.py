@@ -10,6 +10,7 @@ from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.record import Example
 from slimlmm.data import Row
 from slimlmm.errors import UserError
+from slimlmm.pictures import USUAL, PictureError, PictureSettings
 from slimlmm.progress import Reporter
 
 #: rows between two words about progress
@@ -38,9 +39,11 @@ class Reading:
     root: Path
     entries: list[Entry] = field(default_factory=list)
     pictures: list[Entry] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    """paths of pictures that lie where none may"""
 
 
-def read(source: Path, pad: Pad, tell: Reporter) -> Reading:
+def read(source: Path, pad: Pad, tell: Reporter, allowed: PictureSettings = USUAL) -> Reading:
     """Read all rows of a folder or file as the data loader does, without leaving out what is broken.
 
     Raises:
@@ -48,32 +51,47 @@ def read(source: Path, pad: Pad, tell: Reporter) -> Reading:
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder. DATA is a folder or file of rows, see the README.")
-    found = Reading(source if source.is_dir() else source.parent)
+    found = Reading(data.root_of(source))
     known: dict[str, int] = {}
     rows = 0
     for split, tables in data.tables_of(source).items():
         before = len(found.entries)
         for table in tables:
-            rows += _read_table(table, split, found, known, pad, tell)
+            rows += _read_table(table, split, found, known, pad, tell, allowed)
         tell.say(f"read {split}", rows=len(found.entries) - before)
     pad.among("unreadable row", rows)
+    for kind in ("escaping path", "absolute path"):
+        pad.among(kind, len(found.pictures) + len(found.refused))
     if not found.entries:
         raise UserError(f"{source}: no row in any split can be read. {_first_problem(pad)}")
     return found
 
 
-def _read_table(table: Path, split: str, found: Reading, known: dict[str, int], pad: Pad, tell: Reporter) -> int:
+def _read_table(
+    table: Path,
+    split: str,
+    found: Reading,
+    known: dict[str, int],
+    pad: Pad,
+    tell: Reporter,
+    allowed: PictureSettings,
+) -> int:
     """Read the rows of one file; return how many records it holds."""
     count, lines, file = 0, _lines(table), str(table)
-    for number, record in enumerate(data.records_of(table)):
+    for number, record in enumerate(data.records_of(table, found.root)):
         count, line = number + 1, lines[number] if number < len(lines) else number + 1
         if count % BUNDLE == 0 and lines:
             tell.step(f"reading {split}", count, len(lines))
         try:
-            row = data.parse(record, number, unlabelled=True)
+            row = data.parse(record, number, unlabelled=True, allowed=allowed)
         except ValueError as error:
             name = str(record.get("id") or f"row {count}")
-            pad.add("unreadable row", Example(split=split, file=file, line=line, id=name, note=str(error)))
+            example = Example(split=split, file=file, line=line, id=name, note=str(error))
+            if not isinstance(error, PictureError):
+                pad.add("unreadable row", example)
+            elif (path := str(table.parent / error.detail)) not in found.refused:
+                found.refused.add(path)
+                pad.add(error.kind, example.model_copy(update={"note": error.detail}))
             continue
         entry = Entry(split, file, line, row, known.setdefault(row.picture_key(), len(known)))
         found.entries.append(entry)

@@ -26,6 +26,7 @@ from slimlmm.exporting.manifest import Manifest, Shape
 from slimlmm.exporting.reading import Reader, pixels_of, same
 from slimlmm.exporting.runtimes import RUNTIMES, needed
 from slimlmm.measure import Side
+from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 
 TORCHAO = "torchao"
@@ -52,6 +53,7 @@ class Order:
     calls: int = 50
     threads: int | None = None
     seed: int = 0
+    allowed: PictureSettings = USUAL
 
 
 def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
@@ -73,7 +75,7 @@ def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
     loaded = checkpoint.load_to_answer(model, device="cpu")  # graphs are traced there
     if order.target != TORCHAO:
         graphs.refuse(loaded.model, model, order.target)
-    splits = data.load(source, seed=order.seed)
+    splits = data.load(source, seed=order.seed, allowed=order.allowed)
     rows = data.sample(splits.need(order.split, source), order.rows, order.seed)
     write = _torchao if order.target == TORCHAO else _graphs
     with whole(order.out) as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, TypeAdapter
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Settings, read_yaml, valid
+from slimlmm.settings import Settings, read_yaml, valid
 
 
 class Monitoring(Settings):

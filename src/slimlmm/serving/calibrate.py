@@ -14,6 +14,7 @@ from slimlmm import checkpoint, data
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, answer_limit, evaluate, grade, one_look, paired_bootstrap
+from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.serving.answering import Answerer
 from slimlmm.serving.asks import Ask
@@ -47,7 +48,15 @@ class Wanted:
 
 
 def calibrate(
-    student: str, teacher: str, source: Path, wanted: Wanted, out: Path, *, count: int | None, tell: Reporter
+    student: str,
+    teacher: str,
+    source: Path,
+    wanted: Wanted,
+    out: Path,
+    *,
+    count: int | None,
+    tell: Reporter,
+    allowed: PictureSettings = USUAL,
 ) -> dict[str, Any]:
     """Fit a threshold on validation rows, write it with the curve's plot, and return what it does on test rows too.
 
@@ -56,7 +65,7 @@ def calibrate(
     Raises:
         UserError: no rows, or no threshold does what is wanted.
     """
-    splits = data.load(source)
+    splits = data.load(source, allowed=allowed)
     rows = {"validation": data.sample(splits.need("validation", source), count, 0)}
     if splits.test:
         rows["test"] = data.sample(splits.test, count, 0)

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from slimlmm.recipe import Settings
 from slimlmm.sequential import Bet
+from slimlmm.settings import Settings
 
 #: share of answers that may take longer than the bound: the bound is on the 95th percentile
 TAIL = 0.05

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import time
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from slimlmm import pictures
+from slimlmm.pictures import Format, PictureError, PictureSettings
 from slimlmm.serving.asks import Ask, Said, Token
 
 #: what a picture may be; everything else that Pillow can open is more than a web page would show
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS: tuple[Format, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 #: temperatures below are greedy: what they would divide by overflows
 COLDEST = 1e-4
@@ -158,17 +158,14 @@ def opened(url: str, most_pixels: int, param: str) -> Image.Image:
         RefusedError: it is no data URL, no such picture, or larger.
     """
     data = file_of(url, param)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
-            raise RefusedError(400, f"a picture cannot be read; give one of {', '.join(FORMATS)}", param) from None
-    pixels = picture.width * picture.height
-    if pixels > most_pixels:
-        size = f"{picture.width}x{picture.height}"
-        raise RefusedError(400, f"a picture has {size} = {pixels:,} pixels, more than {most_pixels:,}", param)
-    return picture
+    # what a picture may be beside one is the engine's affair: it is shown nothing but pixels
+    allowed = PictureSettings(formats=FORMATS, max_pixels=most_pixels, max_bytes=len(data) or 1, polyglots=True)
+    try:
+        return pictures.opened(data, allowed)
+    except PictureError as error:
+        if error.kind == "enormous picture":
+            raise RefusedError(400, f"a picture has {error.detail}", param) from None
+        raise RefusedError(400, f"a picture cannot be read; give one of {', '.join(FORMATS)}", param) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +184,7 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
     """
     if (chat.n or 1) > 1:
         raise RefusedError(400, f"n={chat.n}: this engine gives one answer", "n")
-    pictures: list[Image.Image] = []
+    seen: list[Image.Image] = []
     turns: list[dict[str, Any]] = []
     for message in chat.messages:
         content: list[dict[str, str]] = []
@@ -195,14 +192,14 @@ def ask_of(chat: Chat, bounds: Bounds) -> Ask:
             if isinstance(part, TextPart):
                 content.append({"type": "text", "text": part.text})
                 continue
-            param = f"image_url {len(pictures)}"
-            pictures.append(decoded(opened(part.image_url.url, bounds.pixels, param), param))
+            param = f"image_url {len(seen)}"
+            seen.append(decoded(opened(part.image_url.url, bounds.pixels, param), param))
             content.append({"type": "image"})
         turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
     return Ask(
         messages=turns,
-        pictures=pictures,
+        pictures=seen,
         max_tokens=min(chat.limit or bounds.tokens, bounds.tokens),
         temperature=chat.temperature if chat.temperature and chat.temperature >= COLDEST else 0.0,
         top_p=chat.top_p or 1.0,
@@ -218,9 +215,10 @@ def decoded(picture: Image.Image, param: str) -> Image.Image:
         RefusedError: they cannot be decoded.
     """
     try:
-        return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise RefusedError(400, f"a picture cannot be decoded: {error}", param) from None
+        with pictures.decoding():
+            return picture.convert("RGB")
+    except PictureError as error:
+        raise RefusedError(400, f"a picture cannot be decoded: {error.detail}", param) from None
 
 
 def completion(said: Said, chat: Chat, model: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Settings
+from slimlmm.settings import Settings
 
 Kind = Literal["least", "mean", "sum", "first"]
 #: confidences by name: that of the least likely token, per token, of the whole answer, of its first token

@@ -10,9 +10,9 @@ from fastapi import Request
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
-from slimlmm.data import MAX_PIXELS
-from slimlmm.recipe import Settings
+from slimlmm.pictures import MAX_PIXELS, PILLOW_PIXELS
 from slimlmm.serving.chat import Chat, RefusedError, opened
+from slimlmm.settings import Settings
 
 
 class Limits(Settings):
@@ -20,7 +20,7 @@ class Limits(Settings):
 
     body_bytes: int = Field(20_000_000, gt=0, description="Bytes of a request's body.")
     pictures: int = Field(8, gt=0, description="Pictures of a request.")
-    pixels: int = Field(MAX_PIXELS, gt=0, description="Pixels of a picture, told by its header.")
+    pixels: int = Field(MAX_PIXELS, gt=0, le=PILLOW_PIXELS, description="Pixels of a picture, told by its header.")
     picture_hosts: tuple[str, ...] = Field(
         (), description="Hosts whose pictures are fetched by address; none otherwise."
     )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from slimlmm.recipe import Settings
 from slimlmm.serving.metrics import Metrics
 from slimlmm.serving.store import ENERGY, Store
+from slimlmm.settings import Settings
 
 if TYPE_CHECKING:  # a gateway that meters nothing loads no torch
     from slimlmm.energy import Counter

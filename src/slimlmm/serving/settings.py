@@ -10,11 +10,11 @@ from typing import Any, Self
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Settings, fields, read_yaml, valid
 from slimlmm.serving.canary import CanarySettings
 from slimlmm.serving.limits import Limits
 from slimlmm.serving.metering import Metering
 from slimlmm.serving.shadow import Shadowing
+from slimlmm.settings import Settings, fields, read_yaml, valid
 
 
 def is_export(folder: Path) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image, ImageStat
 from pydantic import Field
 
-from slimlmm.recipe import Settings
 from slimlmm.serving.arms import Arm, Reply, agree
 from slimlmm.serving.chat import RefusedError, decoded, file_of, opened
 from slimlmm.serving.metrics import Metrics
 from slimlmm.serving.store import PAIRS, PICTURES, Store
+from slimlmm.settings import Settings
 
 #: pixels of the side of the square in which a picture's features are reckoned
 LOOKED_AT = 128

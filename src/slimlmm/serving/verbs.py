@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from slimlmm import picture_options
 from slimlmm.errors import UserError
 
 SERVE = "Example: `slimlmm serve runs/mine/final --teacher TEACHER --shadow 0.05 --store answers.sqlite`"
@@ -124,6 +125,8 @@ def calibrate(
     ] = None,
     kind: Annotated[Text, typer.Option(help="least, mean, sum or first; default: the best on these rows.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of each split; default all.")] = None,
+    pictures_from: picture_options.From = None,
+    max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     quiet: Quiet = False,
     json_out: Json = False,
 ) -> None:
@@ -133,7 +136,8 @@ def calibrate(
 
     wanted = calibrating.wanted(share, within, kind)
     with reporter(quiet or json_out) as tell:
-        found = calibrating.calibrate(student, teacher, source, wanted, out, count=rows, tell=tell)
+        allowed = picture_options.allowed(pictures_from, max_picture_pixels)
+        found = calibrating.calibrate(student, teacher, source, wanted, out, count=rows, tell=tell, allowed=allowed)
     if json_out:
         print(json.dumps(found, indent=1))
     else:
