@@ -55,7 +55,7 @@ def describe(config: Any) -> Anatomy:
     key = key_of(config)
     if key not in _ANATOMIES:
         if len(_ANATOMIES) >= _REMEMBERED:
-            _ANATOMIES.clear()
+            del _ANATOMIES[next(iter(_ANATOMIES))]
         family = family_of(config)
         axes: dict[str, Axis] = {}
         for tower in family.towers:
