@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -56,13 +57,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("sampled_family", [name for name in CONFIGS if whole or name in drawn])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def settled_heap() -> None:
+    """Leave what is imported by now out of garbage collections, which go through all of it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out new processes, seconds each, where no test is about them: memory of an answer, certificate (made here)."""
+    told = measure.Memory(kind="rss", before=1, peak=2)
+    monkeypatch.setattr(measure, "answering_memory", lambda *_, **__: told)
+    monkeypatch.setattr(certificate, "afresh", probes.told)
+
+
 @pytest.fixture(autouse=True)
 def no_new_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out new processes, seconds each, where no test is about them: memory of an answer, certificate (made here)."""
+    """Stay in this process but where a test says `new_process`; a fixture of more than one test has to ask for itself."""
     if "new_process" not in request.keywords:
-        told = measure.Memory(kind="rss", before=1, peak=2)
-        monkeypatch.setattr(measure, "answering_memory", lambda *_, **__: told)
-        monkeypatch.setattr(certificate, "afresh", probes.told)
+        stay_in_this_process(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
-from slimlmm.probing import skeleton
+from slimlmm.probing import edited, skeleton
 from slimlmm.resizing import dead_blocks, predict_parameters, resized
 from tiny import NAMES, tiny_config
 
@@ -194,3 +194,24 @@ def test_qformer_blocks_go_by_whole_periods():
     assert (axis.choices(), axis.groups[0].units, axis.groups[0].stride) == ((2, 4), 2, 2)
     with pytest.raises(UserError, match="multiple of 2"):
         resized(tiny_config("blip2-opt"), {"qformer.blocks": 3})
+
+
+def test_an_edited_configuration_is_the_callers_own_and_numbers_keep_their_kind():
+    config = tiny_config("llava-clip-llama")
+    field = ("text_config", "intermediate_size")
+    first = edited(config, {field: 34})
+    first.text_config.intermediate_size, first.vision_config.num_hidden_layers = 1, 1
+    again = edited(config, {field: 34})
+    assert again.text_config.intermediate_size == 34
+    assert again.vision_config.num_hidden_layers == config.vision_config.num_hidden_layers
+    assert [type(edited(config, {("", "note"): value}).note) for value in (1, 1.0, True)] == [int, float, bool]
+
+
+def test_axes_are_those_of_the_configuration_as_it_was_described():
+    config, same = tiny_config("llava-clip-llama"), tiny_config("llava-clip-llama")
+    config.text_config.intermediate_size = same.text_config.intermediate_size = 36  # described nowhere else
+    anatomy = describe(config)
+    config.text_config.intermediate_size = 20
+    assert anatomy.axis("text.ffn").size == describe(same).axis("text.ffn").size == 36
+    assert describe(config).axis("text.ffn").size == 20
+    assert describe(same) is anatomy

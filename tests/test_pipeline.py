@@ -7,6 +7,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from conftest import stay_in_this_process
 from slimlmm import pipeline, recipe
 from slimlmm.errors import UserError
 
@@ -44,7 +45,9 @@ class Recorder:
 @pytest.fixture(scope="module")
 def finished(teacher, ads, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, pipeline.run(teacher, ads, out, recipe.parse(TIMED, "test"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stay_in_this_process(monkeypatch)
+        return out, pipeline.run(teacher, ads, out, recipe.parse(TIMED, "test"))
 
 
 def test_a_run_leaves_a_stock_checkpoint_of_the_planned_size(finished):

@@ -1,5 +1,6 @@
 """Rounds: what is chosen, and what happens when one misses the promised accuracy."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from conftest import stay_in_this_process
 from slimlmm import checkpoint, data, importance, pipeline, plan, recipe, results, rounds
 from slimlmm.anatomy import describe
 from slimlmm.calibration import calibration_of, loss_against
@@ -30,18 +32,33 @@ STAGES = [
 PROMISING = {**RAW, "stages": STAGES, "max_drop": 1.0}
 
 
-@pytest.fixture
-def missing(monkeypatch):
+#: what the promise is missed by where half of a width is cut in the end
+MISSED = ("width.1 recovered", "width.1 recovered further")
+
+
+def miss(monkeypatch, *names):
     """Let the named evaluations miss the promise, and all others keep it."""
 
-    def let(*names):
-        def scored(job, model, processor, what):
-            return score([what not in names], ["picture"])
+    def scored(job, model, processor, what):
+        return score([what not in names], ["picture"])
 
-        monkeypatch.setattr(rounds, "_score", scored)
-        monkeypatch.setattr(rounds, "_promise", lambda job, found: found.correct > 0)
+    monkeypatch.setattr(rounds, "_score", scored)
+    monkeypatch.setattr(rounds, "_promise", lambda job, found: found.correct > 0)
 
-    return let
+
+@pytest.fixture
+def missing(monkeypatch):
+    return functools.partial(miss, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(teacher, ads, tmp_path_factory):
+    """The folder and the results of a run whose width missed the promise twice."""
+    out = tmp_path_factory.mktemp("rolled-back") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stay_in_this_process(monkeypatch)
+        miss(monkeypatch, *MISSED)
+        return out, pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"))
 
 
 def weights(folder):
@@ -71,10 +88,8 @@ def test_a_round_that_misses_the_promise_is_recovered_further(teacher, ads, tmp_
     assert found.notes == ()
 
 
-def test_then_it_is_rolled_back_and_half_of_it_is_cut(teacher, ads, tmp_path, missing):
-    missing("width.1 recovered", "width.1 recovered further")
-    out = tmp_path / "run"
-    found = pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"))
+def test_then_it_is_rolled_back_and_half_of_it_is_cut(rolled_back):
+    out, found = rolled_back
     assert [(one.number, one.half, one.kept_promise) for one in found.rounds] == [
         (1, False, True),
         (2, False, True),
@@ -102,17 +117,16 @@ def test_and_where_half_misses_too_the_run_stops_at_the_smallest_model_that_kept
     assert same(weights(out / "final"), weights(out / "stages" / "02-inner.1" / "model"))
 
 
-def test_a_run_stopped_between_attempts_resumes_to_the_same_weights(teacher, ads, tmp_path, missing):
-    missing("width.1 recovered", "width.1 recovered further")
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    pipeline.run(teacher, ads, whole, recipe.parse(PROMISING, "test"))
+def test_a_run_stopped_between_attempts_resumes_to_the_same_weights(teacher, ads, rolled_back, tmp_path, missing):
+    missing(*MISSED)
+    out = tmp_path / "run"
     for stop in ("half of it is tried", "round 4/4 last.1"):
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"), tell=Recorder(stop_at=stop))
     heard = Recorder()
     pipeline.run(teacher, ads, out, recipe.parse(PROMISING, "test"), tell=heard)
     assert "round 3/4 width.1-half was done" in heard.said
-    assert same(weights(whole / "final"), weights(out / "final"))
+    assert same(weights(rolled_back[0] / "final"), weights(out / "final"))
     assert json.loads((out / "stages" / "03-width.1" / "metrics.json").read_text())["kept_promise"] is False
 
 

@@ -7,9 +7,11 @@ key/value heads, D head_dim.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -50,43 +52,75 @@ _REMEMBERED = 64
 _ANATOMIES: dict[str, Anatomy] = {}
 
 
+class _Axes(Mapping[str, Axis]):
+    """Axes by name, each probed when it is first asked for: of a configuration on the way to another one few are."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Axis]]) -> None:
+        self._makers = makers
+        self._found: dict[str, Axis] = {}
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in self._found:
+            self._found[name] = self._makers[name]()
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 def describe(config: Any) -> Anatomy:
     """Return all axes of `config` by probing it; no weights are read or made."""
     key = key_of(config)
     if key not in _ANATOMIES:
         if len(_ANATOMIES) >= _REMEMBERED:
-            _ANATOMIES.clear()
+            del _ANATOMIES[next(iter(_ANATOMIES))]
+        config = copy.deepcopy(config)  # axes are probed later, and the caller may write into its own
         family = family_of(config)
-        axes: dict[str, Axis] = {}
+        makers: dict[str, Callable[[], Axis]] = {}
         for tower in family.towers:
-            axes |= {axis.name: axis for axis in _tower_axes(config, family, tower)}
+            makers |= _tower_makers(config, family, tower)
         for name, field in family.projector.items():
-            axes[name] = _inner_axis(view_of(config, "vision"), name, field, int(get(config, field)))
+            makers[name] = partial(_projector_axis, config, name, field)
         for name, (part, field_name, _) in family.query_tokens.items():
-            axes[name] = _tokens_axis(view_of(config, "vision"), name, (part, field_name))
-        axes["vocab"] = _vocab_axis(config, family)
+            makers[name] = partial(_tokens_axis, config, name, (part, field_name))
+        makers["vocab"] = partial(_vocab_axis, config, family)
         towers = {tower.name: f"{tower.prefix}." for tower in family.towers} | {"projector": f"{family.joint}."}
         for name, refusal in family.refusals.items():
-            axes[name] = refused(axes[name], refusal)
+            makers[name] = partial(_refused, makers[name], refusal)
         tied = skeleton(config).tied
-        _ANATOMIES[key] = Anatomy(model_type=config.model_type, axes=axes, tied=tied, towers=towers)
+        _ANATOMIES[key] = Anatomy(model_type=config.model_type, axes=_Axes(makers), tied=tied, towers=towers)
     return _ANATOMIES[key]
 
 
-def _tower_axes(config: Any, family: Family, tower: Tower) -> Iterable[Axis]:
+def _tower_makers(config: Any, family: Family, tower: Tower) -> dict[str, Callable[[], Axis]]:
+    """Return how to find each axis of a tower, by name."""
     backbone = backbone_of(config, tower)
     if backbone is None:
         model_type = part_of(config, tower).model_type
         reason = f"the backbone {model_type!r} is not known to families.py"
-        for noun in _ALWAYS:
-            yield Axis(name=f"{tower.name}.{noun}", kind=_KINDS[noun], size=0, refusal=reason)
-        return
+        return {f"{tower.name}.{noun}": partial(_uncut, tower, noun, reason) for noun in _ALWAYS}
     view = View(config, family, tower, backbone)
-    for noun, make in _makers(view).items():
-        if refusal := backbone.refusals.get(noun):
-            yield Axis(name=f"{tower.name}.{noun}", kind=_KINDS[noun], size=0, refusal=refusal)
-        else:
-            yield make(view)
+    return {
+        f"{tower.name}.{noun}": partial(_uncut, tower, noun, refusal)
+        if (refusal := backbone.refusals.get(noun))
+        else partial(make, view)
+        for noun, make in _makers(view).items()
+    }
+
+
+def _uncut(tower: Tower, noun: str, reason: str) -> Axis:
+    return Axis(name=f"{tower.name}.{noun}", kind=_KINDS[noun], size=0, refusal=reason)
+
+
+def _refused(make: Callable[[], Axis], reason: str) -> Axis:
+    return refused(make(), reason)
+
+
+def _projector_axis(config: Any, name: str, field: Field) -> Axis:
+    return _inner_axis(view_of(config, "vision"), name, field, int(get(config, field)))
 
 
 def _makers(view: View) -> dict[str, Callable[[View], Axis]]:
@@ -180,11 +214,12 @@ def _experts_axis(view: View) -> Axis:
     return axis if axis.refusal else replace(axis, minimum=least, note=note)
 
 
-def _tokens_axis(view: View, name: str, field: Field) -> Axis:
+def _tokens_axis(config: Any, name: str, field: Field) -> Axis:
     """Return the axis of learned queries that ask the picture: fewer of them, fewer placeholders in the prompt."""
-    size = int(get(view.config, field))
+    view = view_of(config, "vision")
+    size = int(get(config, field))
     draft = Axis(name=name, kind="tokens", size=size, fields=labels((field,)), note="cut together with the processor")
-    places = moved(view.config, edited(view.config, {field: 2 * size}))
+    places = moved(config, edited(config, {field: 2 * size}))
     return grouped(view, draft, places, lambda place, length: Group(name=name, axis=name, units=size))
 
 

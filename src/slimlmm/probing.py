@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,6 +26,9 @@ Place = tuple[str, int]
 
 _KEPT = 64
 _cache: OrderedDict[str, Skeleton] = OrderedDict()
+#: a class of configurations takes milliseconds to check what it is given, and every second edit was asked for before
+_EDITS_KEPT = 256
+_edits: OrderedDict[tuple[type, str], Any] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +103,13 @@ def edited(config: Any, changes: Mapping[Field, Any]) -> Any:
         target[name] = value
         if value is None:
             del target[name]
-    return type(config)(**data)
+    key = type(config), repr(data)
+    if key not in _edits:
+        _edits[key] = type(config)(**data)
+        if len(_edits) > _EDITS_KEPT:
+            _edits.popitem(last=False)
+    _edits.move_to_end(key)
+    return copy.deepcopy(_edits[key])  # the caller's own: building a model writes into it
 
 
 def moved(before: Any, after: Any) -> dict[Place, tuple[int, int]]:
