@@ -2,6 +2,7 @@
 
 import pytest
 
+from marks import thorough
 from slimlmm import controls, pipeline, recipe, saving
 from test_pipeline import Recorder
 from test_saving import Dies
@@ -16,7 +17,7 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("kind", ["scratch", "random-init"])
+@pytest.mark.parametrize("kind", ["scratch", thorough("random-init")])
 def test_a_control_that_was_killed_is_the_one_that_never_was(kind, teacher, ads, tmp_path, monkeypatch):
     run = tmp_path / "run"
     pipeline.run(teacher, ads, run, recipe.parse(RAW, "test"))

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from conftest import stay_in_this_process
 from slimlmm import checkpoint, job, pipeline, recipe, runfolder
 from slimlmm.checkdata.alignment import Probe
 from slimlmm.collate import Collator
@@ -50,7 +51,9 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(teacher, ads, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stay_in_this_process(monkeypatch)
+        pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
     return out, load_file(out / "final" / "model.safetensors")
 
 

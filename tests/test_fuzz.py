@@ -1,6 +1,7 @@
 """A few spoilt inputs of every parser, and each that once broke one; `benchmarks/fuzz.py` reads thousands of the same."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import fuzzing
 from fuzzing import TARGETS, HangError, inputs, limited, outcome
 from slimlmm import checkpoint, data, journal, recipe, runfolder, saving, studies
 from slimlmm.errors import UserError
 from slimlmm.results import Results
+from slimlmm.serving.settings import Source
 from slimlmm.settings import read_yaml
 
 EXAMPLES = 20
@@ -143,8 +146,6 @@ def test_groups_of_any_type_are_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["null", "[]", "{", "7", "\xff"])
 def test_a_generation_config_that_cannot_be_understood_is_refused(teacher, tmp_path, text):
-    import shutil
-
     folder = shutil.copytree(teacher, tmp_path / "model")
     config = checkpoint.load_config(folder)
     (folder / "generation_config.json").write_text(text, encoding="latin1")
@@ -174,6 +175,60 @@ def test_files_of_a_run_that_were_changed_are_named_with_what_to_do(tmp_path):
     (run / "whole.json").write_text("[" * 100_000)
     assert saving._fault(run, "this") == "its whole.json cannot be read"
     assert not journal.is_whole(run / "whole.json", run)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b"])
+def test_names_that_no_file_can_have_are_those_of_missing_files(name, teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"1 of 1 files that .* names are missing"):
+        checkpoint.open_weights(folder)
+    with pytest.raises(ValidationError, match=r"has no config\.json"):
+        Source(folder=name)
+
+
+def test_an_index_nested_too_deep_is_refused(teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no index of weights"):
+        checkpoint.open_weights(folder)
+
+
+def test_a_part_whose_model_type_is_no_text_is_refused(teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    told["vision_config"]["model_type"] = ["a", "b"]
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"model_type|cannot be"):
+        checkpoint.open_weights(folder)
+
+
+@pytest.mark.parametrize("told", [{"recipe": 7}, {"rounds": True}, {"train": -3}, {"rounds": [["a"]]}])
+def test_arms_of_any_type_are_refused(told):
+    raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "arms": {"slow": told}}
+    with pytest.raises(UserError, match=r"arms\.slow"):
+        studies.parse(raw, "s.yaml")
+
+
+def test_results_without_a_total_are_refused(tmp_path):
+    told = json.loads(fuzzing._result_seeds()[0])
+    del told["student"]["parameters"]["total"]
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"student\.parameters: .*has no total above 0"):
+        Results.load(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [('[null, {"a": 1}]', 1), ('[{"a": null},\n null]', 2), ("\ufeff [ {}, null]", 2)]
+)
+def test_a_null_row_in_a_list_is_refused_by_its_number(text, number, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"row {number} is null"):
+        list(data.records_of(path, tmp_path))
 
 
 @hypothesis.given(st.text(max_size=40))

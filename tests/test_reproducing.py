@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from conftest import stay_in_this_process
 from slimlmm import pipeline, recipe, reproducing
 from slimlmm.errors import UserError
 from slimlmm.reproducing import compared, reproduce
@@ -24,7 +25,9 @@ RAW = {
 @pytest.fixture(scope="module")
 def finished(teacher, ads, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "first"
-    pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stay_in_this_process(monkeypatch)
+        pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"))
     return out
 
 

@@ -204,6 +204,7 @@ def told_to_stop():
 
 
 def test_outside_of_a_training_and_the_second_time_a_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
     with leaving.heeding(), pytest.raises(leaving.LeftError, match="SIGTERM"):
         told_to_stop()
     with leaving.heeding(), leaving.patiently():
@@ -211,7 +212,7 @@ def test_outside_of_a_training_and_the_second_time_a_signal_stops_at_once():
         assert leaving.asked()
         with pytest.raises(leaving.LeftError):
             told_to_stop()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert not leaving.asked()
 
 

@@ -199,7 +199,9 @@ _VALUE = re.compile(r"\S")
 def _refuse_null(table: Path) -> None:
     """Raise a UserError where `null` stands in place of a row: the process would end there, in Arrow's reader of JSON."""
     with table.open("rb") as file:
-        if not any(b"null" in line and _LONE_NULL.search(line) for line in file):
+        listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        file.seek(0)
+        if not any(b"null" in line and (listed or _LONE_NULL.search(line)) for line in file):
             return
     text, place = table.read_text(encoding="utf-8-sig", errors="replace"), 0
     decoder = json.JSONDecoder(parse_int=float, strict=False)
@@ -209,8 +211,9 @@ def _refuse_null(table: Path) -> None:
             if found is None:
                 return
             row, place = decoder.raw_decode(text, found.start())
-            if row is None:
-                raise UserError(f"{table}: row {number} is null, not an object. Take it out.")
+            rows = row if listed and number == 1 and isinstance(row, list) else [row]
+            if None in rows:
+                raise UserError(f"{table}: row {number + rows.index(None)} is null, not an object. Take it out.")
     except json.JSONDecodeError:
         return  # which the reader tells
     except RecursionError as error:

@@ -49,6 +49,14 @@ def read_json(adapter: TypeAdapter[T], path: Path) -> T:
         ) from error
 
 
+def is_file(path: Path) -> bool:
+    """Tell whether there is such a file; a name that no file can have is that of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
 def flush_folder(folder: Path) -> None:
     """Force the list of a folder's files to the disk, so that a renamed file is found there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -72,6 +72,9 @@ def check_config(where: str, config: Any, trust_remote_code: bool) -> None:
             f"{where}: its weights are quantised ({quantised}); units of such weights cannot be cut or scored. Give the "
             f"original (bfloat16, float16 or float32) or a dequantised folder, and quantise the student."
         )
+    for name, part in config.to_dict().items():
+        if isinstance(part, dict) and not isinstance(told := part.get("model_type", ""), str):
+            raise UserError(f"{where}: config.json says {name}.model_type = {str(told)[:80]}, which is no text.")
     model_type = config.model_type
     if model_type in _MODEL_TYPES or trust_remote_code:
         return

@@ -255,6 +255,7 @@ def _refuse_no_room(
         need = room.need_of(config, stages, loaded.stored.itemsize, cache, job.keeping)
         needs = {job.folder.path: need.total}
         if job.folder.shared:
+            job.folder.shared.mkdir(parents=True, exist_ok=True)
             needs = {job.folder.path: need.total - cache, job.folder.shared: cache}
         room.refuse(needs, str(need))
         job.tell.say(f"disk: at most {room.readable(need.total)} will be needed ({need})")

@@ -10,9 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
@@ -53,6 +53,12 @@ class Dataset(Record):
     notes: tuple[str, ...] = Field((), description="What was said while reading: skipped rows, splits made.")
 
 
+def _with_total(counts: dict[str, int]) -> dict[str, int]:
+    if counts.get("total", 0) <= 0:
+        raise ValueError("has no total above 0")
+    return counts
+
+
 class Model(Record):
     """One model, measured; what was not measured is null."""
 
@@ -60,7 +66,9 @@ class Model(Record):
     model_type: str = Field(description="model_type of its stock config.")
     fingerprint: str | None = Field(None, description="Hash over configuration and weights, by name.")
     sizes: dict[str, int] = Field(description="Size of every axis that can be cut.")
-    parameters: dict[str, int] = Field(description="Parameters by part, and `total`; tied ones count once.")
+    parameters: Annotated[dict[str, int], AfterValidator(_with_total)] = Field(
+        description="Parameters by part, and `total`; tied ones count once."
+    )
     disk_bytes: int | None = Field(None, description="Bytes of all files of its folder.")
     accuracy: Accuracy | None = Field(None, description="Exact match on the test split.")
     validation: Score | None = Field(None, description="Exact match on the validation split, as in the rounds.")

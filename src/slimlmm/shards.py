@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlmm.errors import UserError
+from slimlmm.files import is_file
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -120,11 +121,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     try:
         named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(key): str(file) for key, file in named.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / INDEX}: is no index of weights ({type(error).__name__}: {error}).") from error
     if not pairs:
         raise UserError(f"{folder / INDEX}: its weight_map is empty, so there are no weights to read.")
-    gone = sorted(file for file in set(pairs.values()) if not (folder / file).is_file())
+    gone = sorted(file for file in set(pairs.values()) if not is_file(folder / file))
     if gone:
         count = sum(file in gone for file in pairs.values())
         raise UserError(

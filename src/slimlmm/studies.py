@@ -204,7 +204,11 @@ def _arm_problems(raw: Mapping[str, Any]) -> list[str]:
                 lines += problems(error, lambda at, k=kind: _below(at, k), ("arms", name, key))  # type: ignore[misc]
         for key, keys in FIXED.items():
             given = arm.get(key)
-            lines += [f"arms.{name}.{key}.{one}: {why}" for one, why in keys.items() if given and one in given]
+            lines += [
+                f"arms.{name}.{key}.{one}: {why}"
+                for one, why in keys.items()
+                if isinstance(given, Mapping) and one in given
+            ]
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from slimlmm.errors import UserError
+from slimlmm.files import is_file
 from slimlmm.serving.canary import CanarySettings
 from slimlmm.serving.limits import Limits
 from slimlmm.serving.metering import Metering
@@ -19,7 +20,7 @@ from slimlmm.settings import Settings, fields, read_yaml, valid
 
 def is_export(folder: Path) -> bool:
     """Tell whether a folder holds graphs of `slimlmm export` rather than a checkpoint."""
-    return any((folder / f"words.{kind}").exists() for kind in ("onnx", "xml"))
+    return any(is_file(folder / f"words.{kind}") for kind in ("onnx", "xml"))
 
 
 def _source(told: Any) -> Any:
@@ -53,7 +54,7 @@ class Source(Settings):
         if (self.folder is None) == (not self.urls):
             raise ValueError("give either folder or urls")
         held = None if self.folder is None else Path(self.folder)
-        if held is not None and not (is_export(held) or (held / "config.json").exists()):
+        if held is not None and not (is_export(held) or is_file(held / "config.json")):
             raise ValueError(f"{self.folder}: has no config.json; give the folder of a model, or engines that serve it")
         return self
 
