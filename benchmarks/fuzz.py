@@ -5,7 +5,7 @@
 
 Targets and mutations stand in `tests/fuzzing.py`: bytes are flipped, cut, repeated, spliced; trees of JSON, YAML, tables and
 safetensors headers get values of other types, which hypothesis draws, in other places. `atheris` (libFuzzer) changes bytes
-alone, and goes on from what reached new lines of slimlmm. Tables are read by the bare readers of `datasets`, fewer by all of it.
+alone, and goes on from what reached new lines of slimlmm. Tables are read by the bare readers of `datasets`, and by all of it.
 Each parser has a process of its own, whose memory is told before the first input and at its peak; one that dies is a find, with
 the input that it died of. A find is counted once by its kind (exception, function of slimlmm), with the first input of it.
 """
@@ -169,11 +169,11 @@ def by_atheris(name: str, n: int, seed: int, out: Path) -> None:
 ENGINES = {"mutation": by_mutation, "atheris": by_atheris}
 
 
-def run(name: str, slow: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def run(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Fuzz one parser in a process of its own; one that dies is a find."""
     out = scratch / f"{name.replace(' ', '-').replace('/', '-')}.json"
     command = [sys.executable, __file__, "--one", name, "--engine", options.engine, "--out", str(out)]
-    command += ["--n", str(options.n // slow), "--seed", str(options.seed)]
+    command += ["--n", str(options.n), "--seed", str(options.seed)]
     done = subprocess.run(command, check=False, env=os.environ | {"TMPDIR": str(scratch)})
     found: dict[str, Any] = json.loads(out.read_bytes()) if out.exists() else {"parser": name, "inputs": 0, "finds": []}
     if done.returncode:
@@ -209,12 +209,11 @@ def main() -> None:
     sys.path.insert(0, str(TESTS))
     fuzzing: Any = importlib.import_module("fuzzing")
     names = options.parsers or [target.name for target in fuzzing.TARGETS]
-    slows = {target.name: target.slow for target in fuzzing.TARGETS}
     before = json.loads(options.out.read_bytes())["parsers"] if options.out.exists() else []
     found: list[dict[str, Any]] = [one for one in before if one["parser"] not in names]
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
-            found.append(run(name, slows[name], options, Path(scratch)))
+            found.append(run(name, options, Path(scratch)))
         one = {key: value for key, value in found[-1].items() if key != "finds"}
         print(one, f"kinds of finds: {len(found[-1]['finds'])}", flush=True)
         record: dict[str, Any] = {

@@ -108,8 +108,6 @@ class Target:
     name: str
     made: Callable[[Path], tuple[list[bytes], Callable[[bytes], object]]]
     codec: Codec | None = None
-    slow: int = 1
-    """how many times fewer inputs it gets"""
 
 
 def outcome(read: Callable[[bytes], object], raw: bytes) -> tuple[str, str]:
@@ -435,7 +433,7 @@ def rows(suffix: str, codec: Codec, *, whole: bool = False) -> Target:
 
         return seeds, read
 
-    return Target(f"{'whole ' if whole else ''}rows {suffix}", made, codec, 50 if whole else 1)
+    return Target(f"{'whole ' if whole else ''}rows {suffix}", made, codec)
 
 
 def _pictures(folder: Path) -> tuple[list[bytes], Callable[[bytes], object]]:

@@ -29,7 +29,7 @@ def test_whatever_is_read_ends_in_a_value_or_a_refusal(target):
         assert outcome(read, seeds[0]) == ("accepted", "")
 
         @hypothesis.settings(
-            max_examples=max(3, EXAMPLES // target.slow),
+            max_examples=EXAMPLES,
             database=None,
             deadline=None,
             phases=[Phase.generate],
@@ -211,6 +211,25 @@ def test_arms_of_any_type_are_refused(told):
     raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "arms": {"slow": told}}
     with pytest.raises(UserError, match=r"arms\.slow"):
         studies.parse(raw, "s.yaml")
+
+
+def test_groups_of_arms_that_are_no_names_are_refused():
+    raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "arms": {"slow": {"train": {"steps": 2}}}}
+    group = {"title": "t", "arms": [[{}], "slow"], "reference": "slow", "x": {"slow": 2}}
+    with pytest.raises(UserError, match=r"groups\.0"):
+        studies.parse(raw | {"groups": [group]}, "s.yaml")
+
+
+def test_a_panic_of_the_tokenizers_library_is_a_processor_that_cannot_be_built(teacher, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_, **__):
+        raise PanicException("range end index 14 out of range")
+
+    monkeypatch.setattr(checkpoint._PROCESSORS, "from_pretrained", panics)
+    with pytest.raises(UserError, match="PanicException: range end index 14"):
+        checkpoint.load_processor(teacher, checkpoint.load_config(teacher))
 
 
 def test_results_without_a_total_are_refused(tmp_path):

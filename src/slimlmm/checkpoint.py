@@ -218,7 +218,9 @@ def _checked_config(where: str, options: dict[str, bool]) -> Any:
 def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
     try:
         return _PROCESSORS.from_pretrained(where, **options), ""
-    except Exception as error:  # as for configurations
+    except BaseException as error:  # as for configurations; a panic of the tokenizers' library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         return None, f"no processor: {_first_line(error)}"
 
 
