@@ -255,7 +255,11 @@ def _group_problems(where: str, group: Mapping[str, Any], known: list[str]) -> l
     if reference is not None and arms and reference not in arms:
         lines.append(f"{where}.reference: {reference!r} is not among its arms ({', '.join(map(str, arms))}).")
     x = group.get("x")
-    if isinstance(x, Mapping) and x and (lacking := [name for name in arms if name in known and name not in x]):
+    if (
+        isinstance(x, Mapping)
+        and x
+        and (lacking := [name for name in arms if not isinstance(name, str) or name not in x])
+    ):
         lines.append(f"{where}.x: no number for {', '.join(map(str, lacking))}.")
     return lines
 
