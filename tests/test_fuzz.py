@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import hypothesis
@@ -211,6 +212,17 @@ def test_arms_of_any_type_are_refused(told):
     raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "arms": {"slow": told}}
     with pytest.raises(UserError, match=r"arms\.slow"):
         studies.parse(raw, "s.yaml")
+
+
+@pytest.mark.parametrize("raw", [b"PK\x03\x04 no archive", b"\x1f\x8b\x08 no archive", b"BZh9 no archive", b"zip"])
+def test_a_packed_table_is_not_unpacked(raw, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(raw)
+    if raw == b"zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("train.csv", "question,answer\na,b\n")
+    with pytest.raises(UserError, match=r"is packed \(.*Unpack it"):
+        list(data.records_of(path, tmp_path))
 
 
 def test_groups_of_arms_that_are_no_names_are_refused():

@@ -166,6 +166,8 @@ def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
+    if table.is_file():
+        _refuse_packed(table)
     if READERS.get(table.suffix) == "json" and table.is_file():
         _refuse_null(table)
     try:
@@ -189,6 +191,18 @@ def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
             number += 1
     except UnicodeDecodeError as error:  # what a reader of JSON lets pass
         raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
+
+
+def _refuse_packed(table: Path) -> None:
+    """Raise a UserError for an archive under the name of a table: `datasets` would unpack it, however large it gets."""
+    from datasets.utils.extract import Extractor
+
+    try:
+        packed = Extractor.infer_extractor_format(table)
+    except Exception as error:  # what looks like an archive and is none
+        packed = type(error).__name__
+    if packed:
+        raise UserError(f"{table}: is packed ({packed}), not a table. Unpack it, and give what is inside.")
 
 
 #: a `null` that stands where no value of a list or an object does, unless a text holds it
