@@ -128,11 +128,11 @@ def killed(root: Path, verb: str, words: list[str], kills: int, draw: random.Ran
                 "nothing_there": nothing,
                 "sound": sound,
                 "equal": written(verb, out) == wanted,
+                "left_beside": beside,
             }
         )
-        each[-1]["left_beside"] = beside
         shutil.rmtree(out)
-    fine = sum(one["sound"] and one["equal"] and not one["left"] for one in each)
+    fine = sum(one["sound"] and one["equal"] and not one["left_beside"] for one in each)
     record = {"verb": verb, "whole_s": round(whole, 1), "kills": kills, "sound": fine, "each": each}
     print(json.dumps(record), flush=True)
     return record
