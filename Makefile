@@ -19,11 +19,15 @@ conformance: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conformance.py docs/families.md --workers 2 --check
 	$(BIN)/python -m pytest --whole-grid --thorough --numprocesses 2 --dist load
 
-# 50 kills of a small whole run, half an hour on 2 cores, then every other fault of docs/reliability.md, which is written anew
+# kills, full disks and spoilt bytes at random, an hour and a half on 2 cores, then the test of every fault of docs/reliability.md,
+# which is written anew
 faults: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --kills 50 --out runs/faults.json
-	$(BIN)/python benchmarks/faults.py --page docs/reliability.md --out runs/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults_more.py --kills 10 --fills 10 --out runs/faults-more.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --n 10000 --out runs/fuzz.json
+	$(BIN)/python benchmarks/reliability.py docs/reliability.md \
+		--faults runs/faults.json --more runs/faults-more.json --fuzz runs/fuzz.json
 
 # hours on 2 cores, minutes on a GPU; stop it at any time, the same command resumes
 headline: $(READY)

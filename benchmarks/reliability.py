@@ -138,6 +138,42 @@ FAULTS = (
     ),
     ("broken rows", "reading data", "counted, named, skipped up to a share, else refused", "test_data.py"),
     (
+        "pictures cut short, of another kind, two-faced, SVG, whatever their decoders raise",
+        "reading data, check-data, serve",
+        "a broken row with its reason",
+        "test_picture_files.py::test_what_is_no_whole_picture_within_the_limits_is_a_broken_row_with_its_reason",
+    ),
+    (
+        "bombs: pixels, bytes, text chunks",
+        "the same",
+        "not decoded, not read; a broken row with the number",
+        "test_picture_files.py::test_nothing_is_decoded_of_what_the_header_says_is_too_large",
+    ),
+    (
+        "paths and links out of the data folder, pipes, devices",
+        "reading data",
+        "not opened; a broken row unless the folder is allowed by name",
+        "test_picture_files.py::test_a_path_that_leads_out_of_the_data_is_a_broken_row_unless_its_folder_is_allowed",
+    ),
+    (
+        "a packed file under the name of a table",
+        "reading data",
+        "refused before it is unpacked",
+        "test_fuzz.py::test_a_packed_table_is_not_unpacked",
+    ),
+    (
+        "YAML that expands without end, names types, or has dates that there are not",
+        "recipes, studies, settings",
+        "refused with the line",
+        "test_fuzz.py::test_yaml_that_python_stumbles_over_is_refused",
+    ),
+    (
+        "bytes changed at random",
+        "every parser",
+        "a value or a refusal with its reason",
+        "test_fuzz.py::test_whatever_is_read_ends_in_a_value_or_a_refusal",
+    ),
+    (
         "a wrong weight, key, parameter count, pickle, code, changed or added file",
         "`final/`",
         "no certificate, no `final/`; `verify` names it ([verify.md](verify.md))",

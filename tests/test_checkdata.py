@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from slimlmm import data
+from slimlmm import checkpoint, data
 from slimlmm.checkdata import check, duplicates, near, pictures
 from slimlmm.checkdata.kinds import KINDS, Pad
 from slimlmm.checkdata.look import Look, look
@@ -22,6 +23,7 @@ from slimlmm.checkdata.view import view
 from slimlmm.errors import UserError
 from slimlmm.pictures import MAX_PIXELS
 from slimlmm.progress import Quiet
+from slimlmm.teacher import weights_fingerprint
 from spoiling import (
     NOISE,
     PLANTED,
@@ -121,6 +123,8 @@ def test_clean_data_has_no_errors_and_no_warnings(ads):
     assert (record.errors, record.warnings) == (0, 0), record.findings
     assert record.splits == {"train": 120, "validation": 40, "test": 40}
     assert record.pictures.count == record.pictures.decoded == 20
+    splits = data.load(ads)
+    assert record.fingerprint == data.fingerprint([*splits.train, *splits.validation, *splits.test])
     assert record.lengths.unit == "words"
 
 
@@ -231,6 +235,8 @@ def test_the_verb_prints_the_whole_record_and_ends_with_0_on_clean_data(ads, tea
     record = CheckData.model_validate_json(out)
     assert code == 0
     assert record.model.picture_tokens == (4, 4)
+    assert record.model.fingerprint == weights_fingerprint(checkpoint.load(teacher).model)
+    assert (record.seed, record.environment.versions["torch"]) == (0, version("torch"))
     assert record.model.features == 4
     assert record.model.self_kl < record.model.limit
     assert [one.kind for one in record.findings if one.severity != "info"] == []

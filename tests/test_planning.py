@@ -3,12 +3,13 @@
 import io
 import json
 import struct
+from importlib.metadata import version
 
 import pytest
 import torch
 from rich.console import Console
 
-from slimlmm import budget, checkpoint, commands, plan, planning, recipe, surgery, vocab
+from slimlmm import budget, checkpoint, commands, data, plan, planning, recipe, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import Stopwatch, quantity
 from slimlmm.collate import texts_of
@@ -18,6 +19,7 @@ from slimlmm.errors import UserError
 from slimlmm.probing import skeleton
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import some_units
+from slimlmm.teacher import config_fingerprint
 from tiny import tiny, tiny_config
 from zoo import CONFIGS
 
@@ -161,6 +163,9 @@ def test_rows_trim_the_vocabulary_as_compress_does(folder, ads, rows):
     (axis,) = (axis for axis in found["axes"] if axis["axis"] == "vocab")
     assert axis["planned"] == describe(trimmed.config).sizes["vocab"] == found["rounds"][0]["sizes"]["vocab"]
     assert found["rounds"][0]["parameters"] == trimmed.num_parameters()
+    assert found["rows_fingerprint"] == data.fingerprint(rows.train + rows.validation)
+    assert found["config_fingerprint"] == config_fingerprint(loaded.model.config) != config_fingerprint(trimmed.config)
+    assert (found["seed"], found["environment"]["versions"]["torch"]) == (0, version("torch"))
     whole = loaded.model.num_parameters()
     final = {
         axis["axis"]: axis["planned"] for axis in found["axes"] if axis["axis"].endswith(("blocks", "width", "groups"))

@@ -192,6 +192,7 @@ def test_a_study_killed_inside_an_arm_and_between_arms_runs_nothing_twice(
         assert arms[name].runs[0].parameters == arms["base"].runs[0].parameters == arms["base"].planned_parameters
         assert arms[name].runs[0].row_visits == arms["base"].planned_row_visits
     assert found.environment.git is None
+    assert {"model": found.model_fingerprint, "data": found.data_fingerprint} == planned.identity
     assert set(found.groups[0].differences) == {"plain", "scratch", "init"}
     assert not any(out.glob("runs/*/seed-4/cache"))
     assert len(list((out / "cache").glob("answers-*.json"))) == 2

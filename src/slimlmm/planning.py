@@ -29,6 +29,7 @@ from slimlmm.deployable import refuse_unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
 from slimlmm.inspection import dtype_of, sizes_of
+from slimlmm.measure import environment
 from slimlmm.plan import (
     Space,
     check_stages,
@@ -40,6 +41,7 @@ from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, SizesBy, Stage
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.surgery import new_config
+from slimlmm.teacher import config_fingerprint
 from slimlmm.tree import human, plain, ratio
 
 #: options that say a budget; one of them is given
@@ -114,7 +116,18 @@ def plan(
         "energy": measured if option == "--energy-j" else None,
         "choice": choice.record(),
     }
-    return found | _schedule(start, space, sizes, settings, out)
+    return found | _schedule(start, space, sizes, settings, out) | _origin(start, settings)
+
+
+def _origin(start: _Start, settings: Recipe) -> dict[str, Any]:
+    """Return what a plan was made from, and on what machine."""
+    rows = [row for part in start.rows.values() for row in part]
+    return {
+        "seed": settings.seed,
+        "config_fingerprint": config_fingerprint(start.config),
+        "rows_fingerprint": data.fingerprint(rows) if rows else None,
+        "environment": environment().model_dump(),
+    }
 
 
 def _settings(path: Path | None, by: str | None, source: Path | None) -> Recipe:

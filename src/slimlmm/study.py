@@ -270,6 +270,7 @@ def gathered(planned: Planned, out: Path, command: str | None = None) -> StudyRe
         planned.groups,
         {name: [seed for seed in planned.study.seeds if planned.finished(out, name, seed)] for name in runs},
         command=command,
+        identity=planned.identity,
         environment=environment().model_copy(update={"git": None}),
     )
 

@@ -121,6 +121,10 @@ def provenance(found: StudyResults) -> Table:
     rows = [
         ("command", f"`{found.command}`" if found.command else NOTHING),
         ("data", f"{found.data}: " + ", ".join(f"{n:,} {split}" for split, n in found.rows.items())),
+        (
+            "hashes",
+            f"model {found.model_fingerprint}, data {found.data_fingerprint}" if found.data_fingerprint else NOTHING,
+        ),
         ("machine", ", ".join(part for part in parts if part)),
         ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
         ("measured", machine.created),

@@ -108,6 +108,8 @@ class StudyResults(File):
     data: str = Field(description="The data.")
     seeds: tuple[int, ...] = Field(description="Seeds that were asked for.")
     environment: Environment = Field(description="Machine and versions at the last gathering.")
+    model_fingerprint: str | None = Field(None, description="Hash over the model's configuration and weights, by name.")
+    data_fingerprint: str | None = Field(None, description="Hash over all rows and pictures of all splits.")
     rows: dict[str, int] = Field({}, description="Rows per split.")
     teacher: Spread | None = Field(None, description="The teacher's exact match on the test rows over the seeds.")
     teacher_parameters: int | None = Field(None, description="The teacher's parameters.")
@@ -164,6 +166,7 @@ def gather(
     finished: Mapping[str, Sequence[int]],
     *,
     command: str | None,
+    identity: Mapping[str, str],
     environment: Environment,
 ) -> StudyResults:
     """Return the record of what is `finished` (seeds by arm that was run) in the folder of a study."""
@@ -188,6 +191,8 @@ def gather(
         data=study.data,
         seeds=study.seeds,
         environment=environment,
+        model_fingerprint=identity["model"],
+        data_fingerprint=identity["data"],
         rows=first.data.rows if first else {},
         teacher=spread(list(teachers.values())) if teachers else None,
         teacher_parameters=first.teacher.parameters["total"] if first else None,

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
@@ -39,13 +39,22 @@ PICTURES_A_BATCH = 16
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Return a hash over every parameter and buffer, by name, in storage precision."""
-    config = _settings(model.config.to_dict())
-    config.pop("use_cache", None)  # a Trainer leaves it behind, and it changes no answer
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(_described(model.config))
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """Return a hash over a configuration, wherever it was loaded from."""
+    return hashlib.sha256(_described(config)).hexdigest()
+
+
+def _described(config: PretrainedConfig) -> bytes:
+    found = _settings(config.to_dict())
+    found.pop("use_cache", None)  # a Trainer leaves it behind, and it changes no answer
+    return json.dumps(found, sort_keys=True, default=str).encode()
 
 
 def _settings(config: Any) -> Any:

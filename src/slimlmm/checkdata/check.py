@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.look import Look
 from slimlmm.checkdata.reading import Reading, read
 from slimlmm.checkdata.record import CheckData, Lengths, Model
+from slimlmm.data import SPLITS, told
+from slimlmm.measure import environment
 from slimlmm.pictures import MAX_PIXELS, USUAL, PictureSettings
 from slimlmm.progress import Quiet, Reporter
 
@@ -64,8 +67,20 @@ def check(
         lengths=lengths,
         tasks=tasks,
         model=seen,
+        seed=limits.seed,
+        fingerprint=_fingerprint(reading, looks),
+        environment=environment(),
         seconds=time.perf_counter() - began,
     )
+
+
+def _fingerprint(reading: Reading, looks: Sequence[Look]) -> str:
+    """Return `data.fingerprint` of the splits in order; a picture that was not read counts as empty."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for entry in (one for one in reading.entries if one.split == split):
+            digest.update(told(entry.row) + looks[entry.picture].sha)
+    return digest.hexdigest()
 
 
 def _loaded(model: str, trust_remote_code: bool) -> checkpoint.Loaded:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slimlmm.measure import Environment
+
 Severity = Literal["error", "warning", "info"]
 Noun = Literal["rows", "pictures", "tasks"]
 
@@ -88,6 +90,7 @@ class Model(Frozen):
     """How a model sees the rows."""
 
     name: str = Field(description="Folder or hub id.")
+    fingerprint: str = Field(description="Hash over configuration and weights, by name.")
     context: int | None = Field(description="Positions of its language model; null where its configuration names none.")
     picture_tokens: tuple[int, int] | None = Field(
         description="Least and most placeholders of a picture among rows tried."
@@ -117,4 +120,7 @@ class CheckData(Frozen):
     lengths: Lengths | None = Field(description="How long answers are; null without any answer.")
     tasks: tuple[Task, ...] = Field(description="Answers by split and task.")
     model: Model | None = Field(description="How the model sees the rows; null without --model.")
+    seed: int = Field(description="Seed of the rows that are run through the model.")
+    fingerprint: str = Field(description="Hash over all rows and pictures: that of a run that takes all of them.")
+    environment: Environment = Field(description="Machine and versions.")
     seconds: float = Field(description="Wall time.")

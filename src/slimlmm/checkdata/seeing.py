@@ -16,6 +16,7 @@ from slimlmm.collate import Batch, Collator, Prompter
 from slimlmm.data import by_picture, spread
 from slimlmm.errors import UserError
 from slimlmm.progress import Reporter
+from slimlmm.teacher import weights_fingerprint
 
 #: rows whose labels are shown
 SHOWN = 4
@@ -48,6 +49,7 @@ def judge(
     limited = limit(loaded.model.device)
     said = Model(
         name=name,
+        fingerprint=weights_fingerprint(loaded.model),
         context=context,
         picture_tokens=None,
         features=None,

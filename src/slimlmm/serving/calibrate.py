@@ -14,11 +14,14 @@ from slimlmm import checkpoint, data
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, answer_limit, evaluate, grade, one_look, paired_bootstrap
+from slimlmm.files import refuse_unwritable, write_text
+from slimlmm.measure import environment
 from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.serving.answering import Answerer
 from slimlmm.serving.asks import Ask
 from slimlmm.serving.escalation import KINDS, Escalation, Kind, Point, area, curve, fitted
+from slimlmm.teacher import weights_fingerprint
 
 #: rows that are answered together
 BATCH = 32
@@ -65,11 +68,12 @@ def calibrate(
     Raises:
         UserError: no rows, or no threshold does what is wanted.
     """
+    refuse_unwritable(out.parent)
     splits = data.load(source, allowed=allowed)
     rows = {"validation": data.sample(splits.need("validation", source), count, 0)}
     if splits.test:
         rows["test"] = data.sample(splits.test, count, 0)
-    found = _answered(student, teacher, rows, tell)
+    found, prints = _answered(student, teacher, rows, tell)
     fitting = found["validation"]
     curves = {kind: fitting.curve(kind) for kind in ([wanted.kind] if wanted.kind else KINDS)}
     kind = max(curves, key=lambda one: area(curves[one]))
@@ -83,9 +87,13 @@ def calibrate(
         accuracy=point.accuracy,
         student_accuracy=fitting.student.accuracy,
         teacher_accuracy=fitting.teacher.accuracy,
+        student_fingerprint=prints[0],
+        teacher_fingerprint=prints[1],
+        rows_fingerprint=data.fingerprint(rows["validation"]),
+        environment=environment().model_dump(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(threshold.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_text(out, threshold.model_dump_json(indent=1) + "\n")
     plot(curves, threshold, fitting, out.with_suffix(".png"))
     told = {name: judged(threshold, answers) for name, answers in found.items()}
     areas = {name: area(points) for name, points in curves.items()}
@@ -107,9 +115,12 @@ def judged(threshold: Escalation, answers: Answers) -> dict[str, Any]:
     }
 
 
-def _answered(student: str, teacher: str, rows: Mapping[str, Sequence[Row]], tell: Reporter) -> dict[str, Answers]:
-    """Return both models' answers to each split; one model is in memory at a time."""
+def _answered(
+    student: str, teacher: str, rows: Mapping[str, Sequence[Row]], tell: Reporter
+) -> tuple[dict[str, Answers], tuple[str, str]]:
+    """Return both models' answers to each split, and their hashes; one model is in memory at a time."""
     loaded = checkpoint.load_to_answer(student)
+    first = weights_fingerprint(loaded.model)
     mine = {}
     for name, part in rows.items():
         mine[name] = graded(Answerer(loaded.model, loaded.processor), part, tell, f"student, {name}")
@@ -118,7 +129,7 @@ def _answered(student: str, teacher: str, rows: Mapping[str, Sequence[Row]], tel
     for name, part in rows.items():
         theirs = evaluate(loaded.model, loaded.processor, part, progress=partial(tell.step, f"teacher, {name}"))
         answers[name] = Answers(*mine[name], theirs)
-    return answers
+    return answers, (first, weights_fingerprint(loaded.model))
 
 
 def graded(answerer: Answerer, rows: Sequence[Row], tell: Reporter, what: str) -> tuple[Evaluation, list[list[float]]]:

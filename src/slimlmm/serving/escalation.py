@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -38,6 +38,10 @@ class Escalation(Settings):
     accuracy: float = Field(description="Share of right answers of the two together, on those rows.")
     student_accuracy: float = Field(description="Of the student alone.")
     teacher_accuracy: float = Field(description="Of the teacher alone.")
+    student_fingerprint: str | None = Field(None, description="Hash over the student's configuration and weights.")
+    teacher_fingerprint: str | None = Field(None, description="Hash over the teacher's.")
+    rows_fingerprint: str | None = Field(None, description="Hash over those rows and their pictures.")
+    environment: dict[str, Any] | None = Field(None, description="Machine and versions that it was made with.")
 
     def confidence(self, logprobs: Sequence[float] | None) -> float | None:
         """Return an answer's confidence; None where its tokens are not known, 0 where it has none."""
