@@ -30,11 +30,13 @@ import yaml
 
 from slimlmm import adreview, checkpoint
 from slimlmm.measure import environment
-from slimlmm.reproducing import left_by
+from slimlmm.reproducing import left_by, unlike
 from tiny import tiny  # type: ignore[import-not-found]
 
 NAME = "llava-dinov2-llama"
 KILLS_A_RUN = 5
+#: differences of a run that are written down
+MOST = 20
 STATES = {"cross_entropy": 1.0, "forward_kl": 1.0, "answer_states": 1.0, "picture_states": 1.0}
 RECIPE: dict[str, Any] = {
     "bench_calls": 0,
@@ -78,7 +80,9 @@ def main() -> None:
         runs: list[dict[str, Any]] = []
         while sum(len(run["kills"]) for run in runs) < arguments.kills:
             runs.append(killed(root, root / f"run-{len(runs)}", whole, draw) | {"number": len(runs)})
-            runs[-1]["equal"] = left_by(root / f"run-{len(runs) - 1}") == left_by(root / "whole")
+            differs = unlike(left_by(root / "whole"), left_by(root / f"run-{len(runs) - 1}"))
+            runs[-1]["equal"] = not differs
+            runs[-1]["differs"] = [one.model_dump() for one in differs[:MOST]]
             shutil.rmtree(root / f"run-{len(runs) - 1}")
             print(json.dumps(runs[-1]), flush=True)
             write(arguments, whole, runs)

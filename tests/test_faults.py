@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import stay_in_this_process
-from slimlmm import checkpoint, job, pipeline, recipe, runfolder
+from slimlmm import checkpoint, job, leaving, pipeline, recipe, runfolder
 from slimlmm.checkdata.alignment import Probe
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
@@ -104,6 +104,31 @@ def test_a_broken_part_of_a_round_is_made_again_to_the_same_weights(teacher, ads
     pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=told)
     assert not any("goes on" in text for text in told.said)
     found = load_file(out / "final" / "model.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
+def test_stopped_after_the_cuts_it_asks_no_row_in_other_company(teacher, ads, finished, tmp_path, monkeypatch):
+    """Rows asked with others beside them give other last bits, so what was asked before a state has to be on disk with it."""
+    _, wanted = finished
+    asked, live = [], TeacherCache.live
+    monkeypatch.setattr(
+        TeacherCache, "live", lambda self, batch: (asked.extend(row.id for row in batch["rows"]), live(self, batch))[1]
+    )
+
+    def heed(where):
+        if where.startswith(" after the cuts"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(leaving, "heed", heed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(RAW, "test"))
+    assert asked
+    told = Recorder()
+    pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(RAW, "test"), tell=told)
+    assert any("goes on" in text for text in told.said)
+    assert len(asked) == len(set(asked)), "no row was asked twice"
+    found = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 

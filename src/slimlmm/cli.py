@@ -83,7 +83,7 @@ def _reason(error: OSError | SafetensorError) -> str:
         return str(error)
     if error.strerror is None:
         raise error
-    return f"{error.filename or 'file'}: {error.strerror}"
+    return f"{error.filename or 'a file could not be read or written'}: {error.strerror}"
 
 
 def _stop(message: str, code: int) -> None:

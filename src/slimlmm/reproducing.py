@@ -144,8 +144,8 @@ def _is_text(given: Mapping[str, Any], name: str) -> bool:
 
 def compared(run: Path, out: Path, first: Results, again: Results) -> Reproduction:
     """Hold two finished runs against each other."""
-    files = tuple(_differences(_final(run), _final(out)))
-    figures = tuple(_differences(_flat(_plain(first)), _flat(_plain(again))))
+    files = unlike(_final(run), _final(out))
+    figures = unlike(_plain(first), _plain(again))
     pairs = {name: [read_json(EVALUATION, one / name) for one in (run, out)] for name in ANSWERS}
     answers = {name: _unlike(*pair) for name, pair in pairs.items()}
     difference = drop(*pairs["student-test.json"])
@@ -157,14 +157,14 @@ def compared(run: Path, out: Path, first: Results, again: Results) -> Reproducti
     elif difference.low <= 0 <= difference.high:
         outcome = "within chance"
     machines = [
-        _flat({key: value for key, value in one.environment.model_dump().items() if key not in ALIKE})
+        {key: value for key, value in one.environment.model_dump().items() if key not in ALIKE}
         for one in (first, again)
     ]
     return Reproduction(
         run=str(run),
         again=str(out),
         outcome=outcome,
-        machine=tuple(_differences(*machines)),
+        machine=unlike(*machines),
         files=files,
         answers=answers,
         results=figures,
@@ -177,6 +177,11 @@ def left_by(run: Path) -> dict[str, Any]:
     """Return all that a finished run left and that must be equal to the byte: files, answers, results without what is `APART`."""
     answers = {name: without(json.loads((run / name).read_text(encoding="utf-8"))) for name in ANSWERS}
     return {"files": _final(run), "results": _plain(Results.load(run / "results.json")), "answers": answers}
+
+
+def unlike(first: Any, again: Any) -> tuple[Difference, ...]:
+    """Return every leaf in which two records differ."""
+    return tuple(_differences(_flat(first), _flat(again)))
 
 
 def without(found: Any) -> Any:

@@ -296,6 +296,7 @@ def _calibration(job: Job, model: PreTrainedModel, processor: Any) -> tuple[Cali
     calibration = calibration_of(job.calibration, collator, model.device)
     for batch in (*calibration.fit, *calibration.judge):
         job.cache.of(batch)  # now: the teacher may be the very model whose blocks are left out while they are judged
+    job.cache.flush()  # a process that goes on behind these cuts would ask rows in other company, for other last bits
     return calibration, loss_against(job.cache)
 
 
