@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+#: what `faults_more.py` writes of a run that was filled after it had written all
+FINISHED = "was finished"
 #: seconds after which an input counts as a hang
 SLOWEST = 10
 #: fault, where, what is done, the test that holds it
@@ -241,7 +243,8 @@ FAULTS = (
 REST = """
 **On a CPU** the same seed gives the same bytes on the same machine and versions, interrupted or not; `slimlmm reproduce RUN
 --out DIR` makes a run again from its own folder and compares files, answers and results. It takes as many threads as the run
-had.
+had. Runs of one study share what the teacher said; rows that another run asked about have been asked beside other rows, which may
+give other last bits, so such a run is reproduced in its answers and figures, and in its bits only by the study from its start.
 
 **On a GPU** this has not been tried, and bits may differ from run to run. What is known to do so: sums of atomics in backward
 passes (`index_add`, `scatter_add`, embeddings, interpolated position tables); backward passes of fused attention (flash,
@@ -296,9 +299,11 @@ def page(faults: dict[str, Any], more: dict[str, Any], fuzz: Sequence[dict[str, 
         "",
     ]
     if filled := more["filled"]:
+        done = sum(one["told"] == FINISHED for one in filled["each"])
         lines += [
-            f"**Disk filled** at a random moment under {filled['fills']} runs: {filled['caught']} ended with exit code 2 and the "
-            f"reason, or needed no more room; {filled['equal']} were byte for byte the same after room was made ({_day(more)}).",
+            f"**Disk filled** at a random moment under {filled['fills']} runs: {done} needed no more room, "
+            f"{filled['caught'] - done} of the other {filled['fills'] - done} ended with exit code 2 and the reason; "
+            f"{filled['equal']} of all were byte for byte the same after room was made ({_day(more)}).",
             "",
         ]
     return "\n".join([*lines, *_fuzzed(fuzz), *_table(), REST.strip(), ""])

@@ -37,8 +37,8 @@ def pair(finished, tmp_path):
     return finished, shutil.copytree(finished, tmp_path / "copy")
 
 
-def held(first, again):
-    return compared(first, again, *(Results.load(one / "results.json") for one in (first, again)))
+def held(first, again, **more):
+    return compared(first, again, *(Results.load(one / "results.json") for one in (first, again)), **more)
 
 
 def test_a_run_is_reproduced_to_the_byte_from_its_folder_alone(finished, tmp_path, monkeypatch, capsys):
@@ -115,6 +115,16 @@ def test_a_changed_weight_is_named_and_fails_on_the_same_machine_alone(pair):
     elsewhere = held(first, again)
     assert [one.what for one in elsewhere.machine] == ["versions.torch"]
     assert not elsewhere.failed
+
+
+def test_bits_of_a_run_whose_cache_was_shared_may_differ(pair):
+    first, again = pair
+    weights = again / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert held(first, again).failed
+    found = held(first, again, shared=True)
+    assert [one.what for one in found.machine] == ["cache"]
+    assert not found.failed
 
 
 @pytest.mark.parametrize(("wrong", "outcome"), [(1, "within chance"), (20, "different")])

@@ -59,6 +59,7 @@ def run(
     loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     try:
         told = {"model": _lasting(model), "data": _lasting(source), "trust_remote_code": trust_remote_code}
+        told |= {"shared_cache": cache is not None}
         job, stages, facts, test = _prepared(loaded, source, RunFolder(out, cache), recipe, tell, told)
         job.keeping = keeping
         found = _compressed(job, loaded, stages, test).model_copy(update={"data": facts})

@@ -45,6 +45,10 @@ class Difference(Record):
     again: str = Field(description="Now.")
 
 
+#: rows that another run had the teacher asked about, in other company, have other last bits
+SHARED = Difference(what="cache", first="shared with other runs", again="its own")
+
+
 class Reproduction(File):
     """A run against the same run made again."""
 
@@ -57,7 +61,7 @@ class Reproduction(File):
         "every answer is; within chance: the student's accuracy is, by the paired interval; different: it is not."
     )
     machine: tuple[Difference, ...] = Field(
-        description="What of machine and versions differs; empty where all bits must be equal."
+        description="What of machine, versions and cache differs; empty where all bits must be equal."
     )
     files: tuple[Difference, ...] = Field(description="Files of final/ by SHA-256.")
     answers: dict[str, int] = Field(description="Rows whose answers differ, by file.")
@@ -113,7 +117,7 @@ def reproduce(
         raise UserError(
             f"{run} began with something else ({error.told}). Give --model and --data as they were then."
         ) from error
-    found = compared(run, out, first, again)
+    found = compared(run, out, first, again, shared=bool(given.get("shared_cache")))
     found.save(out / RECORD)
     return found
 
@@ -142,8 +146,8 @@ def _is_text(given: Mapping[str, Any], name: str) -> bool:
     return isinstance(given.get(name, ""), str)
 
 
-def compared(run: Path, out: Path, first: Results, again: Results) -> Reproduction:
-    """Hold two finished runs against each other."""
+def compared(run: Path, out: Path, first: Results, again: Results, *, shared: bool = False) -> Reproduction:
+    """Hold two finished runs against each other; the first may have `shared` what the teacher said with other runs."""
     files = unlike(_final(run), _final(out))
     figures = unlike(_plain(first), _plain(again))
     pairs = {name: [read_json(EVALUATION, one / name) for one in (run, out)] for name in ANSWERS}
@@ -164,7 +168,7 @@ def compared(run: Path, out: Path, first: Results, again: Results) -> Reproducti
         run=str(run),
         again=str(out),
         outcome=outcome,
-        machine=unlike(*machines),
+        machine=(*unlike(*machines), *([SHARED] if shared else [])),
         files=files,
         answers=answers,
         results=figures,

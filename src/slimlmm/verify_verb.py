@@ -99,7 +99,7 @@ def reproduce(
 def reproduced(found: Reproduction) -> Table:
     """Return the terminal view of a reproduction."""
     told = {
-        "machine and versions": [f"{one.what}: {one.first} then, {one.again} now" for one in found.machine],
+        "machine, versions, cache": [f"{one.what}: {one.first} then, {one.again} now" for one in found.machine],
         "files of final/": [one.what for one in found.files],
         "answers": [f"{count} rows in {name}" for name, count in found.answers.items() if count],
         "results": [f"{one.what}: {one.first} then, {one.again} now" for one in found.results],
