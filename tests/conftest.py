@@ -69,6 +69,7 @@ def stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     told = measure.Memory(kind="rss", before=1, peak=2)
     monkeypatch.setattr(measure, "answering_memory", lambda *_, **__: told)
     monkeypatch.setattr(certificate, "afresh", probes.told)
+    monkeypatch.setattr(certificate, "LIMIT", 4)
 
 
 @pytest.fixture(autouse=True)

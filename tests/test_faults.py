@@ -28,7 +28,16 @@ RAW = {
     "data": {"calibration_rows": 20, "validation_rows": 20, "test_rows": 20},
     "stages": [
         {"name": "lossless", "rounds": [{"drop": ["unused_tokens"]}]},
-        {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32}, "repair": [], "train": [{"steps": 2}, {"steps": 2}]}]},
+        {
+            "name": "inner",
+            "rounds": [
+                {
+                    "sizes": {"text.ffn": 32},
+                    "repair": [],
+                    "train": [{"steps": 2, "pictures_per_step": 4}, {"steps": 2, "pictures_per_step": 4}],
+                }
+            ],
+        },
     ],
 }
 HOLDS = """

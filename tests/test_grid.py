@@ -98,9 +98,8 @@ def test_wrong_multiples_are_refused(wrong):
     assert Recipe().tensor_parallel == 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_axis_leaves_some_sizes(name):
-    config = CONFIGS[name]()
+def test_every_axis_leaves_some_sizes(sampled_family):
+    config = CONFIGS[sampled_family]()
     for axis in describe(config).axes.values():
         if not axis.refusal and axis.kind != "vocab":
             sizes = Grid().sizes(config, axis)

@@ -16,10 +16,23 @@ RAW = {
     "data": {"calibration_rows": 20, "validation_rows": 20, "test_rows": 20},
     "stages": [
         {"name": "lossless", "rounds": [{"drop": ["unused_tokens", "dead_blocks"]}]},
-        {"name": "blocks", "rounds": [{"sizes": {"vision.blocks": 2, "text.blocks": 2}, "train": {"steps": 2}}]},
-        {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32, "vision.ffn": 64}, "train": {"steps": 2}}]},
+        {
+            "name": "blocks",
+            "rounds": [
+                {"sizes": {"vision.blocks": 2, "text.blocks": 2}, "train": {"steps": 2, "pictures_per_step": 4}}
+            ],
+        },
+        {
+            "name": "inner",
+            "rounds": [{"sizes": {"text.ffn": 32, "vision.ffn": 64}, "train": {"steps": 2, "pictures_per_step": 4}}],
+        },
         {"name": "heads", "rounds": [{"sizes": {"text.queries": 1, "text.head_dim": 6, "vision.head_dim": 5}}]},
-        {"name": "width", "rounds": [{"sizes": {"text.width": 36, "vision.width": 24}, "train": {"steps": 2}}]},
+        {
+            "name": "width",
+            "rounds": [
+                {"sizes": {"text.width": 36, "vision.width": 24}, "train": {"steps": 2, "pictures_per_step": 4}}
+            ],
+        },
     ],
 }
 
@@ -80,6 +93,7 @@ def test_every_round_is_written_down(finished):
     assert set(plan["repairs_tried"]) == {"slice", "refit"}
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes_at_the_last_finished_round_to_the_same_weights(teacher, ads, finished, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

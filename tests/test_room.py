@@ -22,9 +22,13 @@ RAW = {
         {
             "name": "inner",
             "rounds": [
-                {"sizes": {"text.ffn": 32}, "repair": [], "train": {"steps": 2, "losses": STATES, "validate_every": 1}},
-                {"sizes": {"vision.ffn": 64}, "repair": [], "train": {"steps": 2}},
-                {"sizes": {"text.ffn": 16}, "repair": [], "train": {"steps": 2}},
+                {
+                    "sizes": {"text.ffn": 32},
+                    "repair": [],
+                    "train": {"steps": 2, "pictures_per_step": 4, "losses": STATES, "validate_every": 1},
+                },
+                {"sizes": {"vision.ffn": 64}, "repair": [], "train": {"steps": 2, "pictures_per_step": 4}},
+                {"sizes": {"text.ffn": 16}, "repair": [], "train": {"steps": 2, "pictures_per_step": 4}},
             ],
         },
     ],
@@ -118,6 +122,7 @@ def test_earlier_models_go_and_the_run_goes_on_without_them_to_the_same_weights(
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+@pytest.mark.thorough
 def test_rounds_whose_models_went_are_made_again_where_they_are_needed(teacher, ads, whole, tmp_path):
     out, told = tmp_path / "run", Recorder()
     with pytest.raises(KeyboardInterrupt):

@@ -114,6 +114,7 @@ def test_killed_and_taken_up_is_never_killed(more, teacher, rows, tmp_path):
     assert found.model_dump(exclude=left) == whole.model_dump(exclude=left)
 
 
+@pytest.mark.thorough
 def test_killed_again_and_again_and_without_a_state_it_is_the_same_too(teacher, rows, whole, tmp_path):
     wanted, untouched = trained(teacher, rows, tmp_path / "whole", told(), seconds=1e9)
     assert not list((tmp_path / "whole" / "training").glob("checkpoint-*"))
