@@ -158,6 +158,12 @@ FAULTS = (
         "test_picture_files.py::test_a_path_that_leads_out_of_the_data_is_a_broken_row_unless_its_folder_is_allowed",
     ),
     (
+        "SIGKILL",
+        "a worker process of check-data",
+        "told, exit code 2; nothing waits for it",
+        "test_checkdata.py::test_a_worker_that_dies_is_told_and_nothing_waits_for_it",
+    ),
+    (
         "a packed file under the name of a table",
         "reading data",
         "refused before it is unpacked",
@@ -252,8 +258,8 @@ memory-efficient); cuBLAS with several workspaces (`CUBLAS_WORKSPACE_CONFIG=:409
 free memory; cuDNN's choice of convolutions for patch embeddings; kernels that `compile: true` tunes on the spot; TF32 and
 bfloat16 sums on another GPU; the order of all-reduce over several processes. `reproduce` then compares answers and accuracy.
 
-There is no data-loader worker that could die: rows are read in the process itself. After a kill between two states, the seconds
-of the record leave out what was lost. Optimizer states are the Trainer's own files in the run folder, read back as weights
+No training has a data-loader worker that could die: its rows are read in the process itself. After a kill between two states,
+the seconds of the record leave out what was lost. Optimizer states are the Trainer's own files in the run folder, read back as weights
 only.
 """
 

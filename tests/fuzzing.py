@@ -385,11 +385,12 @@ def lightly(builder: Any, suffix: str) -> Callable[..., Any]:
         try:
             builder.info.features = None
             tables = [table for _, table in builder._generate_tables(**told)]
+            found = datasets.Dataset(pa.concat_tables(tables, promote_options="default")) if tables else None
         except Exception as error:  # as `datasets` does
             raise datasets.exceptions.DatasetGenerationError(
                 "An error occurred while generating the dataset"
             ) from error
-        return datasets.Dataset(pa.concat_tables(tables, promote_options="default")) if tables else _none()
+        return _none() if found is None else found
 
     return load
 

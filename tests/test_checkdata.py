@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +152,20 @@ def test_several_processes_see_what_one_sees(ads, spoilt, monkeypatch):
     monkeypatch.setattr(pictures, "PAYS", -1.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert list(pictures._looks(paths, one)) == alone
+
+
+def dies(source):
+    """Look at a picture, unless this is not the first process."""
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return look(source, Path(), LARGE)
+
+
+def test_a_worker_that_dies_is_told_and_nothing_waits_for_it(monkeypatch):
+    monkeypatch.setattr(pictures, "PAYS", -1.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UserError, match="a process that looks at pictures was ended from outside"):
+        list(pictures._looks([encoded(seed=1)] * (2 * pictures.BUNDLE), dies))
 
 
 def test_the_hash_forgives_scaling_and_compression_but_not_another_picture():

@@ -302,6 +302,7 @@ def bench(
     sides = [checkpoint.load_to_answer(name, trust_remote_code=trust_remote_code) for name in names]
     rows = _bench_rows(source, allowed)
     found: dict[str, Any] = {"environment": measure.environment().model_dump(), "rows": len(rows)}
+    found["rows_fingerprint"] = data.fingerprint(rows)
     found["models"] = [model_record(side, None, rows).model_dump() for side in sides]
     batches = max(3, calls // 6)
     if against:

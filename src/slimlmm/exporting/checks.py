@@ -36,6 +36,7 @@ def check(
         n=len(rows),
         split=split,
         fingerprint=data.fingerprint(rows),
+        seed=seed,
         source=first.summary,
         export=second.summary,
         drop=drop(first, second, seed=seed),

@@ -34,6 +34,7 @@ class Check(Record):
     n: int = Field(description="Rows answered by both.")
     split: str = Field(description="Split that they are of.")
     fingerprint: str = Field(description="Hash over these rows and their pictures.")
+    seed: int = Field(0, description="Seed that they were drawn by.")
     source: Accuracy = Field(description="Exact match of the source, in fp32.")
     export: Accuracy = Field(description="Exact match of the export.")
     drop: Interval = Field(
