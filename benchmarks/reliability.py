@@ -259,8 +259,8 @@ free memory; cuDNN's choice of convolutions for patch embeddings; kernels that `
 bfloat16 sums on another GPU; the order of all-reduce over several processes. `reproduce` then compares answers and accuracy.
 
 No training has a data-loader worker that could die: its rows are read in the process itself. After a kill between two states,
-the seconds of the record leave out what was lost. Optimizer states are the Trainer's own files in the run folder, read back as weights
-only.
+the seconds of the record leave out what was lost. Optimizer states are the Trainer's own files in the run folder, read back as
+weights only.
 """
 
 
