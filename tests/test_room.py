@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import stay_in_this_process
-from slimlmm import pipeline, recipe, room, runfolder
+from slimlmm import checkpoint, pipeline, plan, recipe, room, runfolder
+from slimlmm.demo import bundled
 from slimlmm.errors import UserError
+from slimlmm.resizing import predict_parameters, resized
 from slimlmm.room import Keeping
 from test_pipeline import Recorder
 
@@ -27,7 +29,11 @@ RAW = {
                     "repair": [],
                     "train": {"steps": 2, "pictures_per_step": 4, "losses": STATES, "validate_every": 1},
                 },
-                {"sizes": {"vision.ffn": 64}, "repair": [], "train": {"steps": 2, "pictures_per_step": 4}},
+                {
+                    "sizes": {"vision.ffn": 64, "vision.width": 24},
+                    "repair": [],
+                    "train": {"steps": 2, "pictures_per_step": 4},
+                },
                 {"sizes": {"text.ffn": 16}, "repair": [], "train": {"steps": 2, "pictures_per_step": 4}},
             ],
         },
@@ -66,6 +72,21 @@ def whole(teacher, ads, tmp_path_factory):
         stay_in_this_process(monkeypatch)
         pipeline.run(teacher, ads, out, recipe.parse(RAW, "test"), tell=watch, keeping=Keeping(seconds=0))
     return out, watch
+
+
+@pytest.mark.parametrize(
+    ("model", "file"), [("teacher", "demo"), ("teacher", "headline-18x"), ("student/model", "headline-40x")]
+)
+def test_recipes_that_come_along_are_told_what_they_take(model, file):
+    path = bundled("demo.yaml") if file == "demo" else Path(__file__).parents[1] / "benchmarks" / f"{file}.yaml"
+    config, wanted = checkpoint.load_config(bundled(model)), recipe.read(path)
+    plan.check_stages(config, wanted.stages)
+    need = room.need_of(config, wanted.stages, 2, 0, Keeping())
+    for turn in (turn for stage in wanted.stages for turn in stage.rounds):
+        for axis, size in turn.sizes.items():
+            config = resized(config, {axis: size})
+    assert need.final in (0, 2 * predict_parameters(config, {}))
+    assert need.total > 4 * predict_parameters(config, {})
 
 
 def test_what_is_told_before_a_run_is_what_it_takes_at_most(whole):

@@ -39,7 +39,7 @@ from slimlmm.plan import (
 )
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, SizesBy, Stage
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.surgery import new_config
 from slimlmm.teacher import config_fingerprint
 from slimlmm.tree import human, plain, ratio
@@ -363,7 +363,7 @@ def _rounds(start: _Start, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     found, config = [], start.living
     for stage in stages:
         for number, turn in enumerate(stage.rounds, 1):
-            config = resized(config, turn.sizes)
+            config = cut_in_turn(config, turn.sizes)
             pictures = sum(training.steps * training.pictures_per_step for training in turn.train)
             found.append(
                 {

@@ -58,6 +58,16 @@ def dead_blocks(config: Any) -> dict[str, list[int]]:
     return {"vision.blocks": list(range(last, view.blocks))} if last < view.blocks else {}
 
 
+def cut_in_turn(config: Any, sizes: Mapping[str, int]) -> Any:
+    """Return the configuration after cuts of these axes one after the other, as a round makes them.
+
+    An FFN that is told as a multiple of a width goes with the width when that is cut behind it.
+    """
+    for axis, size in sizes.items():
+        config = resized(config, {axis: size})
+    return config
+
+
 def resized(config: Any, sizes: Mapping[str, int], keep: Mapping[str, Iterable[int]] | None = None) -> Any:
     """Return the stock configuration with these axis sizes (all at once), or refuse with the numbers.
 

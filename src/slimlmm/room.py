@@ -22,7 +22,7 @@ from slimlmm.collate import Collator
 from slimlmm.errors import UserError
 from slimlmm.measure import disk_bytes
 from slimlmm.recipe import Round, Stage
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.resizing import cut_in_turn, predict_parameters
 from slimlmm.saving import SAVE_EVERY
 
 #: bytes of a parameter while it is worked on
@@ -90,7 +90,7 @@ def need_of(config: Any, stages: Sequence[Stage], stored: int, cache: int, keepi
     others: list[int] = []
     needs: list[Need] = []
     for turn in (turn for stage in stages for turn in stage.rounds):
-        config = resized(config, turn.sizes) if turn.sizes else config
+        config = cut_in_turn(config, turn.sizes)
         parameters = predict_parameters(config, {})
         needs.append(Need(cache, sum(lossless + others), work_of(parameters, before, turn), 0))
         (lossless if turn.drop else others).append(WORKED * parameters)

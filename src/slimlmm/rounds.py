@@ -31,7 +31,7 @@ from slimlmm.importance import Loss
 from slimlmm.job import Done, Handed, Job, Place
 from slimlmm.journal import Journal, Parts
 from slimlmm.recipe import Round, Training
-from slimlmm.resizing import predict_parameters
+from slimlmm.resizing import cut_in_turn, predict_parameters
 from slimlmm.runfolder import is_whole
 from slimlmm.saving import Saving
 from slimlmm.settling import settle_best
@@ -69,7 +69,7 @@ def _taken(job: Job, handed: Handed, turn: Round, place: Place) -> Done:
         folder.mkdir()
     if not done.exists():
         job.tell.say(str(place), **turn.sizes)
-        before, after = (predict_parameters(handed.config, sizes) for sizes in ({}, turn.sizes))
+        before, after = (predict_parameters(one, {}) for one in (handed.config, cut_in_turn(handed.config, turn.sizes)))
         room.refuse({folder: room.work_of(after, before, turn)}, f"{place}: parts and states")
         job.ask()
         return _round(job, handed.model, handed.processor, turn, place, folder)

@@ -21,7 +21,7 @@ from slimlmm.measure import environment
 from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
@@ -154,8 +154,7 @@ class _Planner:
         if any(turn.drop for turn in turns):
             config = resized(config, self.lossless)
         for turn in turns:
-            for axis, size in turn.sizes.items():
-                config = resized(config, {axis: size})
+            config = cut_in_turn(config, turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
 
 
