@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 
 from conftest import stay_in_this_process
 from slimlmm import checkpoint, pipeline, plan, recipe, room, runfolder
+from slimlmm.collate import Collator
+from slimlmm.data import by_picture
 from slimlmm.demo import bundled
 from slimlmm.errors import UserError
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.room import Keeping
+from slimlmm.teacher import TeacherCache
 from test_pipeline import Recorder
 
 STATES = {"cross_entropy": 1.0, "forward_kl": 1.0, "picture_states": 1.0}
@@ -94,6 +97,20 @@ def test_what_is_told_before_a_run_is_what_it_takes_at_most(whole):
     (told,) = [text for text in watch.said if text.startswith("disk: ")]
     megabytes = float(told.split("at most ")[1].split(" MB")[0])
     assert watch.most < 1e6 * megabytes < 5 * watch.most, "a tiny model is mostly tokenizer and vocabulary that goes"
+
+
+def test_states_of_the_teacher_are_counted_to_the_byte(teacher, rows, tmp_path):
+    loaded = checkpoint.load(teacher)
+    cache = TeacherCache(loaded.model, Collator(loaded.processor, packed=True), tmp_path)
+    groups = by_picture(rows.train, len(rows.train))
+    cache.pictures(cache.collator(groups))
+    cache.flush()
+    kept = sum(value.nbytes for path in tmp_path.glob("*.safetensors") for value in load_file(path).values())
+    raw = {"name": "a", "rounds": [{"sizes": {"text.ffn": 32}, "train": {"steps": 6, "losses": STATES}}]}
+    stages = recipe.parse({"stages": [raw]}, "test").stages
+    hidden = loaded.model.config.get_text_config().hidden_size
+    plain = Collator(loaded.processor, packed=False)
+    assert room.cache_of(plain, rows.train, stages, hidden) == kept
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_runs(teacher, ads, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def cache_of(collator: Collator, rows: Sequence[data.Row], stages: Sequence[Stag
     if any(PICTURED in one.losses for one in trainings):
         groups = data.by_picture(rows, len(rows))
         visited = min(len(groups), sum(one.steps * one.pictures_per_step for one in trainings))
-        pictures = float(collator(groups[:1])["picture_tokens"].sum()) * visited
+        pictures = float(collator([groups[0][:1]])["picture_tokens"].sum()) * visited
     twice = 2 if any("previous" in one.teachers for one in trainings) else 1
     return round(twice * 2 * hidden * (answers + pictures))
 
