@@ -137,6 +137,13 @@ def last_word(told: str) -> str:
     return "loading"
 
 
+def stage(at: str) -> str:
+    """Return what a process was at, in a word or two of the last thing that it told."""
+    first, _, rest = at.partition(" ")
+    found = f"{first} {rest.partition(' ')[0]}" if first in ("the", "round", "student,", "teacher,") else first
+    return found.rstrip(":,")
+
+
 def write(arguments: argparse.Namespace, whole: float, runs: list[dict[str, Any]]) -> None:
     """Write the record so far."""
     kills = [kill for run in runs for kill in run["kills"]]
@@ -147,7 +154,7 @@ def write(arguments: argparse.Namespace, whole: float, runs: list[dict[str, Any]
         "runs": len(runs),
         "equal": sum(run["equal"] for run in runs),
         "whole_run_s": round(whole, 1),
-        "killed_at": dict(Counter(kill["at"].partition(" ")[0] for kill in kills)),
+        "killed_at": dict(Counter(stage(kill["at"]) for kill in kills)),
         "each": runs,
         "environment": environment().model_dump(mode="json"),
     }

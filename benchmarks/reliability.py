@@ -323,7 +323,7 @@ def _fuzzed(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the table of parsers: one line of each, the engines beside each other."""
     lines = [
         f"**Fuzzed**: each input ended in a value or in a refusal with its reason, in less than {SLOWEST} s; what did not is "
-        f"a find ({', '.join(_day(one) for one in records)}).",
+        f"a find ({', '.join(sorted({_day(one) for one in records}))}).",
         "",
         "| parser | engine | inputs | accepted | refused | finds left | slowest |",
         "|---|---|---:|---:|---:|---:|---:|",
