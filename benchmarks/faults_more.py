@@ -12,6 +12,7 @@ byte for byte what a run with room leaves.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -157,8 +158,10 @@ def filled(root: Path, fills: int, draw: random.Random) -> dict[str, Any] | None
         finally:
             subprocess.run(["umount", str(disk)], check=True)
         print(json.dumps(each[-1]), flush=True)
-    caught = sum(one["exit_code"] == 2 and one["told"] and not one["traceback"] for one in each)
-    return {"fills": fills, "caught": caught, "equal": sum(one["equal"] for one in each), "each": each}
+    caught = sum(one["exit_code"] == 2 and bool(one["told"]) and not one["traceback"] for one in each)
+    finished = sum(one["exit_code"] == 0 for one in each)
+    equal = sum(one["equal"] for one in each)
+    return {"fills": fills, "finished": finished, "caught": caught, "equal": equal, "each": each}
 
 
 def fill(words: list[str], disk: Path, after: float) -> dict[str, Any]:
@@ -171,14 +174,14 @@ def fill(words: list[str], disk: Path, after: float) -> dict[str, Any]:
             while True:
                 file.write(b"x" * 65536)
                 file.flush()
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
     _, told = process.communicate()
     filler.unlink()
-    if process.returncode == 0:  # nothing was written any more
-        return {"after_s": round(after, 2), "exit_code": 2, "told": "was finished", "traceback": False}
     last = [line for line in told.splitlines() if line.startswith("slimlmm:")]
-    finish("compress", words, disk / "run")
+    if process.returncode:  # else nothing had to be written any more
+        finish("compress", words, disk / "run")
     return {
         "after_s": round(after, 2),
         "at": last_word(told),

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-#: what `faults_more.py` writes of a run that was filled after it had written all
-FINISHED = "was finished"
 #: seconds after which an input counts as a hang
 SLOWEST = 10
 #: fault, where, what is done, the test that holds it
@@ -305,10 +303,9 @@ def page(faults: dict[str, Any], more: dict[str, Any], fuzz: Sequence[dict[str, 
         "",
     ]
     if filled := more["filled"]:
-        done = sum(one["told"] == FINISHED for one in filled["each"])
         lines += [
-            f"**Disk filled** at a random moment under {filled['fills']} runs: {done} needed no more room, "
-            f"{filled['caught'] - done} of the other {filled['fills'] - done} ended with exit code 2 and the reason; "
+            f"**Disk filled** at a random moment under {filled['fills']} runs: {filled['finished']} needed no more room, "
+            f"{filled['caught']} of the other {filled['fills'] - filled['finished']} ended with exit code 2 and the reason; "
             f"{filled['equal']} of all were byte for byte the same after room was made ({_day(more)}).",
             "",
         ]

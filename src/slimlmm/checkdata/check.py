@@ -48,7 +48,7 @@ def check(
         UserError: nothing that can be read as rows, or a model that cannot be loaded.
     """
     began, limits, tell, pad = time.perf_counter(), limits or Limits(), tell or Quiet(), Pad()
-    loaded = _loaded(model, trust_remote_code) if model else None
+    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code) if model else None
     reading = read(source, pad, tell, limits.allowed)
     looks = pictures.looked_at(reading, limits.max_pixels, tell, limits.allowed)
     shown = pictures.judge(reading, looks, pad)
@@ -81,11 +81,6 @@ def _fingerprint(reading: Reading, looks: Sequence[Look]) -> str:
         for entry in (one for one in reading.entries if one.split == split):
             digest.update(told(entry.row) + looks[entry.picture].sha)
     return digest.hexdigest()
-
-
-def _loaded(model: str, trust_remote_code: bool) -> checkpoint.Loaded:
-    loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
-    return loaded
 
 
 def _answers(
