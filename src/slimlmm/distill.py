@@ -46,6 +46,7 @@ from slimlmm.losses import (
     Seen,
     combine,
 )
+from slimlmm.muon import Muon
 from slimlmm.optimizing import frozen, optimizers
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
@@ -122,8 +123,7 @@ class DistillTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
         )
-        if own is not None:
-            refuse_shards(self)
+        refuse_shards(self, own is not None, isinstance(self.optimizer, Muon))
         self.saves = False
         self.row_visits = 0
         self.sums: dict[str, float] = {}

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
+from slimlmm.half import has_half
 from slimlmm.lessons import Readouts
+from slimlmm.muon import Muon
 from slimlmm.recipe import Training
 from slimlmm.spans import Span, schedule
+
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "fused": True}
 
 
 class frozen:  # noqa: N801 - a context manager, used like a function
@@ -56,26 +60,39 @@ def optimizers(
 def _optimizer(
     model: PreTrainedModel, anatomy: Anatomy, settings: Training, readouts: Readouts
 ) -> torch.optim.Optimizer:
-    """AdamW; no decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """No decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    inner = _inner(model) if settings.optimizer == "muon" else set()
     for name, parameter in model.named_parameters():
         if set(parts_of(name, model, anatomy)) & set(settings.freeze):
             continue
         scale = _rate_scale(name, anatomy, settings)
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
+        groups.setdefault((scale, decay, parameter in inner), []).append(parameter)
     if readouts.maps:
-        groups.setdefault((1.0, 0.0), []).extend(readouts.parameters())
-    optimizer = torch.optim.AdamW(
+        groups.setdefault((1.0, 0.0, False), []).extend(readouts.parameters())
+    matrices, others = (
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()
-        ],
-        betas=(0.9, 0.98),
-        fused=True,
+            for (scale, decay, moved), parameters in groups.items()
+            if moved is by_muon
+        ]
+        for by_muon in (True, False)
     )
+    if settings.optimizer == "muon":
+        in_half = settings.precision == "auto" and has_half(model.device)
+        optimizer: torch.optim.Optimizer = Muon(matrices, others, torch.bfloat16 if in_half else torch.float32, **ADAMW)
+    else:
+        optimizer = torch.optim.AdamW(others, **ADAMW)
     _own(optimizer, readouts)
     return optimizer
+
+
+def _inner(model: PreTrainedModel) -> set[Tensor]:
+    """Return the matrices of linear maps between hidden states: neither embeddings nor what is tied to them, nor the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outer = {parameter for end in ends if end is not None for parameter in end.parameters()}
+    return {part.weight for part in model.modules() if isinstance(part, nn.Linear)} - outer
 
 
 def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:

@@ -155,10 +155,16 @@ def refuse(settings: Training, first: TeacherCache | None, previous: TeacherCach
         )
 
 
-def refuse_shards(trainer: Any) -> None:
-    """Refuse to let a student answer whose weights no process holds whole."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+def refuse_shards(trainer: Any, answers: bool, muon: bool) -> None:
+    """Refuse, by name, what needs weights whole in every process where processes share them out."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return
+    asked = {
+        "own_answers: the student answers between two steps": answers,
+        "optimizer: muon orthogonalises matrices": muon,
+    }
+    if why := [f"train.{one}" for one, needed in asked.items() if needed]:
         raise UserError(
-            "train.own_answers: the student answers between two steps, which needs its weights whole in every process; FSDP and "
-            "DeepSpeed share them out. Leave it out, or train with DDP."
+            f"{'; '.join(why)}, which needs weights whole in every process; FSDP and DeepSpeed share them out. "
+            "Leave it out, or train with DDP."
         )

@@ -63,7 +63,12 @@ class Training(Settings):
     layer_decay: float = Field(
         0.9, gt=0, le=1, description="Factor on the learning rate per vision block towards the picture."
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of matrices.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, or muon: matrices of linear maps between hidden states move along the orthogonalised mean of their "
+        "gradients, scaled to AdamW's root mean square; embeddings, head, norms, biases and convolutions move by AdamW.",
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of matrices.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in [0, 1) with a rising learning rate.")
     schedule: str = Field(
         "cosine", description="Learning-rate schedule of transformers (cosine, linear, constant_with_warmup ...)."
