@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from slimlmm import data, recipe
+from slimlmm import data, pictures, recipe
 from slimlmm.checkdata import check
 from slimlmm.errors import UserError
 from slimlmm.pictures import FORMATS, REASONS, PictureError, PictureSettings, opened, place_of, upright
@@ -270,3 +270,16 @@ def test_verbs_take_pictures_from_further_folders(outside, teacher, tmp_path, mo
 
     told = commands.settings(None, shrink=None, max_drop=None, seed=None, pictures_from=[tmp_path])
     assert told.data.pictures.folders == (tmp_path,)
+
+
+def test_rows_of_one_picture_look_up_its_place_once_and_refusals_are_told_for_each(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    looked, plain = [], pictures.place_of
+    monkeypatch.setattr(pictures, "place_of", lambda path, *rest: looked.append(path.name) or plain(path, *rest))
+    record = {**GOOD, "_folder": tmp_path, "image": "a.png"}
+    astray = {**record, "image": "../b.png"}
+    notes = []
+    rows = data.check([record, record, astray, record, astray], name="it", max_bad_share=0.5, notes=notes)
+    assert [row.image for row in rows] == [tmp_path / "a.png"] * 3
+    assert looked.count("a.png") == 1
+    assert "skipped 2 of 5 rows: 2 x escaping path" in notes[0]

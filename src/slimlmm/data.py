@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,9 @@ from slimlmm.pictures import USUAL, PictureError, PictureSettings
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 VALIDATION_SHARE = 0.1
+HERE = Path()
+#: where a picture lies that may be read, by folder of its table, root of the data and its own name: rows share pictures
+Places = dict[tuple[Path, Path, str], Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,8 @@ def load(
         raise UserError(f"{source}: no such file or folder. DATA is a folder or file of rows, see the README.")
     splits = Splits()
     for split, tables in tables_of(source).items():
-        raw = [record for table in tables for record in records_of(table, root_of(source))]
         rows = check(
-            raw,
+            (record for table in tables for record in records_of(table, root_of(source))),
             name=f"{source}: {split}",
             max_bad_share=max_bad_share,
             notes=splits.notes,
@@ -184,10 +186,10 @@ def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
-    number = 1
+    number, folder = 1, table.parent
     try:
         for record in data:
-            yield {**record, "_folder": table.parent, "_root": root}
+            yield {**record, "_folder": folder, "_root": root}
             number += 1
     except UnicodeDecodeError as error:  # what a reader of JSON lets pass
         raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
@@ -235,7 +237,7 @@ def _refuse_null(table: Path) -> None:
 
 
 def check(
-    raw: Sequence[Mapping[str, Any]],
+    raw: Iterable[Mapping[str, Any]],
     *,
     name: str,
     max_bad_share: float = 0.01,
@@ -251,6 +253,8 @@ def check(
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}
     rows: list[Row] = []
+    places: Places = {}
+    total = 0
 
     def bad(error: ValueError, where: str) -> None:
         kind, detail = str(error), ""
@@ -259,19 +263,18 @@ def check(
         problems[kind] += 1
         first.setdefault(kind, f"{where}: {detail}" if detail else where)
 
-    for number, record in enumerate(raw):
+    for total, record in enumerate(raw, 1):
         try:
-            rows.append(parse(record, number, unlabelled=unlabelled, allowed=allowed))
+            rows.append(parse(record, total - 1, unlabelled=unlabelled, allowed=allowed, places=places))
         except ValueError as error:
-            bad(error, str(record.get("id") or f"row {number + 1}"))
+            bad(error, str(record.get("id") or f"row {total}"))
     broken = _broken_pictures(rows)
     for row in rows:
         if row.picture_key() in broken:
             where = row.image if isinstance(row.image, Path) else "embedded bytes"
             bad(broken[row.picture_key()], f"{row.id} ({where})")
     kept = [row for row in rows if row.picture_key() not in broken]
-    total, skipped = len(raw), sum(problems.values())
-    if skipped:
+    if skipped := sum(problems.values()):
         listing = "; ".join(f"{count} x {kind} (first: {first[kind]})" for kind, count in problems.most_common())
         if skipped > max_bad_share * total:
             raise UserError(
@@ -299,10 +302,17 @@ def _broken_pictures(rows: Sequence[Row]) -> dict[str, PictureError]:
         return {key: verdict for key, verdict in zip(distinct, verdicts, strict=True) if verdict}
 
 
-def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False, allowed: PictureSettings = USUAL) -> Row:
+def parse(
+    record: Mapping[str, Any],
+    number: int,
+    *,
+    unlabelled: bool = False,
+    allowed: PictureSettings = USUAL,
+    places: Places | None = None,
+) -> Row:
     """Turn one raw record (short or conversational form) into a row; ValueError says what is missing or not allowed.
 
-    With `unlabelled` an answer may be missing, and is then empty.
+    With `unlabelled` an answer may be missing, and is then empty. Pictures whose place is in `places` are not looked up again.
     """
     question: Any
     answer: Any
@@ -322,13 +332,13 @@ def parse(record: Mapping[str, Any], number: int, *, unlabelled: bool = False, a
     if not answer.strip() and not unlabelled:
         raise ValueError("empty answer (of train rows the teacher can give them: data.answers: filled in the recipe)")
     identity = str(record.get("id") or f"row-{number + 1}")
-    folder = Path(record.get("_folder") or ".")
-    picture = _picture(image, folder, Path(record.get("_root") or folder), allowed)
+    folder = record.get("_folder") or HERE
+    picture = _picture(image, folder, record.get("_root") or folder, allowed, {} if places is None else places)
     task = str(record.get("task") or "")
     return Row(identity, picture, question.strip(), answer.strip(), task, allowed=allowed)
 
 
-def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings) -> Path | bytes:
+def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings, places: Places) -> Path | bytes:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -337,9 +347,12 @@ def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings) 
         raise ValueError("no picture")
     if "://" in image:
         raise ValueError("picture is a URL (only local files and bytes are read)")
+    if known := places.get((folder, root, image)):
+        return known
     path = folder / image
     if place := pictures.place_of(path, root, allowed.folders):
         raise PictureError(place, image)
+    places[folder, root, image] = path
     return path
 
 
