@@ -89,8 +89,10 @@ class Muon(Optimizer):
         return loss
 
     def _move(self, weight_AB: Tensor, gradient_AB: Tensor, rate: float, decay: float) -> None:
-        mean_AB = self.state[weight_AB].setdefault("mean", torch.zeros_like(weight_AB))
-        mean_AB.lerp_(gradient_AB, 1 - MOMENTUM)
+        state = self.state[weight_AB]
+        if not state:
+            state["mean"] = torch.zeros_like(weight_AB)
+        mean_AB = state["mean"].lerp_(gradient_AB, 1 - MOMENTUM)
         way_AB = orthogonal(gradient_AB.lerp(mean_AB, MOMENTUM), self.dtype)
         weight_AB.mul_(1 - rate * decay)
         weight_AB.add_(way_AB, alpha=-rate * ADAMW_SIZE * math.sqrt(max(weight_AB.shape)))
