@@ -50,6 +50,7 @@ from slimlmm.muon import Muon
 from slimlmm.optimizing import frozen, optimizers
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
+from slimlmm.runfolder import processes
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
 from slimlmm.spans import Span, check_schedule, warmup_steps
 from slimlmm.stopping import KeepBest
@@ -185,6 +186,10 @@ class DistillTrainer(SavingTrainer):
             inputs.get("given_answers"),
         )
 
+    def visited(self) -> int:
+        """Return the row visits of all processes."""
+        return int(self.accelerator.reduce(torch.tensor(self.row_visits, device=self.accelerator.device), "sum"))
+
     def forget_use_cache(self) -> None:
         """Put back what the Trainer sets in the configuration, so that it is not written into the student's."""
         config = cast(PreTrainedModel, self.model).config
@@ -202,7 +207,7 @@ class DistillTrainer(SavingTrainer):
                 **logs,
                 **{f"loss/{name}": value for name, value in means.items()},
                 "loss": means["total"],
-                "row_visits": float(self.row_visits),
+                "row_visits": float(self.visited()),
             }
             self.sums.clear()
             if not math.isfinite(means["total"]):
@@ -255,13 +260,13 @@ def train(
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
     `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation`: rows that are looked at;
     `span`: the steps that are made. With `saving` the state is written to `out` now and then, and one that is there is taken up.
+    Of several processes (WORLD_SIZE) each takes its share of a step's pictures, matches states within it, and needs own caches.
 
     Raises:
         UserError: a loss needs a teacher and there is none, or no rows.
         LossError: the loss becomes non-finite.
     """
-    refuse(settings, teacher, previous)
-    _check_settings(settings, rows, teacher, validation, span)
+    _check_settings(settings, rows, (teacher, previous), validation, span, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
     groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
@@ -337,9 +342,9 @@ def _result(
 ) -> TrainResult:
     return TrainResult(
         steps=trainer.state.global_step,
-        row_visits=trainer.row_visits,
+        row_visits=(visits := trainer.visited()),
         seconds=seconds,
-        flops=row_flops * trainer.row_visits,
+        flops=row_flops * visits,
         history=report.history,
         looks=[look for one in keeper for look in one.looks],
         kept_step=keeper[0].kept if keeper else trainer.state.global_step,
@@ -395,8 +400,14 @@ def _run(
 
 
 def _check_settings(
-    settings: Training, rows: Sequence[Row], teacher: TeacherCache | None, validation: Sequence[Row], span: Span | None
+    settings: Training,
+    rows: Sequence[Row],
+    asked: tuple[TeacherCache | None, TeacherCache | None],
+    validation: Sequence[Row],
+    span: Span | None,
+    saving: Saving | None,
 ) -> None:
+    refuse(settings, *asked)
     if span is not None:
         check_schedule(settings)
     if not rows:
@@ -407,12 +418,18 @@ def _check_settings(
         raise UserError(
             "train.validate_every looks at answers, which picture_states alone does not train; leave it out."
         )
-    if settings.pictures_per_step % settings.accumulate:
+    parts = settings.accumulate * processes()
+    if settings.pictures_per_step % parts:
         raise UserError(
-            f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}."
+            f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}"
+            + (f" times {processes()} processes = {parts}." if processes() > 1 else ".")
+        )
+    if saving is not None and processes() > 1:
+        raise UserError(
+            f"a training in {processes()} processes cannot be interrupted and taken up; leave `saving` out."
         )
     lacking = [name for name in settings.losses if name in NEEDS_TEACHER]
-    if teacher is None and lacking:
+    if asked[0] is None and lacking:
         raise UserError(
             f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin."
         )
@@ -433,7 +450,7 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
     return TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
-        per_device_train_batch_size=settings.pictures_per_step // settings.accumulate,
+        per_device_train_batch_size=settings.pictures_per_step // settings.accumulate // processes(),
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
