@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimlmm import adreview, data
+from slimlmm import data
 from slimlmm.collate import Collator
 from slimlmm.distill import train
 from slimlmm.errors import UserError
@@ -42,19 +42,12 @@ def trained(folder, out):
     return found
 
 
-@pytest.fixture(scope="module")
-def rows_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ads")
-    adreview.write(folder, train=120, val=20, test=20, seed=0)
-    return folder
-
-
-def test_two_processes_make_the_steps_of_one(rows_folder, tmp_path):
+def test_two_processes_make_the_steps_of_one(ads, tmp_path):
     (alone := tmp_path / "alone").mkdir()
-    wanted = trained(rows_folder, alone)
+    wanted = trained(ads, alone)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     told = subprocess.run(
-        [*command, str(rows_folder), str(tmp_path)],
+        [*command, str(ads), str(tmp_path)],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip

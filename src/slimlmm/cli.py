@@ -17,11 +17,10 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from slimlmm import checkdata_verb, energy_verb, export_verb, picture_options, verify_verb
+from slimlmm import checkdata_verb, energy_verb, export_verb, launchers, picture_options, verify_verb
 from slimlmm.errors import UserError
 from slimlmm.leaving import LeftError, heeding
 from slimlmm.monitoring import verb as monitor_verb
-from slimlmm.runfolder import processes
 from slimlmm.serving import verbs
 
 #: what a wrong option raises: Click's, of which newer typers have a copy of their own
@@ -63,7 +62,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        _refuse_launchers()
+        launchers.refuse()
         code = app(standalone_mode=False)
     except UserError as error:
         _stop(str(error), 2)
@@ -77,15 +76,6 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _refuse_launchers() -> None:
-    if processes() > 1:
-        raise UserError(
-            f"a launcher started {processes()} processes of this command (WORLD_SIZE), but a run is made by one. Start it "
-            "without torchrun or accelerate launch; several runs go side by side, each in a folder and on a GPU of its own "
-            "(CUDA_VISIBLE_DEVICES)."
-        )
 
 
 def _reason(error: OSError | SafetensorError) -> str:

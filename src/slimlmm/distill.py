@@ -35,7 +35,8 @@ from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import LossError, UserError
 from slimlmm.forward import answer_logits, to_device
-from slimlmm.half import as_it_was, has_half
+from slimlmm.half import as_it_was, trains_in_half
+from slimlmm.launchers import processes
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
@@ -50,7 +51,6 @@ from slimlmm.muon import Muon
 from slimlmm.optimizing import frozen, optimizers
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
 from slimlmm.recipe import Training
-from slimlmm.runfolder import processes
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
 from slimlmm.spans import Span, check_schedule, warmup_steps
 from slimlmm.stopping import KeepBest
@@ -266,7 +266,7 @@ def train(
         UserError: a loss needs a teacher and there is none, or no rows.
         LossError: the loss becomes non-finite.
     """
-    _check_settings(settings, rows, (teacher, previous), validation, span, saving)
+    _check_settings(settings, rows, teacher, previous, validation, span, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
     groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
@@ -402,12 +402,13 @@ def _run(
 def _check_settings(
     settings: Training,
     rows: Sequence[Row],
-    asked: tuple[TeacherCache | None, TeacherCache | None],
+    teacher: TeacherCache | None,
+    previous: TeacherCache | None,
     validation: Sequence[Row],
     span: Span | None,
     saving: Saving | None,
 ) -> None:
-    refuse(settings, *asked)
+    refuse(settings, teacher, previous)
     if span is not None:
         check_schedule(settings)
     if not rows:
@@ -429,7 +430,7 @@ def _check_settings(
             f"a training in {processes()} processes cannot be interrupted and taken up; leave `saving` out."
         )
     lacking = [name for name in settings.losses if name in NEEDS_TEACHER]
-    if asked[0] is None and lacking:
+    if teacher is None and lacking:
         raise UserError(
             f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin."
         )
@@ -467,7 +468,7 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
         seed=seed,
         data_seed=seed,
         use_cpu=device.type == "cpu",
-        bf16=settings.precision == "auto" and has_half(device),
+        bf16=trains_in_half(settings.precision, device),
     )
 
 

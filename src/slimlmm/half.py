@@ -23,6 +23,11 @@ def has_half(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def trains_in_half(precision: str, device: torch.device) -> bool:
+    """Tell whether a training of that precision (``auto``, ``float32``) multiplies matrices in bfloat16."""
+    return precision == "auto" and has_half(device)
+
+
 def half(device: torch.device) -> AbstractContextManager[Any]:
     """Within the block matrices are multiplied in bfloat16 where `has_half`, else as they are."""
     return torch.autocast(device.type, torch.bfloat16) if has_half(device) else nullcontext()

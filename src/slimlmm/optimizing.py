@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
-from slimlmm.half import has_half
+from slimlmm.half import trains_in_half
 from slimlmm.lessons import Readouts
 from slimlmm.muon import Muon
 from slimlmm.recipe import Training
@@ -80,8 +80,8 @@ def _optimizer(
         for by_muon in (True, False)
     )
     if settings.optimizer == "muon":
-        in_half = settings.precision == "auto" and has_half(model.device)
-        optimizer: torch.optim.Optimizer = Muon(matrices, others, torch.bfloat16 if in_half else torch.float32, **ADAMW)
+        dtype = torch.bfloat16 if trains_in_half(settings.precision, model.device) else torch.float32
+        optimizer: torch.optim.Optimizer = Muon(matrices, others, dtype, **ADAMW)
     else:
         optimizer = torch.optim.AdamW(others, **ADAMW)
     _own(optimizer, readouts)

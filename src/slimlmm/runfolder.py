@@ -95,11 +95,6 @@ def release(path: Path) -> None:
         lock.release()
 
 
-def processes() -> int:
-    """Return how many processes a launcher (torchrun, accelerate launch) says that it has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def held(path: Path, identity: dict[str, Any] | None = None) -> Iterator[None]:
     """Hold the folder within the block; with an `identity`, `claim` it before."""

@@ -78,12 +78,13 @@ def _read_table(
 ) -> int:
     """Read the rows of one file; return how many records it holds."""
     count, lines, file = 0, _lines(table), str(table)
+    places: data.Places = {}
     for number, record in enumerate(data.records_of(table, found.root)):
         count, line = number + 1, lines[number] if number < len(lines) else number + 1
         if count % BUNDLE == 0 and lines:
             tell.step(f"reading {split}", count, len(lines))
         try:
-            row = data.parse(record, number, unlabelled=True, allowed=allowed)
+            row = data.parse(record, number, unlabelled=True, allowed=allowed, places=places)
         except ValueError as error:
             name = str(record.get("id") or f"row {count}")
             example = Example(split=split, file=file, line=line, id=name, note=str(error))
