@@ -3,7 +3,6 @@
 import copy
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,13 +226,3 @@ def test_own_answers_without_a_judge_are_refused(tmp_path, rows, taught):
         train(*tiny(NAME), rows.train, settings(own_answers=0.5), tmp_path)
     with pytest.raises(ValueError, match=r"own_answers=0.5 needs one of forward_kl"):
         settings(own_answers=0.5, losses={"cross_entropy": 1.0, "picture_states": 1.0})
-
-
-@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_what_needs_whole_weights_is_refused_by_name_where_they_are_shared_out(kind):
-    trainer = SimpleNamespace(**{"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | {kind: True})
-    with pytest.raises(UserError, match=r"^train.own_answers: .*weights whole in every process"):
-        own.refuse_shards(trainer, answers=True, muon=False)
-    with pytest.raises(UserError, match=r"^train.optimizer: muon .*weights whole in every process"):
-        own.refuse_shards(trainer, answers=False, muon=True)
-    own.refuse_shards(trainer, answers=False, muon=False)

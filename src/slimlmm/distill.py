@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from slimlmm import leaving
+from slimlmm import demands, leaving
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
@@ -47,12 +48,11 @@ from slimlmm.losses import (
     Seen,
     combine,
 )
-from slimlmm.muon import Muon
 from slimlmm.optimizing import frozen, optimizers
-from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers, refuse, refuse_shards
+from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers
 from slimlmm.recipe import Training
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
-from slimlmm.spans import Span, check_schedule, warmup_steps
+from slimlmm.spans import Span, warmup_steps
 from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache, Teachers
 
@@ -99,32 +99,41 @@ class _Groups(Dataset[list[Row]]):
         return self.groups[index]
 
 
+@dataclass(frozen=True, slots=True)
+class _Lessons:
+    """What a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
+
+    groups: _Groups
+    collate: Collate
+    readouts: Readouts
+
+
 class DistillTrainer(SavingTrainer):
     """Trainer with the summed answer-token losses divided by the global answer-token count."""
 
     def __init__(
         self,
-        *args: Any,
-        weights: Mapping[Any, float],
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        lessons: _Lessons,
+        settings: Training,
         teachers: Teachers | None,
-        readouts: Readouts,
-        temperature: float,
         own: OwnAnswers | None,
         **kwargs: Any,
     ) -> None:
-        model: PreTrainedModel = args[0]
         self.use_cache = vars(model.config).get("use_cache")
-        super().__init__(*args, **kwargs)
-        self.weights = weights
+        collate: Any = groups_as_they_are if own else lessons.collate
+        super().__init__(model=model, args=arguments, data_collator=collate, train_dataset=lessons.groups, **kwargs)
+        demands.refuse_shards(self, settings)
+        self.weights: Mapping[Any, float] = settings.losses
+        self.temperature = settings.temperature
+        self.readouts = lessons.readouts
         self.teachers = teachers
         self.own = own
-        self.readouts = readouts
-        self.temperature = temperature
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count answer tokens over all devices and micro-batches
         )
-        refuse_shards(self, own is not None, isinstance(self.optimizer, Muon))
         self.saves = False
         self.row_visits = 0
         self.sums: dict[str, float] = {}
@@ -266,23 +275,22 @@ def train(
         UserError: a loss needs a teacher and there is none, or no rows.
         LossError: the loss becomes non-finite.
     """
-    _check_settings(settings, rows, teacher, previous, validation, span, saving)
+    demands.check(settings, rows, teacher, previous, validation, span, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
-    groups, collate, readouts = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
-    own = own_answers(model, processor, rows, settings, collate, taught, seed)
+    lessons = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
-        *(model, _arguments(settings, out, seed, model.device, span), groups_as_they_are if own else collate, groups),
-        optimizers=optimizers(model, anatomy, settings, readouts, span),
-        weights=dict(settings.losses),
-        teachers=teachers,
-        readouts=readouts,
-        temperature=settings.temperature,
-        own=own,
+        model,
+        _arguments(settings, out, seed, model.device, span),
+        lessons,
+        settings,
+        teachers,
+        own_answers(model, processor, rows, settings, lessons.collate, taught, seed),
+        optimizers=optimizers(model, anatomy, settings, lessons.readouts, span),
         callbacks=[report, *keeper, *(span.callbacks if span else ())],
     )
-    batch = to_device(collate(groups.groups[:2]), model.device)
+    batch = to_device(lessons.collate(lessons.groups.groups[:2]), model.device)
     row_flops = _row_flops(trainer, model, batch)
     state = _State(trainer, report, keeper)
     state.take_up(out, saving, teachers)
@@ -369,8 +377,7 @@ def _lessons(
     settings: Training,
     teachers: Teachers | None,
     taught: Taught,
-) -> tuple[_Groups, Collate, Readouts]:
-    """Return what a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
+) -> _Lessons:
     known = [row for row in rows if taught is None or row.picture_key() in taught]
     packed = can_pack(model, processor, rows)
     lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
@@ -378,8 +385,8 @@ def _lessons(
     few = _Groups(known, settings.questions_per_picture)
     readouts = fitted_readouts(model, anatomy, settings, collate, few.groups[:32])
     if set(settings.losses) <= NEEDS_TEACHER:  # the other rows would teach nothing
-        return few, collate, readouts
-    return _Groups(rows, settings.questions_per_picture), collate, readouts
+        return _Lessons(few, collate, readouts)
+    return _Lessons(_Groups(rows, settings.questions_per_picture), collate, readouts)
 
 
 def _run(
@@ -397,43 +404,6 @@ def _run(
             model.eval()
             if teachers:
                 teachers.flush()
-
-
-def _check_settings(
-    settings: Training,
-    rows: Sequence[Row],
-    teacher: TeacherCache | None,
-    previous: TeacherCache | None,
-    validation: Sequence[Row],
-    span: Span | None,
-    saving: Saving | None,
-) -> None:
-    refuse(settings, teacher, previous)
-    if span is not None:
-        check_schedule(settings)
-    if not rows:
-        raise UserError("no rows to train on.")
-    if settings.validate_every and not validation:
-        raise UserError("train.validate_every needs validation rows, and there are none.")
-    if settings.validate_every and set(settings.losses) == {"picture_states"}:
-        raise UserError(
-            "train.validate_every looks at answers, which picture_states alone does not train; leave it out."
-        )
-    parts = settings.accumulate * processes()
-    if settings.pictures_per_step % parts:
-        raise UserError(
-            f"train.pictures_per_step={settings.pictures_per_step} must be a multiple of train.accumulate={settings.accumulate}"
-            + (f" times {processes()} processes = {parts}." if processes() > 1 else ".")
-        )
-    if saving is not None and processes() > 1:
-        raise UserError(
-            f"a training in {processes()} processes cannot be interrupted and taken up; leave `saving` out."
-        )
-    lacking = [name for name in settings.losses if name in NEEDS_TEACHER]
-    if teacher is None and lacking:
-        raise UserError(
-            f"train.losses: {', '.join(lacking)} needs a teacher; without one use cross_entropy and pairwise_margin."
-        )
 
 
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:

@@ -19,12 +19,10 @@ from transformers import PreTrainedModel
 
 from slimlmm.collate import Batch
 from slimlmm.data import Row
-from slimlmm.errors import UserError
 from slimlmm.evaluate import answer_limit, evaluating, generated, generation_settings, one_look
 from slimlmm.forward import to_device
 from slimlmm.lessons import Collate, Taught
 from slimlmm.recipe import Training
-from slimlmm.teacher import TeacherCache
 
 #: rows that answer at once
 ROWS_A_CALL = 64
@@ -140,31 +138,3 @@ def _to_end(ids: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
     """Return the tokens up to and including the first end token, all where there is none."""
     stop = next((at for at, token in enumerate(ids) if token in ends), len(ids) - 1)
     return tuple(ids[: stop + 1])
-
-
-def refuse(settings: Training, first: TeacherCache | None, previous: TeacherCache | None) -> None:
-    """Refuse, by name, what a training asks of teachers that are not there."""
-    if settings.own_answers and first is None:
-        raise UserError(
-            f"train.own_answers={settings.own_answers} needs a teacher that judges the answers; without one leave it out."
-        )
-    if "previous" in settings.teachers and (first is None or previous is None):
-        raise UserError(
-            "train.teachers: previous is the model that a round of a run began with, and there is none here (fine-tuning and "
-            "untrained controls have no rounds, lossless rounds no teacher); leave it out."
-        )
-
-
-def refuse_shards(trainer: Any, answers: bool, muon: bool) -> None:
-    """Refuse, by name, what needs weights whole in every process where processes share them out."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return
-    asked = {
-        "own_answers: the student answers between two steps": answers,
-        "optimizer: muon orthogonalises matrices": muon,
-    }
-    if why := [f"train.{one}" for one, needed in asked.items() if needed]:
-        raise UserError(
-            f"{'; '.join(why)}, which needs weights whole in every process; FSDP and DeepSpeed share them out. "
-            "Leave it out, or train with DDP."
-        )
