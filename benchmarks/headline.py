@@ -22,6 +22,7 @@ from slimlmm import adreview, controls, measure, pipeline, report
 from slimlmm.demo import BUNDLE, bundled
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, paired_bootstrap
+from slimlmm.leaving import LeftError, heeding
 from slimlmm.progress import Reporter, reporter
 from slimlmm.recipe import read
 from slimlmm.results import Control, Results
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true")
     arguments = parser.parse_args()
     teacher, folder = bundled("teacher"), arguments.out / "adreview"
-    with reporter(quiet=False) as tell:
+    with heeding(), reporter(quiet=False) as tell:
         if not (folder / "version.json").exists():
             tell.say("writing AdReview", rows=arguments.train_rows)
             adreview.write(folder, train=arguments.train_rows, val=2_000, test=arguments.test_rows, seed=0)
@@ -113,3 +114,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"headline: {error}", file=sys.stderr)
         sys.exit(2)
+    except LeftError as error:
+        print(f"headline: {error}.", file=sys.stderr)
+        sys.exit(error.code)

@@ -25,6 +25,16 @@ def ways(model):
     return {part.config._attn_implementation for part in model.modules() if hasattr(part, "set_attn_implementation")}
 
 
+@pytest.mark.parametrize("units", [(), ("amx_tile",), ("avx512_bf16",), ("amx_tile", "avx512_bf16")])
+def test_a_cpu_multiplies_bfloat16_by_units_of_either_kind(monkeypatch, units):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda there=name in units: there)
+    assert half.has_half(CPU) is bool(units)
+    assert half.trains_in_half("auto", CPU) is bool(units)
+    assert not half.trains_in_half("float32", CPU)
+    assert not half.has_half(torch.device("meta"))
+
+
 @torch.no_grad()
 def test_attention_is_eager_within_the_block_only_and_gives_the_same_logits(rows, loaded):
     model = loaded.model

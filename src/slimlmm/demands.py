@@ -33,8 +33,8 @@ def check(
         raise UserError("no rows to train on.")
     if span is not None:
         check_schedule(settings)
-    _teachers(settings, teacher, previous)
     _looks(settings, validation)
+    _teachers(settings, teacher, previous)
     _processes(settings, saving)
 
 

@@ -17,10 +17,10 @@ SAME = 1e-3
 
 
 def has_half(device: torch.device) -> bool:
-    """Tell whether matrix units of the device take bfloat16: CUDA from Ampere on, CPUs with AMX."""
+    """Tell whether units of the device multiply bfloat16: CUDA from Ampere on, CPUs with AMX or AVX512_BF16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def trains_in_half(precision: str, device: torch.device) -> bool:

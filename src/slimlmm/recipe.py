@@ -123,7 +123,7 @@ class Training(Settings):
     precision: Literal["auto", "float32"] = Field(
         "auto",
         description="auto multiplies matrices in bfloat16 where the device has units for it (CUDA from Ampere on, CPUs with "
-        "AMX); weights and sums stay float32 either way.",
+        "AMX or AVX512_BF16); weights and sums stay float32 either way.",
     )
     compile: bool = Field(
         False,
