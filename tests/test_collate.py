@@ -1,11 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 
+from pali import tiny_paligemma
 from slimlmm.collate import IGNORE, Collator, Prompter
 from slimlmm.data import by_picture
 from slimlmm.distill import can_pack
-from slimlmm.forward import answer_logits
-from tiny import tiny
+from slimlmm.forward import answer_logits, forward
+from tiny import NAMES, tiny
 
 PACKING = ("llava-clip-llama", "llava-siglip-qwen2", "llava-dinov2-llama")
 
@@ -26,6 +29,28 @@ def test_packed_questions_give_the_logits_of_separate_rows(name, rows):
 def test_per_token_inputs_are_not_packed(rows):
     model, processor = tiny("qwen2_5_vl")
     assert not can_pack(model, processor, rows.train)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", *PACKING])
+def test_packing_is_tried_on_pictures_with_several_rows(name, rows):
+    model, processor = tiny(name)
+    one, other, *rest = by_picture(rows.train, 16)
+    first_ones_alone = [one[0], other[0], *(row for group in rest for row in group)]
+    assert can_pack(model, processor, first_ones_alone) is can_pack(model, processor, rows.train) is (name in PACKING)
+    assert not can_pack(model, processor, [one[0], other[0]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [tiny_paligemma, *(partial(tiny, name) for name in NAMES if name != "blip2-opt")])
+def test_a_token_of_an_answer_is_seen_by_none_before_it(make, rows):
+    model, processor = make()
+    batch = Collator(processor, packed=False)(by_picture(rows.train, 4)[:1])
+    answer = (batch["shift_labels"][0] != IGNORE).nonzero().flatten()
+    wanted_TV = forward(model, batch).logits[0]
+    batch["input_ids"][0, answer[-1]] = processor.tokenizer.convert_tokens_to_ids("a")
+    changed_TV = forward(model, batch).logits[0]
+    assert torch.allclose(changed_TV[: answer[-1]], wanted_TV[: answer[-1]], atol=1e-5)
+    assert not torch.allclose(changed_TV[answer[-1]], wanted_TV[answer[-1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])

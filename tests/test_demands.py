@@ -9,20 +9,20 @@ from slimlmm.errors import UserError
 from slimlmm.losses import NEEDS_TEACHER
 from slimlmm.recipe import Training
 from slimlmm.saving import Saving
-from slimlmm.spans import Span
 
 LABELS = {"cross_entropy": 1.0}
 KL = {"forward_kl": 1.0}
 THERE = object()  # a teacher's cache, of which only the presence counts
 
 
-def checked(rows=("row",), teacher=None, previous=None, validation=(), span=None, saving=None, **keys):
+def checked(rows=("row",), teacher=None, previous=None, validation=(), saving=None, **keys):
     settings = Training(**({"steps": 4, "losses": LABELS} | keys))
-    demands.check(settings, rows, teacher, previous, validation, span, saving)
+    demands.check(settings, rows, teacher, previous, validation, saving)
 
 
 def test_what_is_there_is_not_refused(monkeypatch):
-    checked()
+    for schedule in ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"):
+        checked(schedule=schedule)
     checked(teacher=THERE, losses=KL, own_answers=0.5)
     checked(teacher=THERE, previous=THERE, losses=KL, teachers={"first": 1.0, "previous": 1.0})
     checked(validation=("row",), validate_every=2)
@@ -35,7 +35,10 @@ def test_what_is_there_is_not_refused(monkeypatch):
     ("asked", "told"),
     [
         ({"rows": ()}, "no rows to train on"),
-        ({"span": Span(first=0, last=2), "schedule": "reduce_lr_on_plateau"}, "schedule"),
+        ({"schedule": "reduce_lr_on_plateau"}, r"train.schedule='reduce_lr_on_plateau' is unknown or needs more"),
+        ({"schedule": "cosine_with_min_lr"}, r"train.schedule='cosine_with_min_lr' is unknown or needs more"),
+        ({"schedule": "warmup_stable_decay"}, "is unknown or needs more"),
+        ({"schedule": "cosin"}, "is unknown or needs more"),
         ({"losses": KL, "own_answers": 0.5}, r"train.own_answers=0.5 needs a teacher"),
         ({"losses": KL, "teachers": {"previous": 1.0}, "teacher": THERE}, r"train.teachers: previous .*none here"),
         ({"losses": KL, "teachers": {"previous": 1.0}, "previous": THERE}, r"train.teachers: previous .*none here"),

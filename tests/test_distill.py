@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from slimlmm import distill, spans
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
@@ -48,7 +49,7 @@ def test_distilling_a_model_from_itself_starts_at_zero_of_all_divergences(tmp_pa
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "picture_states"])  # that one is pulled below
 def test_training_on_one_loss_alone_lowers_it(tmp_path, rows, itself, loss):
     cache, processor = itself
-    alone = settings(steps=8, learning_rate=3e-3, losses={loss: 1.0}, temperature=1.5)
+    alone = settings(steps=16, learning_rate=3e-3, losses={loss: 1.0}, temperature=1.5)
     result = train(student_of(cache, 1.0), processor, rows.train, alone, tmp_path, teacher=cache)
     assert 0 < result.last_loss < 0.95 * result.first_loss
     assert result.flops > 0
@@ -211,3 +212,60 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path, rows):
         model.get_output_embeddings().weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="the loss became nan"):
         train(model, processor, rows.train, settings(losses={"cross_entropy": 1.0}), tmp_path)
+
+
+def test_the_answer_states_of_a_step_weigh_the_same_in_however_many_batches(tmp_path, rows):
+    found = []
+    for accumulate in (1, 4):
+        model, processor = tiny(NAME, 3)
+        cache = TeacherCache(tiny(NAME)[0], Collator(processor, packed=True), tmp_path / "cache")
+        asked = settings(steps=1, pictures_per_step=4, accumulate=accumulate, losses={"answer_states": 1.0}, warmup=0.0)
+        result = train(model, processor, rows.train[:60], asked, tmp_path, teacher=cache)
+        found.append(result.history[0]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_step_moves_weights_where_there_is_no_warmup(tmp_path, rows, steps):
+    model, processor = tiny(NAME)
+    before = model.get_output_embeddings().weight.clone()
+    asked = settings(steps=steps, log_every=1, warmup=0.0, learning_rate=1e-2, losses={"cross_entropy": 1.0})
+    rates = [one["learning_rate"] for one in train(model, processor, rows.train, asked, tmp_path).history]
+    assert len(rates) == steps
+    assert not torch.equal(model.get_output_embeddings().weight, before)
+    assert spans.schedule(torch.optim.SGD(model.parameters(), lr=1.0), asked, 0).get_last_lr() == [1.0]
+
+
+def test_floating_point_operations_are_those_of_the_gradients_that_are_made(tmp_path, rows):
+    flops = []
+    for frozen in ((), ("text",)):
+        model, processor = tiny(NAME)
+        asked = settings(steps=1, freeze=frozen, losses={"cross_entropy": 1.0})
+        flops.append(train(model, processor, rows.train[:40], asked, tmp_path).flops)
+    assert flops[0] > 1.05 * flops[1]
+
+
+def test_what_leaves_nothing_to_train_is_refused(tmp_path, rows):
+    model, processor = tiny(NAME)
+    asked = settings(freeze=("vision", "text", "projector"), losses={"cross_entropy": 1.0})
+    with pytest.raises(UserError, match=r"train.freeze: vision, text, projector leaves nothing to train"):
+        train(model, processor, rows.train, asked, tmp_path)
+
+
+def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+    class Several:
+        """What the Trainer's arguments are where CUDA shows three GPUs."""
+
+        device, n_gpu, _n_gpu = torch.device("cuda:0"), 3, 3
+
+    monkeypatch.setattr(distill, "TrainingArguments", lambda **_: Several())
+    assert distill._arguments(settings(), tmp_path, 0, torch.device("cpu"), None)._n_gpu == 1
+
+
+def test_rates_are_told_as_the_recipe_gives_them(tmp_path, rows):
+    model, processor = tiny(NAME)
+    asked = settings(
+        steps=2, log_every=1, schedule="constant", learning_rate=1e-3, vision_rate=0.1, losses={"cross_entropy": 1.0}
+    )
+    found = train(model, processor, rows.train, asked, tmp_path).history
+    assert [one["learning_rate"] for one in found] == pytest.approx([1e-3, 1e-3])

@@ -55,8 +55,16 @@ def test_out_of_memory_takes_half_of_the_pictures_at_once_down_to_one(error):
     found, said, resets = run(error, error)
     assert (found.pictures_per_step, found.accumulate, resets) == (8, 4, 2)
     assert said == [f"out of memory with {many} pictures at once; it begins again with {many // 2}" for many in (8, 4)]
-    with pytest.raises(UserError, match=r"out of memory with 1 picture\(s\) at once .*pictures_per_step=8"):
+    with pytest.raises(UserError, match=r"out of memory with one picture at once .*pictures_per_step=8"):
         run(*[error] * 4)
+
+
+def test_an_odd_number_of_pictures_at_once_is_divided_too():
+    odd = SETTINGS.model_copy(update={"pictures_per_step": 30})
+    errors = [torch.OutOfMemoryError("CUDA out of memory")] * 3
+    found, said, _ = run(*errors, settings=odd)
+    assert found.accumulate == 30
+    assert [text.rpartition(" ")[2] for text in said] == ["15", "5", "1"]
 
 
 def test_other_errors_are_not_swallowed():

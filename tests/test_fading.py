@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerState
 
-from slimlmm import checkpoint, pipeline, recipe, rounds, surgery, sweeps
+from slimlmm import checkpoint, own, pipeline, recipe, rounds, surgery, sweeps
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
@@ -18,6 +18,7 @@ from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.forward import answer_logits, output_of
 from slimlmm.recipe import Round, Stage, Training
 from slimlmm.spans import Span
+from slimlmm.teacher import TeacherCache
 from test_pipeline import RAW, Recorder
 from tiny import tiny
 
@@ -192,16 +193,29 @@ def test_the_gate_stands_where_the_ramp_says_at_every_step(tmp_path, rows):
     class Watch(Ramp):
         def on_step_end(self, args, state, control, **_):
             seen.append(self.gate.value)
+            super().on_step_end(args, state, control)
 
     trained(tmp_path, rows, Span(first=0, last=3, callbacks=(Watch(Gate(), 3),)))
     assert seen == pytest.approx([1.0, 0.75, 0.25])
 
 
-def test_a_schedule_that_looks_at_more_than_the_step_is_refused(tmp_path, rows):
+def test_own_answers_are_written_at_the_gate_of_their_step(tmp_path, rows, monkeypatch):
     model, processor = tiny(NAME)
-    settings = Training(steps=4, schedule="reduce_lr_on_plateau", losses={"cross_entropy": 1.0})
-    with pytest.raises(UserError, match="cannot be made in two parts"):
-        train(model, processor, rows.train[:40], settings, tmp_path, span=Span(first=0, last=2))
+    cache = TeacherCache(tiny(NAME)[0], Collator(processor, packed=True), tmp_path)
+    gate, seen, sampled = Gate(), [], own.sampled
+    monkeypatch.setattr(own, "sampled", lambda *rest: seen.append(gate.value) or sampled(*rest))
+    settings = Training(
+        steps=4, pictures_per_step=1, own_answers=1.0, losses={"forward_kl": 1.0}, questions_per_picture=2
+    )
+    span = Span(first=0, last=3, callbacks=(Ramp(gate, 3),))
+    train(model, processor, rows.train[:20], settings, tmp_path / "training", teacher=cache, span=span)
+    assert seen == pytest.approx([1.0, 0.75, 0.25])
+
+
+def test_a_part_that_is_taken_up_begins_at_the_gate_of_its_step():
+    gate = Gate()
+    Ramp(gate, 4).on_train_begin(None, TrainerState(global_step=2), None)
+    assert gate.value == pytest.approx(0.5)
 
 
 FADE = {"sizes": {"text.ffn": 32, "vision.blocks": 2}, "fade": 2, "repair": [], "train": {"steps": 3}}

@@ -246,6 +246,21 @@ def test_states_that_tell_all_match_and_states_that_tell_nothing_do_not():
     assert 0.9 < state_match(nothing, teacher, fitted_readout(nothing, teacher)).item() <= 1 + 1e-6
 
 
+def test_a_match_weighs_each_token_the_same_in_whatever_batch_it_comes():
+    torch.manual_seed(1)
+    student, teacher = torch.randn(40, 5), torch.randn(40, 3)
+    readout = fitted_readout(student, teacher)
+    whole = state_match(student, teacher, readout) * 40
+    parts = [(0, 1), (1, 2), (2, 7), (7, 40)]  # of a single token too, whose own spread is 0
+    apart = sum(state_match(student[a:b], teacher[a:b], readout) * (b - a) for a, b in parts)
+    assert torch.allclose(whole, apart)
+
+
+def test_states_that_are_all_the_same_are_nothing_to_match():
+    with pytest.raises(UserError, match=r"states at 8 token\(s\) .* are all the same"):
+        fitted_readout(torch.randn(8, 3), torch.ones(8, 4))
+
+
 def test_fitted_readout_is_the_least_squares_solution():
     torch.manual_seed(1)
     student, teacher = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)

@@ -145,3 +145,15 @@ def test_a_training_by_muon_lowers_the_loss_and_leaves_frozen_parts_alone(tmp_pa
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert moved
     assert not [key for key in moved if "vision" in key]
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "cosine", "constant"])
+def test_schedules_that_ask_for_the_optimizers_own_rate_find_it(tmp_path, rows, schedule):
+    model, processor = tiny("llava-dinov2-llama")
+    settings = Training(
+        steps=3, schedule=schedule, optimizer="muon", learning_rate=1e-3, warmup=0.0, losses={"cross_entropy": 1.0}
+    )
+    settings = settings.model_copy(update={"log_every": 1, "pictures_per_step": 2})
+    rates = [one["learning_rate"] for one in train(model, processor, rows.train[:60], settings, tmp_path).history]
+    assert rates[0] == pytest.approx(1e-3, rel=0.5)
+    assert rates == sorted(rates, reverse=True)

@@ -1,8 +1,11 @@
+import pytest
 import torch
 
+from pali import tiny_paligemma
 from slimlmm import checkpoint
 from slimlmm.collate import Collator
 from slimlmm.data import Row, by_picture
+from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 from tiny import tiny
@@ -20,6 +23,25 @@ def test_cached_equals_live_up_to_half_precision(tmp_path, rows):
     live, _, _ = answer_logits(model, batch)
     cached = TeacherCache(model, collator, tmp_path).logits(TeacherCache(model, collator, tmp_path).of(batch))
     assert torch.allclose(cached, live, atol=2e-2 * float(live.abs().max()))
+
+
+def test_capped_logits_come_back_capped(tmp_path, rows):
+    model, processor = tiny_paligemma(scale=8.0)
+    collator = Collator(processor, packed=False)
+    cache, batch = TeacherCache(model, collator, tmp_path), collator(by_picture(rows.train[:20], 3)[:2])
+    wanted_AV = answer_logits(model, batch)[0]
+    head_AV = model.get_output_embeddings()(cache.of(batch).float())
+    assert float((head_AV - wanted_AV).abs().max()) > 0.1 * float(wanted_AV.abs().max())  # the cap is felt
+    assert torch.allclose(cache.logits(cache.of(batch)), wanted_AV, atol=2e-2 * float(wanted_AV.abs().max()))
+
+
+def test_a_teacher_whose_logits_are_not_its_heads_is_refused(tmp_path, rows):
+    model, processor = tiny_paligemma(scale=8.0)
+    collator = Collator(processor, packed=False)
+    cache, batch = TeacherCache(model, collator, tmp_path), collator(by_picture(rows.train[:20], 3)[:2])
+    cache._cap = None
+    with pytest.raises(UserError, match=r"do not come back from its last hidden states.*this paligemma cannot teach"):
+        cache.of(batch)
 
 
 def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows):

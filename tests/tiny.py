@@ -104,7 +104,7 @@ class HandProcessor:
         self.image_processor.save_pretrained(folder)
 
 
-def _special_ids(tokenizer) -> dict:
+def special_ids(tokenizer) -> dict:
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -125,7 +125,7 @@ def _llama(tokenizer, **changes) -> dict:
         "max_position_embeddings": 256,
         "initializer_range": 0.1,
         "rms_norm_eps": 1e-5,
-        **_special_ids(tokenizer),
+        **special_ids(tokenizer),
     }
     return sizes | changes
 
@@ -165,7 +165,7 @@ def _llava(name: str):
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text["tie_word_embeddings"],
-        **_special_ids(tokenizer),
+        **special_ids(tokenizer),
     )
     pictures = tf.CLIPImageProcessorPil(
         size={"height": 28, "width": 28}, crop_size={"height": 28, "width": 28}, do_center_crop=False
@@ -198,7 +198,7 @@ def _idefics3(name: str):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=tied,
-        **_special_ids(tokenizer),
+        **special_ids(tokenizer),
     )
     return config, processor
 
@@ -263,7 +263,7 @@ def _blip2(name: str):
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 256,
         "init_std": 0.1,
-        **_special_ids(tokenizer),
+        **special_ids(tokenizer),
     }
     config = tf.Blip2Config(
         vision_config=vit(),
@@ -298,7 +298,7 @@ def tiny(name: str, seed: int = 0):
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():
                 parameter.data += 0.2 * torch.randn_like(parameter)
-    ids = _special_ids(processor.tokenizer)
+    ids = special_ids(processor.tokenizer)
     model.generation_config = tf.GenerationConfig(**ids, max_new_tokens=8, do_sample=False)
     return model.eval(), processor
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimlmm.data import Row
 from slimlmm.errors import UserError
-from slimlmm.families import PROMPTS
+from slimlmm.families import ANSWER_INPUTS, PROMPTS
 
 IGNORE = -100
 Batch = dict[str, Any]
@@ -97,6 +97,7 @@ class Collator:
         self.processor = processor
         self.prompter = Prompter(processor)
         self.packed = packed
+        self.at_answers = ANSWER_INPUTS.get(type(processor).__name__, {})
         tokenizer = self.prompter.tokenizer
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -153,7 +154,7 @@ class Collator:
         return self._pad(ids, [])
 
     def _pad(self, sequences: list[Tensor], encoded: list[_Encoded]) -> Batch:
-        """Right-pad sequences; with `encoded`, add labels and the other per-token tensors (0 on the answer)."""
+        """Right-pad sequences; with `encoded`, add labels and the other per-token tensors, at answers as `ANSWER_INPUTS` says."""
         length = max(len(ids) for ids in sequences)
         count = len(sequences)
         batch: Batch = {
@@ -169,7 +170,9 @@ class Collator:
             start = len(one.prompt) - 1
             batch["shift_labels"][index, start : start + len(one.answer)] = one.answer
             for key, values in one.per_token.items():
-                batch.setdefault(key, values.new_zeros((count, length)))[index, : len(values)] = values
+                filled = batch.setdefault(key, values.new_zeros((count, length)))
+                filled[index, : len(values)] = values
+                filled[index, len(values) : len(values) + len(one.answer)] = self.at_answers.get(key, 0)
         return batch
 
     def _pack(self, groups: Sequence[Sequence[Row]], encoded: list[_Encoded]) -> Batch:

@@ -11,7 +11,7 @@ from slimlmm.launchers import processes
 from slimlmm.losses import NEEDS_TEACHER
 from slimlmm.recipe import Training
 from slimlmm.saving import Saving
-from slimlmm.spans import Span, check_schedule
+from slimlmm.spans import check_schedule
 from slimlmm.teacher import TeacherCache
 
 
@@ -21,18 +21,16 @@ def check(
     teacher: TeacherCache | None,
     previous: TeacherCache | None,
     validation: Sequence[Row],
-    span: Span | None,
     saving: Saving | None,
 ) -> None:
-    """Refuse rows, teachers, looks, parts of a step and saved states that a training asks for in vain.
+    """Refuse rows, schedules, teachers, looks, parts of a step and saved states that a training asks for in vain.
 
     Raises:
         UserError: with the key, what it needs, and what to do.
     """
     if not rows:
         raise UserError("no rows to train on.")
-    if span is not None:
-        check_schedule(settings)
+    check_schedule(settings)
     _looks(settings, validation)
     _teachers(settings, teacher, previous)
     _processes(settings, saving)

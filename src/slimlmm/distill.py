@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -128,6 +129,7 @@ class DistillTrainer(SavingTrainer):
         self.weights: Mapping[Any, float] = settings.losses
         self.temperature = settings.temperature
         self.readouts = lessons.readouts
+        self.held = frozen(model, settings.freeze)
         self.teachers = teachers
         self.own = own
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
@@ -208,7 +210,13 @@ class DistillTrainer(SavingTrainer):
             config.use_cache = self.use_cache
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number."""
+        """Replace the Trainer's loss by the means per answer token since the last log; stop on a loss that is no number.
+
+        The rate is that of the recipe: the Trainer tells that of the first group of parameters, a vision block's.
+        """
+        if "learning_rate" in logs:
+            rates = cast(LRScheduler, self.lr_scheduler).get_last_lr()
+            logs = {**logs, "learning_rate": max(map(float, rates))}
         tokens = self.sums.pop("tokens", 0.0)
         if tokens:
             means = {name: value / tokens for name, value in self.sums.items()}
@@ -275,7 +283,7 @@ def train(
         UserError: a loss needs a teacher and there is none, or no rows.
         LossError: the loss becomes non-finite.
     """
-    demands.check(settings, rows, teacher, previous, validation, span, saving)
+    demands.check(settings, rows, teacher, previous, validation, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
     lessons = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
@@ -295,7 +303,7 @@ def train(
     state = _State(trainer, report, keeper)
     state.take_up(out, saving, teachers)
     with quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
-        _run(trainer, model, frozen(model, anatomy, settings.freeze), teachers, state.found)
+        _run(trainer, model, teachers, state.found)
     return _result(trainer, state.seconds, row_flops, report, keeper)
 
 
@@ -389,11 +397,9 @@ def _lessons(
     return _Lessons(_Groups(rows, settings.questions_per_picture), collate, readouts)
 
 
-def _run(
-    trainer: DistillTrainer, model: PreTrainedModel, held: frozen, teachers: Teachers | None, found: Path | None
-) -> None:
+def _run(trainer: DistillTrainer, model: PreTrainedModel, teachers: Teachers | None, found: Path | None) -> None:
     """Train; whatever happens, the model is in eval mode afterwards and what the teachers answered is on disk."""
-    with held:
+    with trainer.held:
         model.train()
         try:
             with leaving.patiently() if trainer.saves else nullcontext():
@@ -407,9 +413,9 @@ def _run(
 
 
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
-    """Return floating-point operations per row of one forward and backward pass, as far as the losses look."""
+    """Return floating-point operations per row of one forward and backward pass, as far as losses look and gradients go."""
     counter = flop_counter()
-    with counter:
+    with trainer.held, counter:
         combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)
     trainer.readouts.clear()
@@ -418,7 +424,7 @@ def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) ->
 
 def _arguments(settings: Training, out: Path, seed: int, device: torch.device, span: Span | None) -> TrainingArguments:
     steps = settings.steps if span is None else span.last - span.first
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=settings.pictures_per_step // settings.accumulate // processes(),
@@ -440,12 +446,22 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
         use_cpu=device.type == "cpu",
         bf16=trains_in_half(settings.precision, device),
     )
+    # one process trains on one GPU: of several that it sees the Trainer would make nn.DataParallel, which copies a model at every
+    # step and has none of its methods; asking for the device counts them, so it comes first
+    if found.device.type == "cuda" and found.n_gpu > 1:
+        found._n_gpu = 1
+    return found
 
 
 @torch.inference_mode()
 def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> bool:
-    """Whether packed questions give this model the same logits as separate rows (tried on two pictures)."""
-    groups = by_picture(rows, 4)[:2]
+    """Whether packed questions give this model the same logits as separate rows (tried on two pictures with several rows).
+
+    False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
+    """
+    groups = [group for group in by_picture(rows, 4) if len(group) > 1][:2]
+    if not groups:
+        return False
     was_training = model.training
     model.eval()
     try:

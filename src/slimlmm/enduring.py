@@ -24,7 +24,7 @@ def enduring(
     """Return what `make` gives; `reset` puts the weights back before it is made again.
 
     A loss that is no number: again from the start of the training at half of the learning rate, `HALVINGS` times at most. Out of
-    memory: again with half of the pictures at once and twice as many batches a step, down to one picture.
+    memory: again with half of the pictures at once (of an odd number the next part it divides into), down to one picture.
 
     Raises:
         LossError: the loss is no number at the lowest rate either.
@@ -44,13 +44,14 @@ def enduring(
             if not _memory(error):
                 raise
             at_once = settings.pictures_per_step // settings.accumulate
-            if at_once % 2:
+            if at_once == 1:
                 raise UserError(
-                    f"out of memory with {at_once} picture(s) at once ({_first(error)}); give train.questions_per_picture less, "
+                    f"out of memory with one picture at once ({_first(error)}); give train.questions_per_picture less, "
                     f"or a larger machine. The recipe has train.pictures_per_step={asked.pictures_per_step}."
                 ) from error
-            say(f"out of memory with {at_once} pictures at once; it begins again with {at_once // 2}")
-            settings = settings.model_copy(update={"accumulate": 2 * settings.accumulate})
+            parts = next(part for part in range(2, at_once + 1) if at_once % part == 0)
+            say(f"out of memory with {at_once} pictures at once; it begins again with {at_once // parts}")
+            settings = settings.model_copy(update={"accumulate": parts * settings.accumulate})
         reset()
 
 

@@ -42,13 +42,20 @@ def ramp(step: int, fade: int) -> float:
 
 
 class Ramp(TrainerCallback):
-    """Sets the gate before every optimizer step, so that it is 1 in the first and would be 0 in the one behind the last."""
+    """Sets the gate for every optimizer step, so that it is 1 in the first and would be 0 in the one behind the last.
+
+    It is set when the step before is over: own answers of a step are written before the Trainer says that it begins.
+    """
 
     def __init__(self, gate: Gate, fade: int) -> None:
         self.gate, self.fade = gate, fade
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Set the gate by the number of steps made."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the gate for the first step, which in a training taken up again is a later one."""
+        self.gate.value = ramp(state.global_step, self.fade)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the gate for the next step."""
         self.gate.value = ramp(state.global_step, self.fade)
 
 

@@ -85,7 +85,9 @@ class Family:
     what a cut scales the stream by, so that its epsilon weighs more, and the field of the tower that undoes it.
     `query_tokens`: axis -> (sub-config, field) of the number of learned queries, each of which becomes one placeholder, and
     what the processor calls that number. `token_parts`: more sub-configs that hold token ids. `first_position`: token id that
-    positions are counted from, so that no token up to it may go. `refusals`: axis -> why it cannot be cut.
+    positions are counted from, so that no token up to it may go. `capped`: whether logits are c tanh(x / c) of what the head
+    gives, c being `final_logit_softcapping` of the text configuration. `patches`: module path of what reads the pixels, where
+    that is no convolution. `refusals`: axis -> why it cannot be cut.
     """
 
     towers: tuple[Tower, ...]
@@ -107,6 +109,8 @@ class Family:
     behind: tuple[tuple[str, str], ...] = ()
     token_parts: tuple[str, ...] = ()
     first_position: tuple[str, str] | None = None
+    capped: bool = False
+    patches: str = ""
     refusals: Mapping[str, str] = field(default_factory=dict)
 
     def interior(self, axis: str, parameter: str, dim: int) -> str:
@@ -250,6 +254,7 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers(),
         joint=_PROJECTOR,
         ties={"text.width": (("", "hidden_size"), ("", "projection_dim"), ("vision_config", "projection_dim"))},
+        capped=True,
     ),
     "gemma3": Family(towers=_towers(), joint=_PROJECTOR, layouts={f"{_PROJECTOR}.mm_input_projection_weight": "cp"}),
     "gemma4": Family(
@@ -258,6 +263,8 @@ FAMILIES: Mapping[str, Family] = {
         raw_readers=("model.embed_vision.embedding_projection",),
         heavier_eps={"vision.width": ("model.embed_vision.embedding_pre_projection_norm", "standardize")},
         ties={"vocab": (("text_config", "vocab_size_per_layer_input"),)},
+        capped=True,
+        patches="model.vision_tower.patch_embedder.input_proj",
     ),
     "aya_vision": _AYA,
     "cohere2_vision": replace(_AYA, feature_layer=None),
@@ -346,6 +353,7 @@ FAMILIES: Mapping[str, Family] = {
         towers=_towers("language_model.model", "vision_model.model"),
         joint="multi_modal_projector",
         tokens=("vision_model.class_embedding",),
+        patches="vision_model.patch_embedding.linear",
     ),
     "ovis2": Family(
         towers=_towers(),
@@ -381,6 +389,7 @@ FAMILIES: Mapping[str, Family] = {
             ),
         ),
         projector={"projector.ffn": ("", "projector_hidden_size")},
+        patches="model.vision_tower.embeddings.patch_embedding",
     ),
     "instructblip": _BLIP,
     "blip-2": _BLIP,
@@ -411,6 +420,12 @@ def family_of(config: Any) -> Family:
     return replace(family, towers=tuple(towers))
 
 
+def logit_cap(config: Any) -> float | None:
+    """Return c where the model's logits are c tanh(x / c) of what its head gives, None where they are just that."""
+    family = family_of(config)
+    return part_of(config, family.tower("text")).final_logit_softcapping if family.capped else None
+
+
 def backbone_of(config: Any, tower: Tower) -> Backbone | None:
     """Return the backbone of one tower, None where its model type is unknown (its axes are then refused)."""
     return BACKBONES.get(part_of(config, tower).model_type)
@@ -418,3 +433,6 @@ def backbone_of(config: Any, tower: Tower) -> Backbone | None:
 
 #: prompt of processors with no chat template, by class name; they add the picture's placeholders
 PROMPTS: dict[str, str] = {"Blip2Processor": "Question: {question} Answer:"}
+#: what a processor's other per-token inputs are at tokens of an answer, by class name, where not 0: as generation appends them.
+#: PaliGemma's type 0 is the prompt, whose tokens see each other whole.
+ANSWER_INPUTS: dict[str, dict[str, int]] = {"PaliGemmaProcessor": {"token_type_ids": 1}}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> lis
     """Return the trainings of a YAML list, or one that passes `epochs` times over the rows."""
     if path is None:
         pictures = len(data.by_picture(rows, 16))
-        steps = max(1, round(epochs * pictures / 16))
+        steps = math.ceil(epochs * pictures / 16)
         return [
             Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
         ]

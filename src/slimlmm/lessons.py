@@ -18,7 +18,7 @@ from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row, sample
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
-from slimlmm.losses import MATCHES, TEACHER_ENTRIES, fitted_readout
+from slimlmm.losses import MATCHES, TEACHER_ENTRIES, Readout, fitted_readout
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 
@@ -31,7 +31,7 @@ Collate = Callable[[list[list[Row]]], Batch]
 class Readouts:
     """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states."""
 
-    maps: dict[str, nn.Linear]
+    maps: dict[str, Readout]
     block: nn.Module | None
     """what picture states enter; None where no loss looks at them"""
 

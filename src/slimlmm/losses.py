@@ -101,28 +101,48 @@ def pairwise_margin(student_AV: Tensor, labels_A: Tensor) -> Tensor:
     return (margin * margin.abs().clamp(max=1)).clamp(min=0).sum()
 
 
-def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: nn.Linear) -> Tensor:
-    """Return the normalised squared error of the teacher's states read linearly from the student's.
+class Readout(nn.Linear):
+    """A throw-away map from student to teacher states, W [H, S] and b [H], and how far the teacher's spread, |t - mean(t)|^2."""
 
-    sum |W f + b - t|^2 / sum |t - mean(t)|^2, with student states f [N, S], teacher states t [N, H] and a throw-away map
-    W [H, S], b [H]: 0 when the student's states tell all that the teacher's say, 1 when they tell nothing. Hidden-state
-    matching is what recovered vision-language models best in arXiv 2604.24380.
+    spread: Tensor
+
+    def __init__(self, size: int, teacher_NH: Tensor) -> None:
+        super().__init__(size, teacher_NH.shape[1], device=teacher_NH.device)
+        spread = (teacher_NH - teacher_NH.mean(0)).square().sum(1).mean()
+        self.register_buffer("spread", spread.to(self.weight.dtype))
+
+
+def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: Readout) -> Tensor:
+    """Return the squared error a token of the teacher's states read linearly from the student's, in parts of their spread.
+
+    mean |W f + b - t|^2 / spread, with student states f [N, S] and teacher states t [N, H]: 0 when the student's states tell all
+    that the teacher's say, 1 when they tell nothing. The spread is that of the states that the map was fitted on: that of a
+    batch would make the loss another one for each batch, and none for a single token. Hidden-state matching is what recovered
+    vision-language models best in arXiv 2604.24380.
     """
-    teacher_NH = teacher_NH.to(student_NS.dtype)
-    error: Tensor = (readout(student_NS) - teacher_NH).square().sum()
-    return error / (teacher_NH - teacher_NH.mean(0)).square().sum()
+    error_N: Tensor = (readout(student_NS) - teacher_NH.to(student_NS.dtype)).square().sum(1)
+    return error_N.mean() / readout.spread
 
 
 @torch.no_grad()
-def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) -> nn.Linear:
-    """Return the map of least squares from student to teacher states, W = ((F'F + r I)^-1 F'T)', both centred; fp64 inside."""
+def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) -> Readout:
+    """Return the map of least squares from student to teacher states, W = ((F'F + r I)^-1 F'T)', both centred; fp64 inside.
+
+    Raises:
+        UserError: the teacher's states are all the same, so that there is nothing to match.
+    """
     student, teacher = student_NS.double(), teacher_NH.double()
     shift_S, shift_H = student.mean(0), teacher.mean(0)
     centred = student - shift_S
     gram = centred.T @ centred
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weight = torch.linalg.solve(gram, centred.T @ (teacher - shift_H)).T
-    readout = nn.Linear(len(shift_S), len(shift_H), device=student_NS.device)
+    readout = Readout(len(shift_S), teacher)
+    if not readout.spread > 0:
+        raise UserError(
+            f"the teacher's states at {len(teacher)} token(s) of the pictures that maps are fitted on are all the same, so "
+            "there is nothing to match; leave answer_states and picture_states out, or give more rows."
+        )
     readout.weight.copy_(weight)
     readout.bias.copy_(shift_H - weight @ shift_S)
     return readout
@@ -134,7 +154,7 @@ class Match:
 
     student_NS: Tensor
     teacher_NH: Tensor
-    readout: nn.Linear
+    readout: Readout
 
 
 @dataclass(frozen=True, slots=True)

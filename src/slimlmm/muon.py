@@ -58,7 +58,9 @@ class Muon(Optimizer):
         # AdamW never sees an empty list: a model whose every trained parameter is a matrix has no others
         self._adamw = AdamW(list(others), **adamw) if others else None
         rest = self._adamw.param_groups if self._adamw else []
-        super().__init__([*({**group, "matrices": True} for group in matrices), *rest], {"matrices": False})
+        groups = [*({**group, "matrices": True} for group in matrices), *rest]
+        # schedules that end at a rate of their own ask for the optimizer's
+        super().__init__(groups, {"matrices": False, "lr": max(group["lr"] for group in groups)})
         self._share()
 
     def _share(self) -> None:

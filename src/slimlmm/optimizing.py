@@ -12,24 +12,44 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
+from slimlmm.errors import UserError
+from slimlmm.families import family_of
 from slimlmm.half import trains_in_half
 from slimlmm.lessons import Readouts
 from slimlmm.muon import Muon
+from slimlmm.parts import parts_of
 from slimlmm.recipe import Training
 from slimlmm.spans import Span, schedule
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "fused": True}
 
 
+def parts_in(model: PreTrainedModel) -> dict[str, frozenset[str]]:
+    """Return the parts that recipes name, by parameter: vision, text or projector; of vision also what reads the pixels.
+
+    The head is the text's; a Q-Former and what lies in no tower (separators of pictures, query tokens) join the two. Pixels are
+    read by the first convolution of the vision tower, unless the family says what else reads them.
+    """
+    towers = {"vision": "vision", "text": "text", "head": "text"}
+    found = {name: towers.get(tower, "projector") for name, (tower, _) in parts_of(model.config).items()}
+    patches = family_of(model.config).patches or next(
+        (
+            name
+            for name, one in model.named_modules()
+            if isinstance(one, nn.Conv2d | nn.Conv3d) and found.get(f"{name}.weight") == "vision"
+        ),
+        None,
+    )
+    reads = {name for name in found if name.rpartition(".")[0] == patches}
+    return {name: frozenset({part, "patch_embedding"} if name in reads else {part}) for name, part in found.items()}
+
+
 class frozen:  # noqa: N801 - a context manager, used like a function
     """Within the block the named parts take no gradient: ``vision``, ``text``, ``projector``, ``patch_embedding``."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, parts: Sequence[str]) -> None:
-        self.parameters = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if set(parts_of(name, model, anatomy)) & set(parts)
-        ]
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        parts = parts_in(model)
+        self.parameters = [parameter for name, parameter in model.named_parameters() if parts[name] & set(names)]
 
     def __enter__(self) -> None:
         for parameter in self.parameters:
@@ -38,15 +58,6 @@ class frozen:  # noqa: N801 - a context manager, used like a function
     def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-
-
-def parts_of(name: str, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    """Return the parts that a parameter belongs to, by the towers' prefixes in the anatomy."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    parts = [tower for tower in ("vision", "text") if name.startswith(anatomy.towers.get(tower, "\0"))]
-    if isinstance(module, nn.Conv2d | nn.Conv3d) and "vision" in parts:
-        parts.append("patch_embedding")
-    return parts or (["projector"] if "lm_head" not in name else ["text"])
 
 
 def optimizers(
@@ -62,15 +73,19 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     """No decay on vectors, and a learning rate that falls by ``layer_decay`` per vision block towards the picture."""
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    inner = _inner(model) if settings.optimizer == "muon" else set()
+    inner, parts = _inner(model) if settings.optimizer == "muon" else set(), parts_in(model)
     for name, parameter in model.named_parameters():
-        if set(parts_of(name, model, anatomy)) & set(settings.freeze):
+        here = parts[name]
+        if here & set(settings.freeze):
             continue
-        scale = _rate_scale(name, anatomy, settings)
+        scale = _rate_scale(name, anatomy, settings) if "vision" in here else 1.0
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay, parameter in inner), []).append(parameter)
+        by_muon = parameter in inner and "patch_embedding" not in here
+        groups.setdefault((scale, decay, by_muon), []).append(parameter)
     if readouts.maps:
         groups.setdefault((1.0, 0.0, False), []).extend(readouts.parameters())
+    if not groups:
+        raise UserError(f"train.freeze: {', '.join(settings.freeze)} leaves nothing to train; freeze less.")
     matrices, others = (
         [
             {"params": parameters, "lr": settings.learning_rate * scale, "weight_decay": decay}
@@ -107,9 +122,7 @@ def _own(optimizer: torch.optim.Optimizer, readouts: Readouts) -> None:
 
 
 def _rate_scale(name: str, anatomy: Anatomy, settings: Training) -> float:
-    vision = anatomy.towers.get("vision", "\0")
-    if not name.startswith(vision):
-        return 1.0
+    """Return the factor of a vision parameter: what reads the pixels lies below the first block, what follows them at the top."""
     blocks = anatomy.axes["vision.blocks"]
     depth = -1
     if blocks.layers and name.startswith(blocks.layers + "."):

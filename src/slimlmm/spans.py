@@ -25,16 +25,20 @@ class Span:
 
 
 def warmup_steps(settings: Training) -> int:
-    """Return the number of steps with a rising learning rate."""
-    return max(1, int(settings.steps * settings.warmup))
+    """Return the number of steps with a rising learning rate, of which the first has none at all."""
+    return int(settings.steps * settings.warmup)
 
 
 def check_schedule(settings: Training) -> None:
-    """Refuse a schedule whose learning rate follows from more than the number of the step."""
-    if not isinstance(_whole(SGD([torch.zeros(1)]), settings), LambdaLR):
+    """Refuse a schedule whose learning rate follows from more than warmup and the number of the step."""
+    try:
+        known = isinstance(_whole(SGD([torch.zeros(1)]), settings), LambdaLR)
+    except (KeyError, TypeError, ValueError):  # unknown, or one that needs figures of its own
+        known = False
+    if not known:
         raise UserError(
-            f"train.schedule={settings.schedule!r} follows from more than the step, so that a training with `fade` cannot be "
-            "made in two parts; use cosine, linear or constant_with_warmup."
+            f"train.schedule={settings.schedule!r} is unknown or needs more than warmup and the number of the step; use cosine, "
+            "linear, constant_with_warmup or another of transformers' schedules that needs no figure of its own."
         )
 
 

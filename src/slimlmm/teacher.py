@@ -27,10 +27,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
+from slimlmm.errors import UserError
+from slimlmm.families import logit_cap
 from slimlmm.files import flush, flush_folder
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.half import half
 
+#: part of every key: raised when the same rows give other states than before, so that what an older version kept is a miss
+LAYOUT = b"2"
+#: largest difference of logits that come back from hidden states, relative to the largest logit
+SAME = 1e-2
 #: key of a shard's hash in its metadata
 HASH = "slimlmm.sha256"
 VALUES_A_SHARD = 16_000_000
@@ -94,7 +100,9 @@ class TeacherCache:
         self.collator = collator
         self.folder = folder
         self.head = model.get_output_embeddings()
-        self._identity = identity(model, collator.processor)
+        self._cap = logit_cap(model.config)
+        self._head_tried = False
+        self._identity = LAYOUT + identity(model, collator.processor)
         self._pictures: dict[str, bytes] = {}
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
@@ -184,8 +192,21 @@ class TeacherCache:
     def live(self, batch: Batch) -> list[Tensor]:
         """Return the hidden states [A, H] of every row, computed now."""
         with half(self.model.device):
-            _, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
+            logits_AV, _, hidden_AH = answer_logits(self.model, to_device(batch, self.model.device))
+            if not self._head_tried:
+                self._try_head(hidden_AH, logits_AV)
         return list(hidden_AH.split(self.lengths(batch["rows"])))
+
+    def _try_head(self, hidden_AH: Tensor, logits_AV: Tensor) -> None:
+        """Refuse a teacher whose logits do not come back from its hidden states: it would teach something else than it says."""
+        apart, largest = (float(value.abs().max()) for value in (self.logits(hidden_AH) - logits_AV, logits_AV))
+        if not apart <= SAME * largest:
+            raise UserError(
+                f"the teacher's logits do not come back from its last hidden states through its head (largest difference "
+                f"{apart:.3g}, largest logit {largest:.3g}), and these states are what is kept of it: this "
+                f"{self.model.config.model_type} cannot teach."
+            )
+        self._head_tried = True
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Return the number of answer tokens of every row."""
@@ -197,7 +218,7 @@ class TeacherCache:
         with torch.no_grad():
             weight = self.head.weight
             logits: Tensor = self.head(hidden_AH.to(weight.device, weight.dtype))
-        return logits
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def flush(self) -> None:
         """Write what is not on disk yet as one shard, under a temporary name that is replaced when whole."""

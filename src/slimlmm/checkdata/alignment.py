@@ -22,6 +22,7 @@ from slimlmm.data import Row, by_picture
 from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode, evaluating
+from slimlmm.families import ANSWER_INPUTS
 from slimlmm.forward import NOT_INPUTS, answer_logits, to_device
 from slimlmm.half import half, has_half
 from slimlmm.losses import cross_entropy, forward_kl
@@ -117,7 +118,8 @@ def _plain(loaded: Loaded, row: Row) -> Tensor:
     answer_1A = torch.tensor([Prompter(loaded.processor).answer_ids(row)], device=asked_1T.device)
     for name, value in inputs.items():
         if value.shape == asked_1T.shape:
-            fill = answer_1A if name == "input_ids" else torch.full_like(answer_1A, name == "attention_mask")
+            known = {"attention_mask": 1} | ANSWER_INPUTS.get(type(loaded.processor).__name__, {})
+            fill = answer_1A if name == "input_ids" else torch.full_like(answer_1A, known.get(name, 0))
             inputs[name] = torch.cat((value, fill.to(value.dtype)), 1)
     logits_TV: Tensor = loaded.model(**inputs, use_cache=False).logits[0]
     return logits_TV[asked_1T.shape[1] - 1 : -1]
