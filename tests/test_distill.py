@@ -269,3 +269,17 @@ def test_rates_are_told_as_the_recipe_gives_them(tmp_path, rows):
     )
     found = train(model, processor, rows.train, asked, tmp_path).history
     assert [one["learning_rate"] for one in found] == pytest.approx([1e-3, 1e-3])
+
+
+def test_a_q_former_learns_from_itself_at_zero(tmp_path, rows):
+    student, processor = tiny("blip2-opt")
+    for part in student.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # the Q-Former's drop a tenth
+        elif isinstance(vars(part).get("dropout"), float):
+            part.dropout = 0.0  # OPT's too
+    cache = TeacherCache(tiny("blip2-opt")[0], Collator(processor, packed=False), tmp_path)
+    asked = settings(steps=2, learning_rate=1e-9, losses={"forward_kl": 1.0, "picture_states": 1.0})
+    found = train(student, processor, rows.train[:40], asked, tmp_path, teacher=cache).history[0]
+    assert found["loss/forward_kl"] == pytest.approx(0, abs=1e-4)
+    assert found["loss/picture_states"] < 0.05

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimlmm.data import Row
 from slimlmm.errors import UserError
-from slimlmm.families import ANSWER_INPUTS, PROMPTS
+from slimlmm.families import ANSWER_INPUTS, PLACES_BY_TEXT, PROMPTS
 
 IGNORE = -100
 Batch = dict[str, Any]
@@ -76,6 +76,13 @@ def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
     return sorted({text for pair in pairs for text in prompter.turns(*pair)})
 
 
+def picture_token(processor: Any) -> int:
+    """Return the id of the token that stands where a picture's tokens go."""
+    if type(processor).__name__ in PLACES_BY_TEXT:
+        return int(processor.tokenizer.convert_tokens_to_ids(str(processor.image_token)))
+    return int(processor.image_token_id)
+
+
 @dataclass(slots=True)
 class _Encoded:
     """One row as tokens: prompt ids (picture placeholders expanded), answer ids, and the prompt's other per-token tensors."""
@@ -97,6 +104,7 @@ class Collator:
         self.processor = processor
         self.prompter = Prompter(processor)
         self.packed = packed
+        self.picture_token = picture_token(processor)
         self.at_answers = ANSWER_INPUTS.get(type(processor).__name__, {})
         tokenizer = self.prompter.tokenizer
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -111,7 +119,7 @@ class Collator:
             batch |= self._pack(groups, encoded)
         else:
             batch |= self._pad([torch.cat((one.prompt, one.answer)) for one in encoded], encoded)
-        batch["picture_tokens"] = batch["input_ids"] == self.processor.image_token_id
+        batch["picture_tokens"] = batch["input_ids"] == self.picture_token
         batch["rows"], batch["heads"] = flat, heads
         return batch
 
@@ -150,7 +158,7 @@ class Collator:
         ids = []
         for row in flat:
             plain = torch.tensor(self.prompter.ids(self.prompter.prompt(row.question), special=True))
-            ids.append(_expand(plain, expanded[row.picture_key()], self.processor.image_token_id))
+            ids.append(_expand(plain, expanded[row.picture_key()], self.picture_token))
         return self._pad(ids, [])
 
     def _pad(self, sequences: list[Tensor], encoded: list[_Encoded]) -> Batch:

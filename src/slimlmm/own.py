@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, picture_token
 from slimlmm.data import Row
 from slimlmm.evaluate import answer_limit, evaluating, generated, generation_settings, one_look
 from slimlmm.forward import to_device
@@ -109,7 +109,7 @@ def sampling(model: PreTrainedModel, processor: Any, rows: Sequence[Row], temper
     ends = {tokenizer.eos_token_id, *([told] if isinstance(told, int) else told or ())}
     texts = sorted({row.answer for row in rows})
     spoken = {token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids}
-    special = {*tokenizer.all_special_ids, processor.image_token_id}
+    special = {*tokenizer.all_special_ids, picture_token(processor)}
     settings |= {"eos_token_id": sorted(ends), "suppress_tokens": sorted(special - ends - spoken)}
     return settings | ({"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {})
 
