@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pali import tiny_paligemma
 from slimlmm import certificate, checkpoint, probes
 from slimlmm.certificate import NAME, certify, digests, verify
 from slimlmm.demo import bundled
@@ -200,6 +201,14 @@ def test_every_damage_is_named(case, folder):
     spoil(folder)
     with pytest.raises(UserError, match=message):
         raise UserError(failures(folder))
+
+
+def test_a_model_whose_parts_attend_in_ways_of_their_own_is_certified(tmp_path):
+    model, processor = tiny_paligemma()
+    ways = {model.config._attn_implementation, model.config.text_config._attn_implementation}
+    assert ways == {"sdpa", "eager"}
+    saved(model, processor, tmp_path / "model")
+    assert verify(tmp_path / "model").failures == ()
 
 
 def test_hidden_files_of_git_and_downloads_are_no_part_of_the_model(folder):

@@ -245,19 +245,25 @@ def _asks_for_code(path: Path) -> str:
 
 
 def _order(folder: Path, config: Any, count: int, pictures: Sequence[tuple[str, str]]) -> probes.Order:
-    attention = getattr(config, "_attn_implementation", None)
     return {
         "folder": str(folder),
         "auto": stock_class(config).__name__,
         "plain": PROMPTS,
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "attention": attention if attention in _ATTENTION else None,
+        "attention": _attention(config),
         "side": probes.USUAL,
         "probes": count,
         "limit": LIMIT,
         "pictures": pictures,
     }
+
+
+def _attention(config: Any) -> str | None:
+    """Return how all parts of a model attend, None where they differ: a part may not know the way that is the others'."""
+    parts = (config, *(getattr(config, key) for key in config.sub_configs))
+    ways = {getattr(part, "_attn_implementation", None) for part in parts}
+    return ways.pop() if len(ways) == 1 and ways < {*_ATTENTION} else None
 
 
 def _pictures(rows: Sequence[Row], scratch: Path) -> list[tuple[str, str]]:
