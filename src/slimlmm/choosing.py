@@ -26,6 +26,7 @@ from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json
 from slimlmm.grid import Grid
 from slimlmm.job import Handed, Job, Place, job_of
+from slimlmm.lossless import lossless_of
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
@@ -98,14 +99,16 @@ def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Pat
     """Make the lossless cuts in memory, and a job that promises nothing; what the teacher says is kept in `folder`.
 
     Raises:
-        UserError: the recipe leaves labels to the teacher and there are rows without, or the vocabulary cannot be trimmed.
+        UserError: the recipe leaves labels to the teacher and there are rows without.
     """
     if any(not row.answer for row in rows["train"]):
         raise UserError(
             f"sizes_by: {recipe.sizes_by} looks at answers, and train rows have none before the teacher labelled them."
         )
     texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
-    model, processor = vocab.trim(loaded.model, loaded.processor, texts)
+    model, processor = loaded.model, loaded.processor
+    if not lossless_of(model.config, model.generation_config, processor, texts).whole:
+        model, processor = vocab.trim(model, processor, texts)
     model = surgery.living(model)
     few = recipe.data.model_copy(update={"calibration_rows": recipe.curve_rows})
     plain = recipe.model_copy(update={"max_drop": None, "data": few})

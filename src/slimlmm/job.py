@@ -85,6 +85,8 @@ class Job:
     """of the model that the round began with, where a training of it asks that"""
     teacher_validation: Evaluation | None = None
     keeping: Keeping = KEEPING
+    notes: tuple[str, ...] = ()
+    """what a reader of the results should know of the schedule"""
 
     def ask(self) -> None:
         """Take up what the teacher has said, once.

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from slimlmm import vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.budget import Budget, by_shrink
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
-from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
-from slimlmm.resizing import dead_blocks, predict_parameters, resized
+from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
+from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
 
 #: axis -> sizes that the planner may choose
@@ -276,11 +277,6 @@ def _fits(space: Space, budget: Budget, sizes: Mapping[str, int]) -> bool:
         return False
 
 
-def living_blocks(config: Any) -> dict[str, int]:
-    """Return the sizes that are left of axes of blocks without those that never reach the output."""
-    return {axis: describe(config).axis(axis).size - len(dead) for axis, dead in dead_blocks(config).items()}
-
-
 def stages_for(
     config: Any,
     final: Mapping[str, int],
@@ -289,8 +285,9 @@ def stages_for(
     rows_per_picture: int,
     order: Sequence[Level] = LEVELS,
     grid: Grid | None = None,
+    drops: tuple[Drop, ...] = DROPS,
 ) -> tuple[Stage, ...]:
-    """Return the default schedule: lossless cuts, then the levels of `order`, each round at most `ROUND_RATIO`.
+    """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
     Every round is recovered before the next cut. Compute is shared, not visits: a visit of a small shape is cheap, so the
     last one gets most of the `row_visits`.
@@ -306,7 +303,7 @@ def stages_for(
     if not plans:
         raise UserError("no axis has to be cut for that; ask for a smaller model.")
     visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
-    stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
+    stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
         rounds = [
             Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
@@ -393,13 +390,19 @@ def _accepted(config: Any, others: Mapping[str, int], name: str, choices: Sequen
     return {name: choices[-1]}
 
 
-def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
-    """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
+def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1, *, whole: str = "") -> None:
+    """Refuse what cannot be carried out, all at once, before anything runs.
+
+    That is axes and sizes that the config cannot say or the devices cannot split, and unused tokens where the vocabulary has to
+    stay `whole`, for this reason.
+    """
     anatomy, problems = describe(config), []
     blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
     config = shallow(config)  # sizes other than those of blocks do not depend on the depth
     turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
     for stage, number, turn in turns:
+        if whole and "unused_tokens" in turn.drop:
+            problems.append(f"stages.{stage}.rounds.{number}.drop: {vocab.KeptWholeError(whole)}")
         for name, size in turn.sizes.items():
             try:
                 if anatomy.axis(name).kind == "tokens":

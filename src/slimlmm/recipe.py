@@ -35,6 +35,8 @@ DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl"
 TeacherName = Literal["first", "previous"]
 #: ways to choose sizes for a budget
 SizesBy = Literal["shares", "importance", "search"]
+Drop = Literal["unused_tokens", "dead_blocks"]
+DROPS: tuple[Drop, ...] = get_args(Drop)
 Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: those that are tried unless the recipe says otherwise: merging heads takes half a minute a layer of a 576 wide model on a CPU
@@ -166,7 +168,7 @@ class Training(Settings):
 class Round(Settings):
     """One turn of score, cut, recover, evaluate."""
 
-    drop: tuple[Literal["unused_tokens", "dead_blocks"], ...] = Field(
+    drop: tuple[Drop, ...] = Field(
         (), description="Lossless cuts: tokens that the data never use; blocks that never reach the output."
     )
     sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")

@@ -17,8 +17,8 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, st
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
+from slimlmm.lossless import Lossless
 from slimlmm.measure import environment
-from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
@@ -82,7 +82,7 @@ class _Planner:
 
     loaded: checkpoint.Loaded
     rows: dict[str, list[data.Row]]
-    lossless: dict[str, int]
+    lossless: Lossless | None = None
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ class _Planner:
         rows_matter = whole.sizes_by != "shares"
         asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
         if asked not in self.schedules:
-            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
+            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)[0]
         stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
         return whole.model_copy(update={**spent, "stages": stages})
 
@@ -150,9 +150,12 @@ class _Planner:
     def _shape(self, settings: Recipe, turns: Sequence[Round]) -> tuple[dict[str, int], int]:
         """Return final sizes and parameters, after checking that every round can be carried out."""
         config = self.loaded.model.config
-        check_stages(config, settings.stages, settings.tensor_parallel)
-        if any(turn.drop for turn in turns):
-            config = resized(config, self.lossless)
+        pipeline.check(self.loaded, settings.stages, settings.tensor_parallel)
+        if drops := {what for turn in turns for what in turn.drop}:
+            self.lossless = self.lossless or pipeline.lossless(
+                self.loaded, self.rows
+            )  # a look at all texts, for all arms
+            config = resized(config, self.lossless.sizes(drops))
         for turn in turns:
             config = cut_in_turn(config, turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
@@ -176,7 +179,7 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         allowed=settings.pictures,
     )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
-    planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
+    planner = _Planner(loaded, rows)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})
     wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
