@@ -92,7 +92,7 @@ class Ground:
     job: Job
     model: PreTrainedModel
     processor: Any
-    per_picture: int
+    a_step: data.StepRows
 
 
 def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Path, tell: Reporter) -> Ground:
@@ -115,7 +115,7 @@ def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Pat
     job = job_of(RunFolder(folder), plain, rows, tell)
     packed = can_pack(model, processor, job.calibration)
     job.cache = TeacherCache(model, Collator(processor, packed=packed), folder / "cache")
-    return Ground(job=job, model=model, processor=processor, per_picture=data.rows_per_picture(rows["train"]))
+    return Ground(job=job, model=model, processor=processor, a_step=data.rows_a_step(job.train_rows))
 
 
 def chosen(
@@ -185,7 +185,7 @@ def tried_shape(
         space.config,
         sizes,
         row_visits=recipe.search_row_visits,
-        rows_per_picture=ground.per_picture,
+        a_step=ground.a_step,
         order=recipe.order,
         grid=Grid.of(recipe),
     )

@@ -168,10 +168,12 @@ def schedule(
     recipe: Recipe,
     folder: Path | None = None,
     tell: Reporter | None = None,
+    *,
+    a_step: data.StepRows | None = None,
 ) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
     """Return the recipe's stages, or the default schedule for its shrink, and what a reader should know of it.
 
-    A choice that runs the model is kept in `folder`.
+    A choice that runs the model is kept in `folder`. `a_step`: row visits of a step, where not those of the recipe's train rows.
 
     Raises:
         UserError: neither is said, or the shrink cannot be reached.
@@ -186,12 +188,11 @@ def schedule(
     space = plan.space_of(living, grid, recipe.order)
     budget = by_shrink(living, recipe.shrink, predict_parameters(config, {}))
     final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet())
-    per_picture = data.rows_per_picture(rows["train"])
     stages = plan.stages_for(
         living,
         final,
         row_visits=recipe.row_visits,
-        rows_per_picture=per_picture,
+        a_step=a_step or data.rows_a_step(data.sample(rows["train"], recipe.data.train_rows, recipe.seed)),
         order=recipe.order,
         grid=grid,
         drops=cuts.drops,

@@ -13,6 +13,7 @@ from slimlmm import vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.budget import Budget, by_shrink
+from slimlmm.data import StepRows
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
@@ -277,20 +278,25 @@ def _fits(space: Space, budget: Budget, sizes: Mapping[str, int]) -> bool:
         return False
 
 
+def one_row_each(pictures: int, questions: int) -> float:
+    """Return the row visits of a step where every picture has one row and there are more pictures than a step takes."""
+    return float(pictures)
+
+
 def stages_for(
     config: Any,
     final: Mapping[str, int],
     *,
     row_visits: int,
-    rows_per_picture: int,
+    a_step: StepRows = one_row_each,
     order: Sequence[Level] = LEVELS,
     grid: Grid | None = None,
     drops: tuple[Drop, ...] = DROPS,
 ) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
-    Every round is recovered before the next cut. Compute is shared, not visits: a visit of a small shape is cheap, so the
-    last one gets most of the `row_visits`.
+    Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
+    shared, not visits: a visit of a small shape is cheap, so the last one gets most of them.
     """
     anatomy = describe(config)
     start = {name: anatomy.axis(name).size for name in final}
@@ -306,7 +312,7 @@ def stages_for(
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
         rounds = [
-            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
+            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share, a_step))
             for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
@@ -324,17 +330,17 @@ def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _trainings(anatomy: Anatomy, progress: float, picture_visits: float) -> tuple[Training, ...]:
+def _trainings(anatomy: Anatomy, progress: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
     A picture costs far less where the language model does not run, and says more: one state a picture token. Smaller shapes
     bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
     """
-    pictures = 8 if progress < 0.7 else 16
+    pictures, questions = 8 if progress < 0.7 else 16, Training.model_fields["questions_per_picture"].default
 
     def training(share: float, pictures: int, **more: Any) -> Training:
         return Training(
-            steps=max(1, round(picture_visits * share / pictures)),
+            steps=max(1, round(row_visits * share / a_step(pictures, questions))),
             pictures_per_step=pictures,
             learning_rate=FIRST_RATE * RATE_RISE**progress,
             warmup=0.1,

@@ -34,6 +34,7 @@ from slimlmm.measure import environment
 from slimlmm.plan import (
     Space,
     check_stages,
+    one_row_each,
     space_of,
     stages_for,
 )
@@ -54,13 +55,13 @@ MEASURED = {"--latency-ms": "latency_ms", "--energy-j": "energy_j"}
 class _Start:
     """Where a plan begins: the model's configuration, that of the lossless cuts, and how answers use both.
 
-    `lossless`: what those cuts are; `per_picture`: rows that share a picture; `rows`: those of the data, by split.
+    `lossless`: what those cuts are; `a_step`: rows that a step visits; `rows`: those of the data, by split.
     """
 
     config: Any
     living: Any
     lossless: Lossless
-    per_picture: int
+    a_step: data.StepRows
     now: Answer
     then: Answer
     notes: tuple[str, ...]
@@ -173,7 +174,7 @@ def _schedule(
         start.living,
         sizes,
         row_visits=settings.row_visits,
-        rows_per_picture=start.per_picture,
+        a_step=start.a_step,
         order=settings.order,
         grid=grid,
         drops=start.lossless.drops,
@@ -212,7 +213,8 @@ def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Pa
 def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code: bool) -> _Start:
     """Read the configuration, and what the rows need of the vocabulary where there are rows."""
     config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
-    living, per_picture, rows = config, 1, dict[str, list[data.Row]]()
+    living, rows = config, dict[str, list[data.Row]]()
+    a_step: data.StepRows = one_row_each
     if source is None:
         lossless = Lossless(blocks=living_blocks(config), whole=_kept_whole(model, config, trust_remote_code))
         counted = "steps for one row a picture; give --data to plan with yours."
@@ -226,7 +228,7 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         lossless = lossless_of(config, generation, processor, texts_of(processor, train + validation))
         if (kept := lossless.tokens) is not None:
             living = new_config(config, describe(config).axis("vocab"), len(kept), {"vocab": torch.tensor(kept)})
-        per_picture, notes = data.rows_per_picture(train), splits.notes
+        a_step, notes = data.rows_a_step(data.sample(train, used.train_rows, settings.seed)), splits.notes
         rows = {"train": train, "validation": validation}
     if lossless.blocks:
         living = resized(living, lossless.blocks)
@@ -234,7 +236,7 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         config=config,
         living=living,
         lossless=lossless,
-        per_picture=per_picture,
+        a_step=a_step,
         now=answer_use(config, budgets.TOKENS),
         then=answer_use(living, budgets.TOKENS),
         notes=(*notes, *lossless.notes),
@@ -370,13 +372,13 @@ def _rounds(start: _Start, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     for stage in stages:
         for number, turn in enumerate(stage.rounds, 1):
             config = cut_in_turn(config, turn.sizes)
-            pictures = sum(training.steps * training.pictures_per_step for training in turn.train)
+            each = (one.steps * start.a_step(one.pictures_per_step, one.questions_per_picture) for one in turn.train)
             found.append(
                 {
                     "round": f"{stage.name}.{number}",
                     "sizes": start.lossless.sizes(turn.drop) if turn.drop else dict(turn.sizes),
                     "parameters": predict_parameters(config, {}),
-                    "row_visits": pictures * start.per_picture,
+                    "row_visits": round(sum(each)),
                 }
             )
     return found

@@ -98,30 +98,16 @@ class _Planner:
         plain = Recipe()
         keys = ("shrink", "order", "multiples", "row_visits", "seed", *recipe.CHOOSING)
         spent = {key: getattr(plain, key) for key in keys}
-        rows_matter = whole.sizes_by != "shares"
-        asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
+        planned = whole if whole.sizes_by != "shares" else whole.model_copy(update={"data": base.data})
+        meant, used = (
+            data.rows_a_step(data.sample(self.rows["train"], one.data.train_rows, 0)) for one in (planned, whole)
+        )
+        full = meant if whole.stages else lambda pictures, questions: pictures * meant(1, questions)
+        asked = recipe.dump(planned)
         if asked not in self.schedules:
-            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)[0]
-        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
+            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, planned, a_step=full)[0]
+        stages = _as_many_visits(wanted.change(self.schedules[asked]), full, used)
         return whole.model_copy(update={**spent, "stages": stages})
-
-    def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
-        """Return the stages with steps for as many row visits on the arm's train rows as were meant.
-
-        A schedule is planned as if all steps were full, but epochs end in a part, which counts where pictures are few. Listed
-        stages mean what they take on the train rows of the base.
-        """
-        rows = [data.sample(self.rows["train"], one.data.train_rows, 0) for one in (base, changed)]
-
-        def trained(one: Training) -> Training:
-            pictures, questions = one.pictures_per_step, one.questions_per_picture
-            meant = controls.rows_a_step(rows[0], pictures, questions)
-            if not changed.stages:
-                meant = pictures * controls.rows_a_step(rows[0], 1, questions)
-            steps = round(one.steps * meant / controls.rows_a_step(rows[1], pictures, questions))
-            return one.model_copy(update={"steps": max(1, steps)})
-
-        return sweeps.each(stages, lambda turn: turn, trained)
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
         """Return final sizes, parameters, rounds and planned row visits.
@@ -134,11 +120,9 @@ class _Planner:
         if cuts not in self.shapes:
             self.shapes[cuts] = self._shape(settings, turns)
         sizes, parameters = self.shapes[cuts]
-        rows = data.sample(self.rows["train"], settings.data.train_rows, 0)
+        a_step = data.rows_a_step(data.sample(self.rows["train"], settings.data.train_rows, 0))
         visits = sum(
-            one.steps * controls.rows_a_step(rows, one.pictures_per_step, one.questions_per_picture)
-            for turn in turns
-            for one in turn.train
+            one.steps * a_step(one.pictures_per_step, one.questions_per_picture) for turn in turns for one in turn.train
         )
         return {
             "sizes": sizes,
@@ -159,6 +143,20 @@ class _Planner:
         for turn in turns:
             config = cut_in_turn(config, turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
+
+
+def _as_many_visits(stages: sweeps.Stages, meant: data.StepRows, used: data.StepRows) -> sweeps.Stages:
+    """Return the stages with steps for as many row visits on the train rows that the arm uses as were meant.
+
+    A schedule is planned as if all steps were full, so that arms may put steps together; but epochs end in a part, which counts
+    where pictures are few. Listed stages mean what they take on the train rows of the base.
+    """
+
+    def trained(one: Training) -> Training:
+        shape = one.pictures_per_step, one.questions_per_picture
+        return one.model_copy(update={"steps": max(1, round(one.steps * meant(*shape) / used(*shape)))})
+
+    return sweeps.each(stages, lambda turn: turn, trained)
 
 
 def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
