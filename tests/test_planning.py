@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 from importlib.metadata import version
 
@@ -172,6 +173,18 @@ def test_rows_trim_the_vocabulary_as_compress_does(folder, ads, rows):
     }
     chosen = plan.sizes_for(loaded.model.config, 3.0, whole, {"vocab": axis["planned"]})
     assert final == {name: size for name, size in chosen.items() if name in final}
+
+
+def test_rows_that_the_teacher_will_label_are_planned_with(folder, ads, tmp_path):
+    shutil.copytree(ads, tmp_path / "bare")
+    table = tmp_path / "bare" / "train.jsonl"
+    told = [json.loads(line) for line in table.read_text().splitlines()]
+    table.write_text(
+        "".join(json.dumps(one | {"answer": "" if n < 60 else one["answer"]}) + "\n" for n, one in enumerate(told))
+    )
+    (tmp_path / "in.yaml").write_text("data: {answers: filled}\nshrink: 2\n")
+    found = planning.plan(folder, {}, recipe=tmp_path / "in.yaml", source=tmp_path / "bare")
+    assert found["costs"]["parameters"]["ratio"] >= 2
 
 
 def test_given_and_least_sizes_are_kept(folder):

@@ -200,6 +200,14 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
         assert set(kept) == set(scores.topk(2).indices.tolist())
 
 
+@pytest.mark.parametrize(
+    ("axis", "way"),
+    [("text.blocks", "last"), ("text.decoder_blocks", "last"), ("text.queries", "magnitude"), ("text.ffn", "taylor")],
+)
+def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way):
+    assert rounds._criterion(recipe.Round(blocks="last", groups="magnitude"), axis) == way
+
+
 def test_judging_blocks_leaves_no_trace_in_what_the_teacher_said(teacher, ads, tmp_path):
     """The first round's model is the teacher itself, and its blocks are left out one by one while they are judged."""
     raw = {

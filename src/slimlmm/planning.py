@@ -223,7 +223,13 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
     else:
         processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
         used = settings.data
-        splits = data.load(source, max_bad_share=used.max_bad_share, seed=settings.seed, allowed=used.pictures)
+        splits = data.load(
+            source,
+            max_bad_share=used.max_bad_share,
+            seed=settings.seed,
+            unlabelled=used.answers != "given",
+            allowed=used.pictures,
+        )
         train, validation = (splits.need(name, source) for name in ("train", "validation"))
         lossless = lossless_of(config, generation, processor, texts_of(processor, train + validation))
         if (kept := lossless.tokens) is not None:

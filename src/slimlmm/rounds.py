@@ -221,7 +221,8 @@ def _train(
 
 def _criterion(turn: Round, axis: str) -> str:
     """Return how this round chooses the units of an axis."""
-    return {"blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}.get(noun_of(axis), turn.criterion)
+    ways = {"blocks": turn.blocks, "decoder_blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}
+    return ways.get(noun_of(axis), turn.criterion)
 
 
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
