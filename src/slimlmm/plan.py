@@ -17,6 +17,7 @@ from slimlmm.data import StepRows
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
+from slimlmm.lossless import living_blocks
 from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
@@ -400,15 +401,21 @@ def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1,
     """Refuse what cannot be carried out, all at once, before anything runs.
 
     That is axes and sizes that the config cannot say or the devices cannot split, and unused tokens where the vocabulary has to
-    stay `whole`, for this reason.
+    stay `whole`, for this reason. Lossless cuts come before all others: what they leave is the teacher.
     """
-    anatomy, problems = describe(config), []
+    anatomy, problems, living = describe(config), [], living_blocks(config)
     blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
     config = shallow(config)  # sizes other than those of blocks do not depend on the depth
     turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
+    cuts = False
     for stage, number, turn in turns:
+        cuts = cuts or not turn.drop
+        if turn.drop and (cuts or turn.sizes):
+            late = "drop comes before all other rounds and without sizes, for what it leaves is the teacher"
+            problems.append(f"stages.{stage}.rounds.{number}: {late}; move it to a round of its own at the start.")
         if whole and "unused_tokens" in turn.drop:
             problems.append(f"stages.{stage}.rounds.{number}.drop: {vocab.KeptWholeError(whole)}")
+        blocks |= {name: min(size, blocks[name]) for name, size in living.items() if "dead_blocks" in turn.drop}
         for name, size in turn.sizes.items():
             try:
                 if anatomy.axis(name).kind == "tokens":
