@@ -151,6 +151,23 @@ def test_sizes_that_the_config_cannot_say_are_named_before_anything_runs(teacher
     assert not (tmp_path / "run").exists()
 
 
+def test_what_has_no_effect_is_refused_all_at_once_but_a_run_that_was_begun_goes_on(teacher, ads, finished, tmp_path):
+    vain = {"shrink": 4.0, "order": ["width"], "row_visits": 9, "multiples": 8, "patience": 3, "spared_tasks": ["typo"]}
+    settings = recipe.parse(RAW | vain, "test")
+    with pytest.raises(UserError) as caught:
+        pipeline.run(teacher, ads, tmp_path / "run", settings)
+    for key in ("shrink: 4.0", "order: ", "row_visits: 9", "multiples: ", "patience: 3", "spared_tasks: ('typo',)"):
+        assert f"{key}" in str(caught.value)
+    assert "no row has the task typo. Known: " in str(caught.value)
+    assert "sizes_by" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert recipe.read(finished[0] / "recipe.yaml").unheard() == []
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished[0] / "run.json", tmp_path / "run")
+    with pytest.raises(UserError, match="belongs to another run"):
+        pipeline.run(teacher, ads, tmp_path / "run", settings)
+
+
 def test_lossless_cuts_come_first_and_alone(teacher, ads, tmp_path):
     both = {"drop": ["dead_blocks"], "sizes": {"text.ffn": 32}}
     stages = [{"name": "a", "rounds": [both, {"sizes": {"text.ffn": 24}}]}, {**RAW["stages"][0], "name": "b"}]

@@ -132,7 +132,7 @@ def test_the_recipe_is_one_that_compress_takes_and_says_what_was_printed(folder,
     ]
     assert [stage.name for stage in read.stages] == ["lossless", "inner", "width", "blocks"]
     assert sum(one["row_visits"] for one in found["rounds"]) == pytest.approx(5000, rel=0.02)
-    assert read.row_visits == 5000
+    assert read.unheard() == []
     assert read.shrink is None
     plan.check_stages(checkpoint.load_config(folder), read.stages)
 
@@ -227,6 +227,12 @@ def test_what_a_refusal_proposes_is_possible(folder, asked):
     option, number = str(caught.value).split("Ask for ")[1].split()[:2]
     found = planning.plan(folder, {option: float(number) if option == "--shrink" else number})
     assert found["costs"]["parameters"]["ratio"] > 10
+
+
+def test_multiples_of_an_axis_that_there_is_not_are_refused(folder, tmp_path):
+    (tmp_path / "in.yaml").write_text("shrink: 2\nmultiples: {text.wdth: 8}\n")
+    with pytest.raises(UserError, match=r"multiples: unknown axis 'text.wdth' .* Did you mean 'text.width'"):
+        planning.plan(folder, {}, recipe=tmp_path / "in.yaml")
 
 
 def test_axes_that_no_round_cuts_cannot_be_given():

@@ -105,6 +105,8 @@ def _prepared(
         allowed=recipe.data.pictures,
     )
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
+    if not (folder.path / "run.json").exists():  # a run that was begun goes on as it began
+        _refuse_vain(recipe, [row for part in rows.values() for row in part])
     facts = results.Dataset(
         name=str(source),
         fingerprint=data.fingerprint([row for part in rows.values() for row in part]),
@@ -123,11 +125,22 @@ def _prepared(
     for note in (*splits.notes, *told, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
     folder.open(identity, given)
-    folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
+    folder.keep_recipe(dump(recipe.resolved(stages)))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     job = job_of(folder, recipe, rows, tell)
     job.notes = told
     return job, stages, facts, test
+
+
+def _refuse_vain(recipe: Recipe, rows: Sequence[data.Row]) -> None:
+    """Refuse what a recipe asks for in vain."""
+    vain, tasks = recipe.unheard(), sorted({row.task for row in rows})
+    if unknown := [task for task in recipe.spared_tasks if task not in tasks]:
+        vain.append(
+            f"spared_tasks: no row has the task {', '.join(unknown)}. Known: {', '.join(filter(None, tasks)) or 'none'}."
+        )
+    if vain:
+        raise UserError("the recipe asks for what has no effect:\n  " + "\n  ".join(vain))
 
 
 def check(loaded: checkpoint.Loaded, stages: Sequence[Stage], tensor_parallel: int) -> None:

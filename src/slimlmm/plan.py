@@ -96,6 +96,11 @@ def space_of(
                     raise UserError("has a floor and a given size; leave one of the two out.")
             except UserError as error:
                 problems.append(f"{option} {name}={size}: {error}")
+    for name in filter(lambda one: "." in one, grid.multiples):
+        try:
+            anatomy.axis(name)
+        except UserError as error:
+            problems.append(f"multiples: {error}")
     if problems:
         raise UserError("not possible:\n  " + "\n  ".join(problems))
     least, given = told["--floor"], told["--fix"]

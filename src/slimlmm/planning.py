@@ -182,8 +182,7 @@ def _schedule(
     check_stages(start.config, stages, settings.tensor_parallel)
     warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
     if out is not None:
-        spent = {"shrink": None} | {name: Recipe.model_fields[name].default for name in recipes.CHOOSING}
-        _write(out, settings.model_copy(update={"stages": stages, **spent}))
+        _write(out, settings.resolved(stages))
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,

@@ -49,6 +49,9 @@ MULTIPLES = {"width": 64, "ffn": 64}
 
 #: keys of a recipe that say how sizes are chosen; spent where stages are listed
 CHOOSING = ("sizes_by", "curve_rows", "search_candidates", "search_row_visits")
+#: keys of the default schedule, spent where stages are listed; those of the promise
+SCHEDULED = ("shrink", *CHOOSING, "order", "multiples", "row_visits")
+PROMISED = ("patience", "max_task_drop", "spared_tasks")
 
 
 class Training(Settings):
@@ -358,6 +361,24 @@ class Recipe(Settings):
                 raise ValueError(f"{name} has no effect with sizes_by: {self.sizes_by}")
         return self
 
+    def resolved(self, stages: tuple[Stage, ...]) -> Recipe:
+        """Return the recipe with these stages, the keys that led to them as if nobody had set them."""
+        return self.model_copy(update={"stages": stages} | {key: _default(key) for key in SCHEDULED})
+
+    def unheard(self) -> list[str]:
+        """Return what is asked for in vain: keys of the default schedule beside stages, of the promise where there is none.
+
+        No part of validation: files that a run has written have to be read again.
+        """
+        vain = dict.fromkeys(SCHEDULED, "stages are listed") if self.stages else {}
+        vain |= dict.fromkeys(PROMISED, "there is no max_drop") if self.max_drop is None else {}
+        told = ((key, getattr(self, key), why) for key, why in vain.items())
+        return [
+            f"{key}: {value!r} has no effect where {why}; leave it out."
+            for key, value, why in told
+            if value != _default(key)
+        ]
+
     @field_validator("multiples", mode="before")
     @classmethod
     def _by_noun(cls, multiples: Any) -> Any:
@@ -378,6 +399,10 @@ class Recipe(Settings):
         if not order or len(set(order)) != len(order):
             raise ValueError("name one or more of blocks, inner and width, each once")
         return order
+
+
+def _default(key: str) -> Any:
+    return Recipe.model_fields[key].default
 
 
 def parse(raw: Any, source: str) -> Recipe:

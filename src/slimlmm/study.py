@@ -95,9 +95,6 @@ class _Planner:
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
         whole = merged(base, wanted.recipe)
-        plain = Recipe()
-        keys = ("shrink", "order", "multiples", "row_visits", "seed", *recipe.CHOOSING)
-        spent = {key: getattr(plain, key) for key in keys}
         planned = whole if whole.sizes_by != "shares" else whole.model_copy(update={"data": base.data})
         meant, used = (
             data.rows_a_step(data.sample(self.rows["train"], one.data.train_rows, 0)) for one in (planned, whole)
@@ -107,7 +104,10 @@ class _Planner:
         if asked not in self.schedules:
             self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, planned, a_step=full)[0]
         stages = _as_many_visits(wanted.change(self.schedules[asked]), full, used)
-        return whole.model_copy(update={**spent, "stages": stages})
+        found = whole.resolved(stages).model_copy(update={"seed": 0})  # that of a run is put in when it starts
+        if vain := found.unheard():
+            raise UserError("; ".join(vain))
+        return found
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
         """Return final sizes, parameters, rounds and planned row visits.
@@ -167,6 +167,8 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     """
     tell = tell or Quiet()
     loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
+    if vain := study.base.unheard():
+        raise UserError("base: " + "\n  ".join(vain))
     settings = study.base.data
     bare = settings.answers != "given"
     splits = data.load(
