@@ -128,7 +128,7 @@ def _prepared(
     folder.keep_recipe(dump(recipe.resolved(stages)))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     job = job_of(folder, recipe, rows, tell)
-    job.notes = told
+    job.notes, job.stored = told, loaded.stored
     return job, stages, facts, test
 
 

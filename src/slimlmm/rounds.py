@@ -399,9 +399,13 @@ def _blocks(
 
 
 def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:
-    found = evaluate(
-        model, processor, job.validation, progress=lambda done, total: job.tell.step(f"validation, {what}", done, total)
-    )
+    """Return the score on validation rows of the weights as they would be handed over."""
+
+    def progress(done: int, total: int) -> None:
+        job.tell.step(f"validation, {what}", done, total)
+
+    with checkpoint.valued_as_stored(model, job.stored):
+        found = evaluate(model, processor, job.validation, progress=progress)
     overall = found.summary.overall
     lost = None
     if job.teacher_validation is not None:
