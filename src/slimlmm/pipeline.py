@@ -319,6 +319,10 @@ def _finish(
     ]
     change = results.effect(*evaluations)
     missed = [one for one in rounds if not one.kept_promise]
+    ratios = results.ratios(records[0], records[1], latency, throughput)
+    short = results.short_of(job.recipe, ratios.parameters, missed)
+    for note in short:
+        job.tell.say(note)
     return Results(
         name=job.folder.path.name,
         seed=job.recipe.seed,
@@ -333,7 +337,7 @@ def _finish(
         promise=results.promise(change, job.recipe),
         latency=latency,
         throughput=throughput,
-        ratios=results.ratios(records[0], records[1], latency, throughput),
+        ratios=ratios,
         totals=results.totals(rounds, sum(one.seconds for one in evaluations)),
-        notes=(*job.notes, *(results.told(one) for one in missed)),
+        notes=(*job.notes, *(results.told(one) for one in missed), *short),
     )
