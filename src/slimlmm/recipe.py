@@ -172,7 +172,9 @@ class Round(Settings):
     """One turn of score, cut, recover, evaluate."""
 
     drop: tuple[Drop, ...] = Field(
-        (), description="Lossless cuts: tokens that the data never use; blocks that never reach the output."
+        (),
+        description="Lossless cuts: tokens that the data never use; blocks that never reach the output. They come before all "
+        "other rounds and without sizes: what they leave is the teacher.",
     )
     sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")
     criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
