@@ -1,5 +1,6 @@
 """Folders: whole or not at all, safetensors only, all comes along; bad ones are refused with one message."""
 
+import copy
 import json
 import shutil
 
@@ -173,3 +174,12 @@ def test_weights_go_back_into_the_format_of_their_files_or_are_refused(tmp_path)
 def test_weights_can_be_read_by_whom_the_config_can(good):
     modes = {path.name: path.stat().st_mode for path in good.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_weights_have_the_values_of_their_files_for_a_while():
+    model, _ = tiny("llava-dinov2-llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stored = checkpoint.as_stored(copy.deepcopy(model), torch.bfloat16).float().state_dict()
+    with checkpoint.valued_as_stored(model, torch.bfloat16):
+        assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -124,7 +124,7 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     settings = recipe.parse(raw, "test")
     loaded = checkpoint.load(folder)
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-    first = pipeline.schedule(loaded, parts, settings, tmp_path)
+    first, _ = pipeline.schedule(loaded, parts, settings, tmp_path)
     kept = json.loads((tmp_path / "sizes.json").read_text())
     losses = [one["loss"] for one in kept["candidates"]]
     assert losses == sorted(losses)
@@ -139,7 +139,7 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     assert not (tmp_path / "sizes").exists()
     other = next(one for one in kept["candidates"] if one["sizes"] != kept["sizes"])
     (tmp_path / "sizes.json").write_text(json.dumps(kept | {"sizes": other["sizes"]}))
-    assert pipeline.schedule(loaded, parts, settings, tmp_path) != first  # read, not made again
+    assert pipeline.schedule(loaded, parts, settings, tmp_path)[0] != first  # read, not made again
 
 
 def test_shares_run_no_model():

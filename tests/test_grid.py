@@ -51,7 +51,7 @@ def test_the_plan_can_be_split(devices):
     grid = Grid(tensor_parallel=devices)
     sizes = plan.sizes_for(config, 3, predict_parameters(config, {}), grid=grid)
     assert unsplittable(resized(config, sizes), devices) == []
-    for stage in plan.stages_for(config, sizes, row_visits=1000, rows_per_picture=1, grid=grid):
+    for stage in plan.stages_for(config, sizes, row_visits=1000, grid=grid):
         for turn in stage.rounds:
             assert unsplittable(resized(config, turn.sizes), devices) == []
 
@@ -77,7 +77,9 @@ def test_a_schedule_goes_through_widths_that_the_config_accepts():
     sizes = plan.sizes_for(config, 18, whole, {"vocab": 1092}, grid)
     assert (sizes["text.width"], sizes["vision.width"], sizes["text.ffn"], sizes["text.blocks"]) == (126, 96, 448, 2)
     order = ("inner", "width", "blocks")
-    stages = plan.stages_for(config, sizes, row_visits=600_000, rows_per_picture=10, order=order, grid=grid)
+    stages = plan.stages_for(
+        config, sizes, row_visits=600_000, a_step=lambda pictures, _: 10 * pictures, order=order, grid=grid
+    )
     widths = [turn.sizes["text.width"] for stage in stages for turn in stage.rounds if "text.width" in turn.sizes]
     assert widths == [342, 216, 126]
 

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import stay_in_this_process
-from slimlmm import pipeline, recipe
+from slimlmm import pipeline, plan, recipe
 from slimlmm.errors import UserError
+from tiny import tiny_config
 
 RAW = {
     "bench_calls": 0,
@@ -148,6 +149,43 @@ def test_sizes_that_the_config_cannot_say_are_named_before_anything_runs(teacher
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_effect_is_refused_all_at_once_but_a_run_that_was_begun_goes_on(teacher, ads, finished, tmp_path):
+    vain = {"shrink": 4.0, "order": ["width"], "row_visits": 9, "multiples": 8, "patience": 3, "spared_tasks": ["typo"]}
+    settings = recipe.parse(RAW | vain, "test")
+    with pytest.raises(UserError) as caught:
+        pipeline.run(teacher, ads, tmp_path / "run", settings)
+    for key in ("shrink: 4.0", "order: ", "row_visits: 9", "multiples: ", "patience: 3", "spared_tasks: ('typo',)"):
+        assert f"{key}" in str(caught.value)
+    assert "no row has the task typo. Known: " in str(caught.value)
+    assert "sizes_by" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert recipe.read(finished[0] / "recipe.yaml").unheard() == []
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished[0] / "run.json", tmp_path / "run")
+    with pytest.raises(UserError, match="belongs to another run"):
+        pipeline.run(teacher, ads, tmp_path / "run", settings)
+
+
+def test_lossless_cuts_come_first_and_alone(teacher, ads, tmp_path):
+    both = {"drop": ["dead_blocks"], "sizes": {"text.ffn": 32}}
+    stages = [{"name": "a", "rounds": [both, {"sizes": {"text.ffn": 24}}]}, {**RAW["stages"][0], "name": "b"}]
+    with pytest.raises(UserError) as caught:
+        pipeline.run(teacher, ads, tmp_path / "run", recipe.parse({**RAW, "stages": stages}, "test"))
+    for place in ("stages.a.rounds.0: drop comes before", "stages.b.rounds.0: drop comes before"):
+        assert place in str(caught.value)
+    assert str(caught.value).count("stages.") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_are_counted_without_the_dead_ones_that_go_first():
+    config, lossless = tiny_config("llava-clip-llama"), {"name": "l", "rounds": [{"drop": ["dead_blocks"]}]}
+    stages = [lossless, {"name": "b", "rounds": [{"sizes": {"vision.blocks": 3, "text.blocks": 2}}]}]
+    with pytest.raises(UserError, match=r"vision.blocks=3: the axis has 2 by then; give 1 to 2") as caught:
+        plan.check_stages(config, recipe.parse({"stages": stages}, "test").stages)
+    assert str(caught.value).count("stages.") == 1
+    plan.check_stages(config, recipe.parse({"stages": stages[1:]}, "test").stages)
 
 
 def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):

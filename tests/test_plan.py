@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from slimlmm import plan
+from slimlmm import data, plan
 from slimlmm.anatomy import describe
 from slimlmm.checkpoint import load_config
+from slimlmm.data import Row
 from slimlmm.demo import bundled
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
@@ -48,6 +49,11 @@ CHOSEN = {
 }
 
 
+def ten_each(pictures, questions):
+    """Ten rows a picture."""
+    return 10 * pictures
+
+
 @pytest.mark.parametrize(("name", "shrink"), CHOSEN)
 def test_the_same_shrink_gives_the_same_sizes(name, shrink):
     teacher = name == "teacher"
@@ -77,7 +83,7 @@ def test_an_unreachable_budget_says_how_far_one_can_go():
 def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final_sizes():
     model, _ = tiny("llava-dinov2-llama")
     sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=10_000, rows_per_picture=10)
+    stages = plan.stages_for(model.config, sizes, row_visits=10_000, a_step=ten_each)
     names = [stage.name for stage in stages]
     assert names == [name for name in ("lossless", "blocks", "inner", "width") if name in names]
     reached = {name: axis.size for name, axis in describe(model.config).axes.items()}
@@ -91,6 +97,21 @@ def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final
     assert sum(visits) == pytest.approx(10_000, rel=0.1)
 
 
+@pytest.mark.parametrize("each", [1, 1.4, 2.5, 16, 17, 24, 40])
+@pytest.mark.parametrize("count", [20, 2000])
+def test_the_steps_make_the_row_visits_that_were_asked_for(each, count):
+    config = tiny_config("llava-dinov2-llama")
+    sizes = plan.sizes_for(config, 4, predict_parameters(config, {}))
+    held = [int(each * (n + 1)) - int(each * n) for n in range(count)]
+    rows = [Row(str(n), b"%d" % n, "q", "a", "t") for n, many in enumerate(held) for _ in range(many)]
+    stages = plan.stages_for(config, sizes, row_visits=400_000, a_step=data.rows_a_step(rows))
+    made = 0
+    for one in (one for stage in stages for turn in stage.rounds for one in turn.train):
+        groups = data.by_picture(rows, one.questions_per_picture)
+        made += one.steps * len(rows) / -(-len(groups) // one.pictures_per_step)  # an epoch visits all rows
+    assert made == pytest.approx(400_000, rel=0.01)
+
+
 def pictures(turn):
     return sum(training.steps * training.pictures_per_step for training in turn.train)
 
@@ -98,7 +119,7 @@ def pictures(turn):
 def test_every_round_teaches_the_picture_first_without_the_language_model():
     model, _ = tiny("llava-dinov2-llama")
     sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=100_000, rows_per_picture=10)
+    stages = plan.stages_for(model.config, sizes, row_visits=100_000, a_step=ten_each)
     for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
         states, answers = turn.train
         assert set(states.losses) == {"picture_states"}
@@ -120,7 +141,7 @@ def test_key_value_groups_go_least():
 def test_levels_go_in_the_order_that_was_asked_for(order):
     model, _ = tiny("llava-dinov2-llama")
     sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=10_000, rows_per_picture=10, order=order)
+    stages = plan.stages_for(model.config, sizes, row_visits=10_000, a_step=ten_each, order=order)
     assert [stage.name for stage in stages] == ["lossless", *order]
     config = model.config
     for stage in stages:
@@ -135,7 +156,7 @@ def test_levels_go_in_the_order_that_was_asked_for(order):
 def test_the_last_shape_gets_its_share_of_the_compute():
     model, _ = tiny("llava-dinov2-llama")
     sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=1_000_000, rows_per_picture=10)
+    stages = plan.stages_for(model.config, sizes, row_visits=1_000_000, a_step=ten_each)
     reached, work = {}, []
     for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
         reached |= turn.sizes

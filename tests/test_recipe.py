@@ -63,6 +63,16 @@ def test_the_page_of_recipes_is_current():
     assert page.read_text() == recipe.page(), "run python -m slimlmm.recipe docs/recipes.md"
 
 
+def test_a_schedule_that_is_written_out_asks_for_nothing_in_vain_and_is_read_again():
+    asked = recipe.Recipe(shrink=4.0, order=("width",), row_visits=9, max_drop=1.0, patience=3)
+    assert asked.unheard() == []
+    whole = asked.resolved((recipe.Stage(name="x", rounds=(recipe.Round(sizes={"text.ffn": 8}),)),))
+    assert recipe.parse(yaml.safe_load(recipe.dump(whole)), "again").unheard() == []
+    assert (whole.max_drop, whole.patience) == (1.0, 3)
+    both = recipe.parse(yaml.safe_load(recipe.dump(asked.model_copy(update={"stages": whole.stages}))), "old run")
+    assert [one.partition(":")[0] for one in both.unheard()] == ["shrink", "order", "row_visits"]
+
+
 @pytest.mark.parametrize("order", [["inner", "inner", "width"], []])
 def test_an_order_that_names_a_level_twice_or_none_is_refused(order):
     with pytest.raises(UserError, match="blocks, inner and width, each once"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from slimlmm import evaluate as ev
+from slimlmm import recipe
 from slimlmm import results as rs
 from slimlmm.errors import UserError
 from slimlmm.measure import Comparison, Memory, Timing, environment
@@ -178,3 +179,12 @@ def test_effect_is_paired_and_per_task():
     assert effect.drop.mean == pytest.approx(4 / 30)
     assert set(effect.drop_tasks) == {"task 0", "task 1"}
     assert effect.agreement == pytest.approx(26 / 30)
+
+
+def test_a_shrink_that_was_missed_is_told_with_both_numbers():
+    asked = recipe.Recipe(shrink=4.0)
+    assert rs.short_of(asked, 4.0, []) == rs.short_of(recipe.Recipe(), 2.0, []) == []
+    (note,) = rs.short_of(asked, 3.9381, [])
+    assert note.startswith("4 times fewer parameters were asked for, 3.938 times fewer are left: blocks differ in size")
+    missed = rs.Round(number=1, stage="x", round=1, before={}, after={}, parameters_before=2, parameters=1, seconds=0)
+    assert "the promise was missed" in rs.short_of(asked, 3.0, [missed])[0]

@@ -20,7 +20,7 @@ from slimlmm.grid import Grid
 from slimlmm.resizing import resized
 from slimlmm.teacher import TeacherCache
 from test_pipeline import RAW, Recorder
-from tiny import tiny_config
+from tiny import tiny, tiny_config
 
 #: three rounds: FFN, then width with an FFN that the config holds as a multiple of it, then FFN again
 STAGES = [
@@ -77,6 +77,24 @@ def test_a_promise_is_kept_to_the_last_row(correct, kept):
         teacher_validation=SimpleNamespace(accuracy=0.932, summary=SimpleNamespace(overall=told)),
     )
     assert rounds._promise(job, SimpleNamespace(correct=correct, n=500)) is kept
+
+
+def test_the_promise_is_checked_on_the_weights_that_are_handed_over(ads, tmp_path, monkeypatch):
+    model, processor = tiny("llava-dinov2-llama")
+    checkpoint.save(model.to(torch.bfloat16), processor, tmp_path / "half")
+    seen, evaluate = [], rounds.evaluate
+
+    def watched(model, *more, **named):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, *more, **named)
+
+    monkeypatch.setattr(rounds, "evaluate", watched)
+    out = tmp_path / "run"
+    raw = {**PROMISING, "max_drop": 100.0, "stages": STAGES[:2]}
+    pipeline.run(tmp_path / "half", ads, out, recipe.parse(raw, "test"))
+    assert same(seen[-1], checkpoint.load(out / "final").model.state_dict())
+    kept = checkpoint.load(out / "stages" / "02-inner.1" / "model").model.state_dict()
+    assert not same(seen[-1], kept)  # what goes on to the next round is not rounded
 
 
 def test_a_round_that_misses_the_promise_is_recovered_further(teacher, ads, tmp_path, missing):
@@ -198,6 +216,14 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
         anatomy = describe(loaded.model.config)
         scores = importance.score(loaded.model, anatomy, ["vision.blocks"], "taylor", by[0].fit, by[1])["vision.blocks"]
         assert set(kept) == set(scores.topk(2).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("axis", "way"),
+    [("text.blocks", "last"), ("text.decoder_blocks", "last"), ("text.queries", "magnitude"), ("text.ffn", "taylor")],
+)
+def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way):
+    assert rounds._criterion(recipe.Round(blocks="last", groups="magnitude"), axis) == way
 
 
 def test_judging_blocks_leaves_no_trace_in_what_the_teacher_said(teacher, ads, tmp_path):

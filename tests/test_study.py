@@ -226,6 +226,15 @@ def test_a_study_of_other_data_or_another_recipe_is_not_mixed_in(settings, tmp_p
         study.run(planned, tmp_path / "out")
 
 
+def test_a_base_that_asks_in_vain_is_refused_and_an_arm_that_does_is_told(settings):
+    settings["arms"]["plain"] = {"recipe": {"patience": 3}}
+    planned = study.plan(studies.parse(settings, "s"))
+    assert "patience: 3 has no effect where there is no max_drop" in planned.arms["plain"].reason
+    settings["base"]["shrink"] = 4
+    with pytest.raises(UserError, match=r"base: shrink: 4.0 has no effect where stages are listed"):
+        study.plan(studies.parse(settings, "s"))
+
+
 def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monkeypatch, capsys):
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps(settings))

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import tiny as tiny_models
 from slimlmm import checkpoint
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.surgery import cut
-from slimlmm.vocab import closed_tokens, subset_tokenizer, trim
-from tiny import CORPUS, NAMES, QWEN_SPECIALS, tiny, tiny_tokenizer
+from slimlmm.vocab import BYTES, closed_tokens, subset_tokenizer, trim
+from tiny import CORPUS, NAMES, QWEN_SPECIALS, byte_fallback_tokenizer, tiny, tiny_tokenizer
 
 
 def prompt(processor) -> tuple[str, Image.Image]:
@@ -64,16 +65,38 @@ def test_ids_are_renumbered_at_every_level_and_nowhere_else():
     assert trim(blip, blip_processor, [])[0].config.qformer_config.vocab_size == 50
 
 
+TOKENIZERS = {"byte-level": tiny_tokenizer(QWEN_SPECIALS), "byte-fallback": byte_fallback_tokenizer()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.text(max_size=20), max_size=4), st.text(max_size=30))
-def test_any_text_survives_and_kept_texts_keep_their_pieces(kept, other):
-    tokenizer = tiny_tokenizer(QWEN_SPECIALS)
+@given(kept=st.lists(st.text(max_size=20), max_size=4), other=st.text(max_size=30))
+def test_any_text_survives_and_kept_texts_keep_their_pieces(kind, kept, other):
+    tokenizer = TOKENIZERS[kind]
     kept = [*kept, *CORPUS[:2]]
     small = subset_tokenizer(tokenizer, closed_tokens(tokenizer, kept))
+    assert len(small) < len(tokenizer)
     for text in kept:
         pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
         assert small.convert_ids_to_tokens(small(text)["input_ids"]) == pieces
     assert small.decode(small(other)["input_ids"]) == tokenizer.decode(tokenizer(other)["input_ids"])
+
+
+def test_a_model_of_a_byte_fallback_tokenizer_keeps_its_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_models, "tiny_tokenizer", lambda extra=(), image="<image>": byte_fallback_tokenizer(image))
+    model, processor = tiny("llava-dinov2-llama")
+    text, picture = prompt(processor)
+    student, trimmed = trim(model, processor, [text, "The brand is \u00c5lder \u732b"])
+    assert trimmed.tokenizer.get_vocab().keys() >= BYTES
+    checkpoint.save(student, trimmed, tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    x, y = (p(images=[picture], text=[text], return_tensors="pt") for p in (processor, loaded.processor))
+    ids = processor.tokenizer.convert_tokens_to_ids(
+        trimmed.tokenizer.convert_ids_to_tokens(range(len(trimmed.tokenizer)))
+    )
+    assert len(ids) < len(processor.tokenizer)
+    with torch.no_grad():
+        assert torch.equal(model(**x).logits[..., ids], loaded.model(**y).logits)
 
 
 def test_the_earliest_merges_fill_up():
@@ -122,7 +145,7 @@ def test_what_cannot_be_trimmed_is_refused():
     for core, kind in ((plain, "BPE"), (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "WordLevel")):
         with pytest.raises(UserError, match=f"this one is {kind}"):
             closed_tokens(tf.PreTrainedTokenizerFast(tokenizer_object=core), ["a"])
-    with pytest.raises(UserError, match="needs a fast tokenizer, not CLIPImageProcessorPil"):
+    with pytest.raises(UserError, match="a fast tokenizer is needed, not CLIPImageProcessorPil"):
         trim(model, processor.image_processor, ["a"])
     anatomy = describe(model.config)
     with pytest.raises(UserError, match="token 2 must stay, it is the eos_token_id"):

@@ -12,9 +12,10 @@ import functools
 import json
 import pathlib
 
+import pytest
 import torch
 import transformers as tf
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 NAMES = (
     "llava-clip-llama",
@@ -45,6 +46,23 @@ CHAT = (
 )
 
 
+def byte_fallback_tokenizer(image: str = "<image>", known: int = 256) -> tf.PreTrainedTokenizerFast:
+    """BPE over characters as Llama 2 and Gemma have it: spaces written as U+2581, bytes where a character has no token.
+
+    Of the bytes the first `known` have one; a vocabulary that lacks some cannot be trimmed.
+    """
+    core = Tokenizer(models.BPE(byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    spaces = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(spaces)
+    first = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(known))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=first, show_progress=False)
+    core.train_from_iterator(CORPUS, trainer)
+    spec = json.loads(core.to_str())  # bytes are no special tokens: text that spells one does not become one
+    spec["added_tokens"] = [one for one in spec["added_tokens"] if one["content"] in SPECIALS]
+    return _wrapped(Tokenizer.from_str(json.dumps(spec)), image)
+
+
 def tiny_tokenizer(extra: tuple[str, ...] = (), image: str = "<image>") -> tf.PreTrainedTokenizerFast:
     """Byte-level BPE with about 60 merges; specials stand first, `extra` last (real ones mix both)."""
     core = Tokenizer(models.BPE())
@@ -56,6 +74,19 @@ def tiny_tokenizer(extra: tuple[str, ...] = (), image: str = "<image>") -> tf.Pr
     )
     core.train_from_iterator(CORPUS, trainer)
     core.add_special_tokens([AddedToken(token, special=True) for token in extra])
+    return _wrapped(core, image)
+
+
+def whole_llava():
+    """A tiny LLaVA whose vocabulary cannot be trimmed."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(
+            globals(), "tiny_tokenizer", lambda extra=(), image="<image>": byte_fallback_tokenizer(image, 255)
+        )
+        return tiny("llava-dinov2-llama")
+
+
+def _wrapped(core: Tokenizer, image: str) -> tf.PreTrainedTokenizerFast:
     tokenizer = tf.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", bos_token="<|endoftext|>", pad_token="<pad>"
     )

@@ -89,7 +89,9 @@ def cut(task: Task, loaded: checkpoint.Loaded, rows: list[Row]) -> PreTrainedMod
     language = LlamaForCausalLM(config).eval()
     state = {f"model.{name}": tensor for name, tensor in whole.get_submodule(LANGUAGE[:-1]).state_dict().items()}
     language.load_state_dict({**state, "lm_head.weight": whole.get_output_embeddings().weight})
-    seen = Seen(loaded, data.sample(rows, CALIBRATION_PICTURES * data.rows_per_picture(rows), task.seed))
+    seen = Seen(
+        loaded, data.sample(rows, round(CALIBRATION_PICTURES * data.rows_a_step(rows)(1, len(rows))), task.seed)
+    )
     handle = language.register_forward_pre_hook(embedded, with_kwargs=True)
     costs = analyze_layer_importance(language, seen, show_progress=False)
     gone = sorted(sorted(costs, key=costs.__getitem__)[:BLOCKS_GONE])

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from slimlmm import checkpoint, data, plan
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
-from slimlmm.controls import rows_a_step
 from slimlmm.data import Row
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.evaluate import Record
@@ -89,7 +88,7 @@ def scaled(recipe: Recipe, rows: Sequence[Row], visits: int) -> Recipe:
 
 
 def _rows_of(training: Training, rows: Sequence[Row]) -> float:
-    return rows_a_step(rows, training.pictures_per_step, training.questions_per_picture)
+    return data.rows_a_step(rows)(training.pictures_per_step, training.questions_per_picture)
 
 
 def recipe_of(task: Task, rows: Sequence[Row]) -> Recipe:
@@ -99,7 +98,7 @@ def recipe_of(task: Task, rows: Sequence[Row]) -> Recipe:
 
 def steps_of(visits: float, rows: Sequence[Row]) -> int:
     """Return the steps over `PICTURES` pictures that make about so many row visits."""
-    return max(1, round(visits / rows_a_step(rows, PICTURES, 16)))
+    return max(1, round(visits / data.rows_a_step(rows)(PICTURES, 16)))
 
 
 def rounds_of(config: Any, recipe: Recipe) -> list[Round]:

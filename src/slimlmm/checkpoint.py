@@ -321,6 +321,26 @@ def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
     return within
 
 
+@contextmanager
+def valued_as_stored(model: PreTrainedModel, stored: torch.dtype) -> Iterator[None]:
+    """Within the block weights have the values that files of this number format hold of them (`as_stored`), then their own again.
+
+    Holds one more copy of the weights that are of another format.
+    """
+    apart = {name for one in model.modules() for name in one._non_persistent_buffers_set}
+    saved = [*model.parameters(), *(one for name, one in model.named_buffers() if name.rpartition(".")[2] not in apart)]
+    changed = [(one, one.detach().clone()) for one in saved if one.is_floating_point() and one.dtype != stored]
+    try:
+        with torch.no_grad():
+            for one, own in changed:
+                one.copy_(own.to(stored))
+        yield
+    finally:
+        with torch.no_grad():
+            for one, own in changed:
+                one.copy_(own)
+
+
 def refuse_foreign(target: Path) -> None:
     """Raise a UserError if `target` exists and slimlmm did not write it, or if nothing can be written beside it."""
     refuse_unwritable(target.parent)

@@ -26,6 +26,7 @@ from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json
 from slimlmm.grid import Grid
 from slimlmm.job import Handed, Job, Place, job_of
+from slimlmm.lossless import lossless_of
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
@@ -91,28 +92,30 @@ class Ground:
     job: Job
     model: PreTrainedModel
     processor: Any
-    per_picture: int
+    a_step: data.StepRows
 
 
 def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Path, tell: Reporter) -> Ground:
     """Make the lossless cuts in memory, and a job that promises nothing; what the teacher says is kept in `folder`.
 
     Raises:
-        UserError: the recipe leaves labels to the teacher and there are rows without, or the vocabulary cannot be trimmed.
+        UserError: the recipe leaves labels to the teacher and there are rows without.
     """
     if any(not row.answer for row in rows["train"]):
         raise UserError(
             f"sizes_by: {recipe.sizes_by} looks at answers, and train rows have none before the teacher labelled them."
         )
     texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
-    model, processor = vocab.trim(loaded.model, loaded.processor, texts)
+    model, processor = loaded.model, loaded.processor
+    if not lossless_of(model.config, model.generation_config, processor, texts).whole:
+        model, processor = vocab.trim(model, processor, texts)
     model = surgery.living(model)
     few = recipe.data.model_copy(update={"calibration_rows": recipe.curve_rows})
     plain = recipe.model_copy(update={"max_drop": None, "data": few})
     job = job_of(RunFolder(folder), plain, rows, tell)
     packed = can_pack(model, processor, job.calibration)
     job.cache = TeacherCache(model, Collator(processor, packed=packed), folder / "cache")
-    return Ground(job=job, model=model, processor=processor, per_picture=data.rows_per_picture(rows["train"]))
+    return Ground(job=job, model=model, processor=processor, a_step=data.rows_a_step(job.train_rows))
 
 
 def chosen(
@@ -182,7 +185,7 @@ def tried_shape(
         space.config,
         sizes,
         row_visits=recipe.search_row_visits,
-        rows_per_picture=ground.per_picture,
+        a_step=ground.a_step,
         order=recipe.order,
         grid=Grid.of(recipe),
     )

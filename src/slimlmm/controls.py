@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def untrained(
     config = AutoConfig.from_pretrained(run / "final")
     student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(usual_device())
     visits = found.totals.row_visits if found.totals else 0
-    training = _training(kind, last, visits / rows_a_step(rows, 16, last.questions_per_picture))
+    training = _training(kind, last, visits / data.rows_a_step(rows)(16, last.questions_per_picture))
     asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
     teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)
     done = train(
@@ -117,11 +116,6 @@ def _training(kind: Untrained, last: Training, steps: float) -> Training:
         temperature=last.temperature,
         **({} if kind == "scratch" else last.model_dump(include={"teachers", "own_answers", "own_temperature"})),
     )
-
-
-def rows_a_step(rows: Sequence[data.Row], pictures: int, questions: int) -> float:
-    """Return the mean row visits of a step over `pictures` pictures with at most `questions` rows each; epochs end in a part."""
-    return len(rows) / math.ceil(len(data.by_picture(rows, questions)) / pictures)
 
 
 def _last_training(settings: Recipe, run: Path) -> Training:

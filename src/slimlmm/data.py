@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 VALIDATION_SHARE = 0.1
 HERE = Path()
+#: row visits of a training step over so many pictures, with at most so many questions about each
+StepRows = Callable[[int, int], float]
 #: where a picture lies that may be read, by folder of its table, root of the data and its own name: rows share pictures
 Places = dict[tuple[Path, Path, str], Path]
 
@@ -376,9 +379,15 @@ def _text(content: object) -> str:
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
-def rows_per_picture(rows: Sequence[Row]) -> int:
-    """Return how many rows share a picture, on average."""
-    return round(len(rows) / len({row.picture_key() for row in rows}))
+def rows_a_step(rows: Sequence[Row]) -> StepRows:
+    """Return how many of these rows steps visit in the mean; epochs end in a part, which counts where pictures are few."""
+    each = Counter(row.picture_key() for row in rows).values()
+
+    def visited(pictures: int, questions: int) -> float:
+        groups = sum(math.ceil(count / questions) for count in each)
+        return len(rows) / math.ceil(groups / pictures)
+
+    return visited
 
 
 def by_picture(rows: Sequence[Row], most: int) -> list[list[Row]]:

@@ -85,6 +85,10 @@ class Job:
     """of the model that the round began with, where a training of it asks that"""
     teacher_validation: Evaluation | None = None
     keeping: Keeping = KEEPING
+    stored: torch.dtype = torch.float32
+    """number format of the files of the model that was given, and of what is handed over"""
+    notes: tuple[str, ...] = ()
+    """what a reader of the results should know of the schedule"""
 
     def ask(self) -> None:
         """Take up what the teacher has said, once.

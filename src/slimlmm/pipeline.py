@@ -20,6 +20,7 @@ from slimlmm.files import refuse_unwritable
 from slimlmm.grid import Grid
 from slimlmm.job import Done, Handed, Job, LetGoError, Place, job_of
 from slimlmm.labels import file_of, labelled
+from slimlmm.lossless import Lossless, lossless_of
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Stage, dump
@@ -104,6 +105,8 @@ def _prepared(
         allowed=recipe.data.pictures,
     )
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
+    if not (folder.path / "run.json").exists():  # a run that was begun goes on as it began
+        _refuse_vain(recipe, [row for part in rows.values() for row in part])
     facts = results.Dataset(
         name=str(source),
         fingerprint=data.fingerprint([row for part in rows.values() for row in part]),
@@ -112,19 +115,39 @@ def _prepared(
     )
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     if wanted != "given":
-        plan.check_stages(loaded.model.config, recipe.stages, recipe.tensor_parallel)
+        check(loaded, recipe.stages, recipe.tensor_parallel)
         file = file_of(folder.open(identity, given), loaded, rows["train"])
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
     if recipe.sizes_by != "shares" and not recipe.stages:
         folder.open(identity, given)  # what the choice found is kept in it
-    stages = schedule(loaded, rows, recipe, folder.path, tell)
-    plan.check_stages(loaded.model.config, stages, recipe.tensor_parallel)
-    for note in (*splits.notes, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
+    stages, told = schedule(loaded, rows, recipe, folder.path, tell)
+    check(loaded, stages, recipe.tensor_parallel)
+    for note in (*splits.notes, *told, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
     folder.open(identity, given)
-    folder.keep_recipe(dump(recipe.model_copy(update={"stages": stages})))
+    folder.keep_recipe(dump(recipe.resolved(stages)))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
-    return job_of(folder, recipe, rows, tell), stages, facts, test
+    job = job_of(folder, recipe, rows, tell)
+    job.notes, job.stored = told, loaded.stored
+    return job, stages, facts, test
+
+
+def _refuse_vain(recipe: Recipe, rows: Sequence[data.Row]) -> None:
+    """Refuse what a recipe asks for in vain."""
+    vain, tasks = recipe.unheard(), sorted({row.task for row in rows})
+    if unknown := [task for task in recipe.spared_tasks if task not in tasks]:
+        vain.append(
+            f"spared_tasks: no row has the task {', '.join(unknown)}. Known: {', '.join(filter(None, tasks)) or 'none'}."
+        )
+    if vain:
+        raise UserError("the recipe asks for what has no effect:\n  " + "\n  ".join(vain))
+
+
+def check(loaded: checkpoint.Loaded, stages: Sequence[Stage], tensor_parallel: int) -> None:
+    """Refuse stages that cannot be carried out on this model, all problems at once (`plan.check_stages`)."""
+    config, asked = loaded.model.config, any("unused_tokens" in turn.drop for stage in stages for turn in stage.rounds)
+    whole = vocab.refusal(config, loaded.model.generation_config, loaded.processor) if asked else ""
+    plan.check_stages(config, stages, tensor_parallel, whole=whole)
 
 
 def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:
@@ -158,34 +181,42 @@ def schedule(
     recipe: Recipe,
     folder: Path | None = None,
     tell: Reporter | None = None,
-) -> tuple[Stage, ...]:
-    """Return the recipe's stages, or the default schedule for its shrink; a choice that runs the model is kept in `folder`.
+    *,
+    a_step: data.StepRows | None = None,
+) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
+    """Return the recipe's stages, or the default schedule for its shrink, and what a reader should know of it.
+
+    A choice that runs the model is kept in `folder`. `a_step`: row visits of a step, where not those of the recipe's train rows.
 
     Raises:
         UserError: neither is said, or the shrink cannot be reached.
     """
     if recipe.stages:
-        return recipe.stages
+        return recipe.stages, ()
     if recipe.shrink is None:
         raise UserError("say how small: --shrink 18, or stages in the recipe.")
     config, grid = loaded.model.config, Grid.of(recipe)
-    living = resized(config, lossless_sizes(loaded, rows))
+    cuts = lossless(loaded, rows)
+    living = resized(config, cuts.sizes())
     space = plan.space_of(living, grid, recipe.order)
     budget = by_shrink(living, recipe.shrink, predict_parameters(config, {}))
     final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet())
-    per_picture = data.rows_per_picture(rows["train"])
-    return plan.stages_for(
-        living, final, row_visits=recipe.row_visits, rows_per_picture=per_picture, order=recipe.order, grid=grid
+    stages = plan.stages_for(
+        living,
+        final,
+        row_visits=recipe.row_visits,
+        a_step=a_step or data.rows_a_step(data.sample(rows["train"], recipe.data.train_rows, recipe.seed)),
+        order=recipe.order,
+        grid=grid,
+        drops=cuts.drops,
     )
+    return stages, cuts.notes
 
 
-def lossless_sizes(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]) -> dict[str, int]:
-    """Return the sizes after the lossless cuts: tokens that the rows use, blocks that reach the output."""
-    model = loaded.model
-    texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
-    kept = vocab.needed(model.config, model.generation_config, loaded.processor, texts)
-    tokens = describe(model.config).axis("vocab").size
-    return {"vocab": sum(token < tokens for token in kept)} | plan.living_blocks(model.config)
+def lossless(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]) -> Lossless:
+    """Return the cuts that lose nothing for these rows."""
+    model, texts = loaded.model, texts_of(loaded.processor, rows["train"] + rows["validation"])
+    return lossless_of(model.config, model.generation_config, loaded.processor, texts)
 
 
 def _prove(config: Any, stages: Sequence[Stage], tell: Reporter) -> None:
@@ -250,7 +281,7 @@ def _refuse_no_room(
     """
     hidden = loaded.model.get_output_embeddings().weight.shape[1]
     cache = room.cache_of(Collator(loaded.processor, packed=False), job.asked, stages, hidden)
-    lossless = any(turn.drop for stage in stages for turn in stage.rounds)
+    drops = {what for stage in stages for turn in stage.rounds for what in turn.drop}
 
     def refuse(config: Any) -> None:
         need = room.need_of(config, stages, loaded.stored.itemsize, cache, job.keeping)
@@ -264,9 +295,9 @@ def _refuse_no_room(
     try:
         refuse(loaded.model.config)
     except UserError:
-        if not lossless:
+        if not drops:
             raise
-        refuse(resized(loaded.model.config, lossless_sizes(loaded, rows)))
+        refuse(resized(loaded.model.config, lossless(loaded, rows).sizes(drops)))
 
 
 def _finish(
@@ -288,6 +319,10 @@ def _finish(
     ]
     change = results.effect(*evaluations)
     missed = [one for one in rounds if not one.kept_promise]
+    ratios = results.ratios(records[0], records[1], latency, throughput)
+    short = results.short_of(job.recipe, ratios.parameters, missed)
+    for note in short:
+        job.tell.say(note)
     return Results(
         name=job.folder.path.name,
         seed=job.recipe.seed,
@@ -302,7 +337,7 @@ def _finish(
         promise=results.promise(change, job.recipe),
         latency=latency,
         throughput=throughput,
-        ratios=results.ratios(records[0], records[1], latency, throughput),
+        ratios=ratios,
         totals=results.totals(rounds, sum(one.seconds for one in evaluations)),
-        notes=tuple(results.told(one) for one in missed),
+        notes=(*job.notes, *(results.told(one) for one in missed), *short),
     )

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from slimlmm import vocab
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.budget import Budget, by_shrink
+from slimlmm.data import StepRows
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
-from slimlmm.recipe import LEVELS, Level, Round, Stage, Training
-from slimlmm.resizing import dead_blocks, predict_parameters, resized
+from slimlmm.lossless import living_blocks
+from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
+from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
 
 #: axis -> sizes that the planner may choose
@@ -93,6 +96,11 @@ def space_of(
                     raise UserError("has a floor and a given size; leave one of the two out.")
             except UserError as error:
                 problems.append(f"{option} {name}={size}: {error}")
+    for name in filter(lambda one: "." in one, grid.multiples):
+        try:
+            anatomy.axis(name)
+        except UserError as error:
+            problems.append(f"multiples: {error}")
     if problems:
         raise UserError("not possible:\n  " + "\n  ".join(problems))
     least, given = told["--floor"], told["--fix"]
@@ -276,9 +284,9 @@ def _fits(space: Space, budget: Budget, sizes: Mapping[str, int]) -> bool:
         return False
 
 
-def living_blocks(config: Any) -> dict[str, int]:
-    """Return the sizes that are left of axes of blocks without those that never reach the output."""
-    return {axis: describe(config).axis(axis).size - len(dead) for axis, dead in dead_blocks(config).items()}
+def one_row_each(pictures: int, questions: int) -> float:
+    """Return the row visits of a step where every picture has one row and there are more pictures than a step takes."""
+    return float(pictures)
 
 
 def stages_for(
@@ -286,14 +294,15 @@ def stages_for(
     final: Mapping[str, int],
     *,
     row_visits: int,
-    rows_per_picture: int,
+    a_step: StepRows = one_row_each,
     order: Sequence[Level] = LEVELS,
     grid: Grid | None = None,
+    drops: tuple[Drop, ...] = DROPS,
 ) -> tuple[Stage, ...]:
-    """Return the default schedule: lossless cuts, then the levels of `order`, each round at most `ROUND_RATIO`.
+    """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
-    Every round is recovered before the next cut. Compute is shared, not visits: a visit of a small shape is cheap, so the
-    last one gets most of the `row_visits`.
+    Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
+    shared, not visits: a visit of a small shape is cheap, so the last one gets most of them.
     """
     anatomy = describe(config)
     start = {name: anatomy.axis(name).size for name in final}
@@ -306,10 +315,10 @@ def stages_for(
     if not plans:
         raise UserError("no axis has to be cut for that; ask for a smaller model.")
     visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
-    stages: list[Stage] = [Stage(name="lossless", rounds=(Round(drop=("unused_tokens", "dead_blocks")),))]
+    stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
         rounds = [
-            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share / rows_per_picture))
+            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share, a_step))
             for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
             if name == level
         ]
@@ -327,17 +336,17 @@ def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _trainings(anatomy: Anatomy, progress: float, picture_visits: float) -> tuple[Training, ...]:
+def _trainings(anatomy: Anatomy, progress: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
     A picture costs far less where the language model does not run, and says more: one state a picture token. Smaller shapes
     bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
     """
-    pictures = 8 if progress < 0.7 else 16
+    pictures, questions = 8 if progress < 0.7 else 16, Training.model_fields["questions_per_picture"].default
 
     def training(share: float, pictures: int, **more: Any) -> Training:
         return Training(
-            steps=max(1, round(picture_visits * share / pictures)),
+            steps=max(1, round(row_visits * share / a_step(pictures, questions))),
             pictures_per_step=pictures,
             learning_rate=FIRST_RATE * RATE_RISE**progress,
             warmup=0.1,
@@ -393,13 +402,25 @@ def _accepted(config: Any, others: Mapping[str, int], name: str, choices: Sequen
     return {name: choices[-1]}
 
 
-def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1) -> None:
-    """Refuse axes and sizes that the config cannot say or the devices cannot split, all at once, before anything runs."""
-    anatomy, problems = describe(config), []
+def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1, *, whole: str = "") -> None:
+    """Refuse what cannot be carried out, all at once, before anything runs.
+
+    That is axes and sizes that the config cannot say or the devices cannot split, and unused tokens where the vocabulary has to
+    stay `whole`, for this reason. Lossless cuts come before all others: what they leave is the teacher.
+    """
+    anatomy, problems, living = describe(config), [], living_blocks(config)
     blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
     config = shallow(config)  # sizes other than those of blocks do not depend on the depth
     turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
+    cuts = False
     for stage, number, turn in turns:
+        cuts = cuts or not turn.drop
+        if turn.drop and (cuts or turn.sizes):
+            late = "drop comes before all other rounds and without sizes, for what it leaves is the teacher"
+            problems.append(f"stages.{stage}.rounds.{number}: {late}; move it to a round of its own at the start.")
+        if whole and "unused_tokens" in turn.drop:
+            problems.append(f"stages.{stage}.rounds.{number}.drop: {vocab.KeptWholeError(whole)}")
+        blocks |= {name: min(size, blocks[name]) for name, size in living.items() if "dead_blocks" in turn.drop}
         for name, size in turn.sizes.items():
             try:
                 if anatomy.axis(name).kind == "tokens":

@@ -29,11 +29,12 @@ from slimlmm.deployable import refuse_unsplittable
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
 from slimlmm.inspection import dtype_of, sizes_of
+from slimlmm.lossless import Lossless, living_blocks, lossless_of
 from slimlmm.measure import environment
 from slimlmm.plan import (
     Space,
     check_stages,
-    living_blocks,
+    one_row_each,
     space_of,
     stages_for,
 )
@@ -54,13 +55,13 @@ MEASURED = {"--latency-ms": "latency_ms", "--energy-j": "energy_j"}
 class _Start:
     """Where a plan begins: the model's configuration, that of the lossless cuts, and how answers use both.
 
-    `lossless`: sizes that those cuts change; `per_picture`: rows that share a picture; `rows`: those of the data, by split.
+    `lossless`: what those cuts are; `a_step`: rows that a step visits; `rows`: those of the data, by split.
     """
 
     config: Any
     living: Any
-    lossless: Mapping[str, int]
-    per_picture: int
+    lossless: Lossless
+    a_step: data.StepRows
     now: Answer
     then: Answer
     notes: tuple[str, ...]
@@ -173,15 +174,15 @@ def _schedule(
         start.living,
         sizes,
         row_visits=settings.row_visits,
-        rows_per_picture=start.per_picture,
+        a_step=start.a_step,
         order=settings.order,
         grid=grid,
+        drops=start.lossless.drops,
     )
     check_stages(start.config, stages, settings.tensor_parallel)
     warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
     if out is not None:
-        spent = {"shrink": None} | {name: Recipe.model_fields[name].default for name in recipes.CHOOSING}
-        _write(out, settings.model_copy(update={"stages": stages, **spent}))
+        _write(out, settings.resolved(stages))
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
@@ -211,38 +212,50 @@ def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Pa
 def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code: bool) -> _Start:
     """Read the configuration, and what the rows need of the vocabulary where there are rows."""
     config = checkpoint.load_config(model, trust_remote_code=trust_remote_code)
-    living, lossless, per_picture, rows = config, dict[str, int](), 1, dict[str, list[data.Row]]()
-    notes = [
-        "vocabulary counted whole, steps for one row a picture; compress trims it to its rows. Give --data to plan with yours."
-    ]
-    if refusal := describe(config).axes["vocab"].refusal:
-        notes = [f"the vocabulary of this model cannot be trimmed ({refusal}): take unused_tokens out of the recipe."]
-    if source is not None:
+    living, rows = config, dict[str, list[data.Row]]()
+    a_step: data.StepRows = one_row_each
+    if source is None:
+        lossless = Lossless(blocks=living_blocks(config), whole=_kept_whole(model, config, trust_remote_code))
+        counted = "steps for one row a picture; give --data to plan with yours."
+        trims = "" if lossless.whole else "vocabulary counted whole (compress trims it to its rows), "
+        notes = [trims + counted]
+    else:
         processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
         used = settings.data
-        splits = data.load(source, max_bad_share=used.max_bad_share, seed=settings.seed, allowed=used.pictures)
-        train, validation = (splits.need(name, source) for name in ("train", "validation"))
-        axis, texts = describe(config).axis("vocab"), texts_of(processor, train + validation)
-        kept = [token for token in vocab.needed(config, generation, processor, texts) if token < axis.size]
-        living = new_config(config, axis, len(kept), {"vocab": torch.tensor(kept)})
-        lossless |= {"vocab": len(kept)}
-        per_picture, notes, rows = (
-            data.rows_per_picture(train),
-            splits.notes,
-            {"train": train, "validation": validation},
+        splits = data.load(
+            source,
+            max_bad_share=used.max_bad_share,
+            seed=settings.seed,
+            unlabelled=used.answers != "given",
+            allowed=used.pictures,
         )
-    blocks = living_blocks(config)
-    living = resized(living, blocks) if blocks else living
+        train, validation = (splits.need(name, source) for name in ("train", "validation"))
+        lossless = lossless_of(config, generation, processor, texts_of(processor, train + validation))
+        if (kept := lossless.tokens) is not None:
+            living = new_config(config, describe(config).axis("vocab"), len(kept), {"vocab": torch.tensor(kept)})
+        a_step, notes = data.rows_a_step(data.sample(train, used.train_rows, settings.seed)), splits.notes
+        rows = {"train": train, "validation": validation}
+    if lossless.blocks:
+        living = resized(living, lossless.blocks)
     return _Start(
         config=config,
         living=living,
-        lossless=lossless | blocks,
-        per_picture=per_picture,
+        lossless=lossless,
+        a_step=a_step,
         now=answer_use(config, budgets.TOKENS),
         then=answer_use(living, budgets.TOKENS),
-        notes=tuple(notes),
+        notes=(*notes, *lossless.notes),
         rows=rows,
     )
+
+
+def _kept_whole(model: str, config: Any, trust_remote_code: bool) -> str:
+    """Return why the vocabulary stays whole, "" where it need not or where only the tokenizer could tell, and there is none."""
+    try:
+        processor, generation = checkpoint.load_processor(model, config, trust_remote_code=trust_remote_code)
+    except UserError:  # a configuration alone can be planned for
+        return describe(config).axes["vocab"].refusal or ""
+    return vocab.refusal(config, generation, processor)
 
 
 def _budget(start: _Start, config: Any, asked: tuple[str, float], watch: Stopwatch) -> Budget:
@@ -364,13 +377,13 @@ def _rounds(start: _Start, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     for stage in stages:
         for number, turn in enumerate(stage.rounds, 1):
             config = cut_in_turn(config, turn.sizes)
-            pictures = sum(training.steps * training.pictures_per_step for training in turn.train)
+            each = (one.steps * start.a_step(one.pictures_per_step, one.questions_per_picture) for one in turn.train)
             found.append(
                 {
                     "round": f"{stage.name}.{number}",
-                    "sizes": dict(start.lossless) if turn.drop else dict(turn.sizes),
+                    "sizes": start.lossless.sizes(turn.drop) if turn.drop else dict(turn.sizes),
                     "parameters": predict_parameters(config, {}),
-                    "row_visits": pictures * start.per_picture,
+                    "row_visits": round(sum(each)),
                 }
             )
     return found

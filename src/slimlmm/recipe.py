@@ -35,6 +35,8 @@ DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl"
 TeacherName = Literal["first", "previous"]
 #: ways to choose sizes for a budget
 SizesBy = Literal["shares", "importance", "search"]
+Drop = Literal["unused_tokens", "dead_blocks"]
+DROPS: tuple[Drop, ...] = get_args(Drop)
 Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: those that are tried unless the recipe says otherwise: merging heads takes half a minute a layer of a 576 wide model on a CPU
@@ -47,6 +49,9 @@ MULTIPLES = {"width": 64, "ffn": 64}
 
 #: keys of a recipe that say how sizes are chosen; spent where stages are listed
 CHOOSING = ("sizes_by", "curve_rows", "search_candidates", "search_row_visits")
+#: keys of the default schedule, spent where stages are listed; those of the promise
+SCHEDULED = ("shrink", *CHOOSING, "order", "multiples", "row_visits")
+PROMISED = ("patience", "max_task_drop", "spared_tasks")
 
 
 class Training(Settings):
@@ -166,8 +171,10 @@ class Training(Settings):
 class Round(Settings):
     """One turn of score, cut, recover, evaluate."""
 
-    drop: tuple[Literal["unused_tokens", "dead_blocks"], ...] = Field(
-        (), description="Lossless cuts: tokens that the data never use; blocks that never reach the output."
+    drop: tuple[Drop, ...] = Field(
+        (),
+        description="Lossless cuts: tokens that the data never use; blocks that never reach the output. They come before all "
+        "other rounds and without sizes: what they leave is the teacher.",
     )
     sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")
     criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
@@ -356,6 +363,24 @@ class Recipe(Settings):
                 raise ValueError(f"{name} has no effect with sizes_by: {self.sizes_by}")
         return self
 
+    def resolved(self, stages: tuple[Stage, ...]) -> Recipe:
+        """Return the recipe with these stages, the keys that led to them as if nobody had set them."""
+        return self.model_copy(update={"stages": stages} | {key: _default(key) for key in SCHEDULED})
+
+    def unheard(self) -> list[str]:
+        """Return what is asked for in vain: keys of the default schedule beside stages, of the promise where there is none.
+
+        No part of validation: files that a run has written have to be read again.
+        """
+        vain = dict.fromkeys(SCHEDULED, "stages are listed") if self.stages else {}
+        vain |= dict.fromkeys(PROMISED, "there is no max_drop") if self.max_drop is None else {}
+        told = ((key, getattr(self, key), why) for key, why in vain.items())
+        return [
+            f"{key}: {value!r} has no effect where {why}; leave it out."
+            for key, value, why in told
+            if value != _default(key)
+        ]
+
     @field_validator("multiples", mode="before")
     @classmethod
     def _by_noun(cls, multiples: Any) -> Any:
@@ -376,6 +401,10 @@ class Recipe(Settings):
         if not order or len(set(order)) != len(order):
             raise ValueError("name one or more of blocks, inner and width, each once")
         return order
+
+
+def _default(key: str) -> Any:
+    return Recipe.model_fields[key].default
 
 
 def parse(raw: Any, source: str) -> Recipe:

@@ -228,6 +228,14 @@ def promise(effect: Effect, recipe: Recipe) -> Promise | None:
     )
 
 
+def short_of(recipe: Recipe, reached: float, missed: Sequence[Round]) -> list[str]:
+    """Return the note on a `shrink` that the default schedule was made for and the parameters fall short of; none otherwise."""
+    if recipe.stages or recipe.shrink is None or reached >= recipe.shrink:
+        return []
+    why = "the promise was missed" if missed else "blocks differ in size, and smaller ones went than were counted on"
+    return [f"{recipe.shrink:g} times fewer parameters were asked for, {reached:.4g} times fewer are left: {why}."]
+
+
 def told(missed: Round) -> str:
     """Return the note on a round that missed the promise."""
     cut = ", ".join(f"{axis} {missed.before[axis]} -> {size}" for axis, size in missed.after.items())

@@ -221,7 +221,8 @@ def _train(
 
 def _criterion(turn: Round, axis: str) -> str:
     """Return how this round chooses the units of an axis."""
-    return {"blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}.get(noun_of(axis), turn.criterion)
+    ways = {"blocks": turn.blocks, "decoder_blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}
+    return ways.get(noun_of(axis), turn.criterion)
 
 
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
@@ -398,9 +399,13 @@ def _blocks(
 
 
 def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:
-    found = evaluate(
-        model, processor, job.validation, progress=lambda done, total: job.tell.step(f"validation, {what}", done, total)
-    )
+    """Return the score on validation rows of the weights as they would be handed over."""
+
+    def progress(done: int, total: int) -> None:
+        job.tell.step(f"validation, {what}", done, total)
+
+    with checkpoint.valued_as_stored(model, job.stored):
+        found = evaluate(model, processor, job.validation, progress=progress)
     overall = found.summary.overall
     lost = None
     if job.teacher_validation is not None:

@@ -17,8 +17,8 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, st
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
+from slimlmm.lossless import Lossless
 from slimlmm.measure import environment
-from slimlmm.plan import check_stages
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
@@ -82,7 +82,7 @@ class _Planner:
 
     loaded: checkpoint.Loaded
     rows: dict[str, list[data.Row]]
-    lossless: dict[str, int]
+    lossless: Lossless | None = None
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
 
@@ -95,33 +95,19 @@ class _Planner:
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
         whole = merged(base, wanted.recipe)
-        plain = Recipe()
-        keys = ("shrink", "order", "multiples", "row_visits", "seed", *recipe.CHOOSING)
-        spent = {key: getattr(plain, key) for key in keys}
-        rows_matter = whole.sizes_by != "shares"
-        asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
+        planned = whole if whole.sizes_by != "shares" else whole.model_copy(update={"data": base.data})
+        meant, used = (
+            data.rows_a_step(data.sample(self.rows["train"], one.data.train_rows, 0)) for one in (planned, whole)
+        )
+        full = meant if whole.stages else lambda pictures, questions: pictures * meant(1, questions)
+        asked = recipe.dump(planned)
         if asked not in self.schedules:
-            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
-        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
-        return whole.model_copy(update={**spent, "stages": stages})
-
-    def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
-        """Return the stages with steps for as many row visits on the arm's train rows as were meant.
-
-        A schedule is planned as if all steps were full, but epochs end in a part, which counts where pictures are few. Listed
-        stages mean what they take on the train rows of the base.
-        """
-        rows = [data.sample(self.rows["train"], one.data.train_rows, 0) for one in (base, changed)]
-
-        def trained(one: Training) -> Training:
-            pictures, questions = one.pictures_per_step, one.questions_per_picture
-            meant = controls.rows_a_step(rows[0], pictures, questions)
-            if not changed.stages:
-                meant = pictures * controls.rows_a_step(rows[0], 1, questions)
-            steps = round(one.steps * meant / controls.rows_a_step(rows[1], pictures, questions))
-            return one.model_copy(update={"steps": max(1, steps)})
-
-        return sweeps.each(stages, lambda turn: turn, trained)
+            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, planned, a_step=full)[0]
+        stages = _as_many_visits(wanted.change(self.schedules[asked]), full, used)
+        found = whole.resolved(stages).model_copy(update={"seed": 0})  # that of a run is put in when it starts
+        if vain := found.unheard():
+            raise UserError("; ".join(vain))
+        return found
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
         """Return final sizes, parameters, rounds and planned row visits.
@@ -134,11 +120,9 @@ class _Planner:
         if cuts not in self.shapes:
             self.shapes[cuts] = self._shape(settings, turns)
         sizes, parameters = self.shapes[cuts]
-        rows = data.sample(self.rows["train"], settings.data.train_rows, 0)
+        a_step = data.rows_a_step(data.sample(self.rows["train"], settings.data.train_rows, 0))
         visits = sum(
-            one.steps * controls.rows_a_step(rows, one.pictures_per_step, one.questions_per_picture)
-            for turn in turns
-            for one in turn.train
+            one.steps * a_step(one.pictures_per_step, one.questions_per_picture) for turn in turns for one in turn.train
         )
         return {
             "sizes": sizes,
@@ -150,12 +134,29 @@ class _Planner:
     def _shape(self, settings: Recipe, turns: Sequence[Round]) -> tuple[dict[str, int], int]:
         """Return final sizes and parameters, after checking that every round can be carried out."""
         config = self.loaded.model.config
-        check_stages(config, settings.stages, settings.tensor_parallel)
-        if any(turn.drop for turn in turns):
-            config = resized(config, self.lossless)
+        pipeline.check(self.loaded, settings.stages, settings.tensor_parallel)
+        if drops := {what for turn in turns for what in turn.drop}:
+            self.lossless = self.lossless or pipeline.lossless(
+                self.loaded, self.rows
+            )  # a look at all texts, for all arms
+            config = resized(config, self.lossless.sizes(drops))
         for turn in turns:
             config = cut_in_turn(config, turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
+
+
+def _as_many_visits(stages: sweeps.Stages, meant: data.StepRows, used: data.StepRows) -> sweeps.Stages:
+    """Return the stages with steps for as many row visits on the train rows that the arm uses as were meant.
+
+    A schedule is planned as if all steps were full, so that arms may put steps together; but epochs end in a part, which counts
+    where pictures are few. Listed stages mean what they take on the train rows of the base.
+    """
+
+    def trained(one: Training) -> Training:
+        shape = one.pictures_per_step, one.questions_per_picture
+        return one.model_copy(update={"steps": max(1, round(one.steps * meant(*shape) / used(*shape)))})
+
+    return sweeps.each(stages, lambda turn: turn, trained)
 
 
 def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
@@ -166,6 +167,8 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     """
     tell = tell or Quiet()
     loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
+    if vain := study.base.unheard():
+        raise UserError("base: " + "\n  ".join(vain))
     settings = study.base.data
     bare = settings.answers != "given"
     splits = data.load(
@@ -176,7 +179,7 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         allowed=settings.pictures,
     )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
-    planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
+    planner = _Planner(loaded, rows)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})
     wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))

@@ -1,6 +1,6 @@
-"""Trimming the vocabulary: byte-level BPE tokens that the data never use go, with their weights.
+"""Trimming the vocabulary: tokens of byte-level or byte-fallback BPE that the data never use go, with their weights.
 
-Nothing becomes unwritable: all single bytes stay, so other text only falls apart into smaller pieces. The
+Nothing becomes unwritable: all single characters and bytes stay, so other text only falls apart into smaller pieces. The
 kept set is closed under merges (both parts of every kept token are kept). Every merge that the encoding of a
 kept text makes is then still there, and no merge comes before another that did not before: kept texts are
 tokenised exactly as they were.
@@ -36,7 +36,18 @@ _STALE = (
     "name_or_path",
 )
 
+#: tokens of the single bytes that a character without a token falls back to
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+
 _FAST: Any = PreTrainedTokenizerFast
+
+
+class KeptWholeError(UserError):
+    """A vocabulary that cannot be trimmed, for this `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"unused_tokens: {reason}; take unused_tokens out of drop in the recipe.")
+        self.reason = reason
 
 
 def trim(
@@ -60,8 +71,15 @@ def trim(
 
 
 def needed(config: Any, generation: Any, processor: Any, texts: Iterable[str], *, at_least: int = 0) -> list[int]:
-    """Return the sorted ids of the tokens that `trim` keeps for these texts, placeholders behind the vocabulary included."""
-    group = describe(config).axis("vocab").groups[0]
+    """Return the sorted ids of the tokens that `trim` keeps for these texts, placeholders behind the vocabulary included.
+
+    Raises:
+        KeptWholeError: it cannot trim the vocabulary.
+    """
+    axis = describe(config).axes["vocab"]
+    if axis.refusal:
+        raise KeptWholeError(axis.refusal)
+    group = axis.groups[0]
     size, behind = group.units, max(slot.rest for slot in group.slots)
     kept = set(closed_tokens(tokenizer_of(processor), texts, at_least=at_least))
     data = config.to_dict()
@@ -70,23 +88,30 @@ def needed(config: Any, generation: Any, processor: Any, texts: Iterable[str], *
     kept |= {token for tokens in group.some_of for token in tokens}
     ids = sorted(kept)
     if ids[-1] >= size + behind:
-        raise UserError(f"vocab: the tokenizer knows token {ids[-1]}, but the model has only {size + behind} rows.")
+        raise KeptWholeError(f"the tokenizer knows token {ids[-1]}, but the model has only {size + behind} rows")
     placeholders = [token for token in ids if token >= size]
     if placeholders != list(range(size, size + len(placeholders))):
-        raise UserError(
-            f"vocab: the tokenizer's tokens {placeholders} stand behind the vocabulary of {size}, with gaps that their "
-            "new numbers would not have; leave vocab out of the recipe."
+        raise KeptWholeError(
+            f"the tokenizer's tokens {placeholders} stand behind the vocabulary of {size}, with gaps that their new numbers "
+            "would not have"
         )
     return ids
+
+
+def refusal(config: Any, generation: Any, processor: Any) -> str:
+    """Return why this vocabulary cannot be trimmed, whatever the texts are, "" where nothing speaks against it."""
+    try:
+        needed(config, generation, processor, ())
+    except KeptWholeError as error:
+        return error.reason
+    return ""
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a processor (or the tokenizer itself), refusing what cannot be trimmed."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"vocab: needs a fast tokenizer, not {type(tokenizer).__name__}; leave vocab out of the recipe."
-        )
+        raise KeptWholeError(f"a fast tokenizer is needed, not {type(tokenizer).__name__}")
     return tokenizer
 
 
@@ -150,10 +175,11 @@ def _spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return the tokenizer's JSON; only BPE that can fall back to bytes can be trimmed."""
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     kind, levels = spec["model"].get("type"), json.dumps([spec["pre_tokenizer"], spec["decoder"]])
-    if kind != "BPE" or "ByteLevel" not in levels:
-        raise UserError(
-            f"vocab: only byte-level BPE tokenizers can be trimmed, this one is {kind} with no bytes to fall "
-            "back to; leave vocab out of the recipe."
+    falls_back = kind == "BPE" and spec["model"].get("byte_fallback") and spec["model"]["vocab"].keys() >= BYTES
+    if kind != "BPE" or not ("ByteLevel" in levels or falls_back):
+        raise KeptWholeError(
+            f"only byte-level or byte-fallback BPE tokenizers can be trimmed, this one is {kind} with no bytes "
+            "to fall back to"
         )
     return spec
 
@@ -184,7 +210,7 @@ def _check_same(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, text
         before = old.convert_ids_to_tokens(old(text)["input_ids"])
         after = new.convert_ids_to_tokens(new(text)["input_ids"])
         if before != after:
-            raise UserError(f"vocab: {text[:40]!r} would be tokenised differently; leave vocab out of the recipe.")
+            raise KeptWholeError(f"{text[:40]!r} would be tokenised differently")
 
 
 def _with_tokenizer(processor: Any, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Any:
