@@ -88,6 +88,22 @@ def test_groups_name_arms_that_are_there():
         studies.parse({"model": "m", "data": "d"}, "s")
 
 
+def test_groups_beside_sweeps_are_looked_at_when_the_sweeps_have_made_their_arms():
+    raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "sweeps": ["repairs"], "arms": {"a": {}}}
+    groups = [
+        {"title": "t", "arms": ["base", "repair-none"], "reference": "bse"},
+        {"title": "u", "arms": ["a", "repair-nine"], "reference": "a", "x": {"repair-nine": 1}},
+    ]
+    with pytest.raises(UserError) as caught:
+        sweeps.expand(studies.parse({**raw, "groups": groups}, "s"), sweeps.TrainRows(9, 1))
+    for part in (
+        "groups.0.reference: 'bse' is not among",
+        "groups.1.arms: no arm 'repair-nine'. Did you mean",
+        "groups.1.x: no number for a",
+    ):
+        assert part in str(caught.value), part
+
+
 @pytest.mark.parametrize("name", ["A", "../up", "a/b", "", ".x"])
 def test_names_are_folders(name):
     with pytest.raises(UserError, match="names are folders"):

@@ -238,16 +238,16 @@ def _name_problems(raw: Mapping[str, Any]) -> list[str]:
             lines.append(f"arms.{name}.like: {like!r} is no compress arm, so it has no shape of its own.")
     groups = raw.get("groups")
     for number, group in enumerate(groups if isinstance(groups, list) else []):
-        if not isinstance(group, Mapping) or sweeps:
+        if not isinstance(group, Mapping) or sweeps:  # whose arms are made later: `sweeps.expand` looks at groups then
             continue
-        lines += _group_problems(f"groups.{number}", group, known)
+        lines += group_problems(f"groups.{number}", group, known)
     if not arms and not sweeps and not raw.get("groups"):
         lines.append("study: has no arms; list some, or sweeps.")
     return lines
 
 
-def _group_problems(where: str, group: Mapping[str, Any], known: list[str]) -> list[str]:
-    """Return the arms of one group that do not exist or do not fit together."""
+def group_problems(where: str, group: Mapping[str, Any], known: list[str]) -> list[str]:
+    """Return the arms of one group that do not exist or do not fit together; with sweeps `known` is known once they have run."""
     arms = group.get("arms")
     arms = list(arms) if isinstance(arms, list | tuple) else []
     lines = [f"{where}.arms: no arm {name!r}. {nearest(str(name), known)}" for name in arms if name not in known]

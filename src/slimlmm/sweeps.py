@@ -13,7 +13,7 @@ from typing import Any, get_args
 from slimlmm import controls
 from slimlmm.errors import UserError
 from slimlmm.recipe import CHOOSING, DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
-from slimlmm.studies import BASE, Arm, Group, Kind, Study
+from slimlmm.studies import BASE, Arm, Group, Kind, Study, group_problems
 
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
@@ -67,7 +67,7 @@ def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comp
         rows: the train rows of the data, which shares are shares of.
 
     Raises:
-        UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not.
+        UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not, or none for its reference or an x.
     """
     arms = {name: _own(arm) for name, arm in study.arms.items()}
     groups = [_listed(group) for group in study.groups]
@@ -80,9 +80,13 @@ def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comp
             raise UserError(f"arms.{taken[0]}: the sweep {sweep!r} makes an arm of that name; choose another.")
         arms |= made
         groups.append(group)
-    lost = [f"groups: no arm {name!r}" for group in groups for name in group.arms if name not in arms]
+    lost = [
+        line
+        for number, group in enumerate(study.groups)
+        for line in group_problems(f"groups.{number}", group.model_dump(), list(arms))
+    ]
     if lost:
-        raise UserError(f"{'; '.join(lost)}. Known: {', '.join(arms)}.")
+        raise UserError("the study's groups do not fit its arms:\n  " + "\n  ".join(lost))
     alone = [name for name in study.arms if not any(name in group.arms for group in groups)]
     if alone:
         reference = BASE if BASE in arms else alone[0]
