@@ -8,6 +8,7 @@ from slimlmm import evaluate as ev
 from slimlmm import results as rs
 from slimlmm.errors import UserError
 from slimlmm.measure import Comparison, Memory, Timing, environment
+from slimlmm.recipe import Recipe
 from test_evaluate import rows_of
 
 
@@ -178,3 +179,14 @@ def test_effect_is_paired_and_per_task():
     assert effect.drop.mean == pytest.approx(4 / 30)
     assert set(effect.drop_tasks) == {"task 0", "task 1"}
     assert effect.agreement == pytest.approx(26 / 30)
+
+
+def test_few_rows_without_a_difference_prove_no_promise():
+    rows = rows_of(10)
+    same = ev.grade(rows, ["food"] * 30, [row.picture_key() for row in rows], max_new_tokens=6)
+    found = rs.promise(rs.effect(same, same, samples=2000), Recipe(max_drop=2.0))
+    assert (found.overall, set(found.tasks.values())) == ("undecided", {"undecided"})
+    alone = ev.grade(rows, ["food"] * 30, ["one picture"] * 30, max_new_tokens=6)
+    assert rs.promise(rs.effect(alone, alone), Recipe(max_drop=90.0)).overall == "undecided"
+    many = ev.grade(rows * 10, ["food"] * 300, [str(n) for n in range(300)], max_new_tokens=6)
+    assert rs.promise(rs.effect(many, many, samples=2000), Recipe(max_drop=2.0)).overall == "kept"

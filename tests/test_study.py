@@ -107,6 +107,9 @@ def test_the_test_over_seeds_is_students():
     assert sr.over_seeds([-one for one in differences]) == pytest.approx(p)
     assert sr.over_seeds([0.3]) is None
     assert sr.over_seeds([0.25, 0.25]) is None
+    equal = [17 / 20 - 16 / 20, 15 / 20 - 14 / 20, 13 / 20 - 12 / 20]
+    assert len(set(equal)) > 1, "equal but for rounding"
+    assert sr.over_seeds(equal) is None
 
 
 @pytest.mark.parametrize("x", [{}, {"a": 2, "b": 40, "never": 100}])

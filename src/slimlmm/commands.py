@@ -30,7 +30,7 @@ from slimlmm.losses import cross_entropy
 from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
-from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
+from slimlmm.report import ROUNDS, duration, error, final_table, points, rounds_table
 from slimlmm.report import Table as PlainTable
 from slimlmm.resizing import resized
 from slimlmm.results import Results, effect
@@ -272,15 +272,13 @@ def accuracy_table(found: dict[str, Any]) -> Table:
     table = Table(title=f"{found['model']}: exact match on {found['split']}, per cent")
     for head in ("task", "n", "accuracy", "± s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
         table.add_column(head, justify="left" if head == "task" else "right")
-    for task, score in [*found["tasks"].items(), ("all", found["overall"])]:
-        cells = [task, str(score["n"]), f"{100 * score['accuracy']:.1f}", f"{100 * score['se']:.1f}"]
+    for task, told in [*found["tasks"].items(), ("all", found["overall"])]:
+        score = evaluation.Score.model_validate(told)
+        cells = [task, str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
         if "effect" in found:
             other = found["other"]["overall"] if task == "all" else found["other"]["tasks"][task]
             drop = found["effect"]["drop"] if task == "all" else found["effect"]["drop_tasks"][task]
-            cells += [
-                f"{100 * other['accuracy']:.1f}",
-                f"{100 * drop['mean']:+.1f} [{100 * drop['low']:+.1f}, {100 * drop['high']:+.1f}]",
-            ]
+            cells += [f"{100 * other['accuracy']:.1f}", evaluation.Interval.model_validate(drop).points(1)]
         table.add_row(*cells)
     return table
 

@@ -296,7 +296,8 @@ slimlmm study DIR --page docs/results.md             # the page and its plots ag
 
 `DIR/study.json` holds for every arm mean and standard deviation over the seeds, and for every group the paired bootstrap by
 picture against its reference: rows of all seeds are pooled, pictures (each with its rows of all seeds) are drawn with
-replacement; 95 % interval and two-sided p-value. So the interval is over pictures, with the seeds pooled: it leaves out the
+replacement; 95 % interval and two-sided p-value; where fewer than ten pictures differ, bounds for few and an exact sign test,
+and neither of one picture. So the interval is over pictures, with the seeds pooled: it leaves out the
 variation between seeds, which the standard deviation and the p-value of a paired t-test over the seeds show. `DIR/README.md`
 shows one table and one plot per group.
 

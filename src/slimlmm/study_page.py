@@ -181,7 +181,8 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
         assert told is not None
         colour = REFERENCE if arm.name == group.reference else ARM
         axes.scatter([100 * run.drop for run in arm.runs], [place - 0.22] * len(arm.runs), s=12, color=SEED)
-        errors = [[100 * (told.mean - told.low)], [100 * (told.high - told.mean)]]
+        low, high = (told.mean if end is None else end for end in (told.low, told.high))
+        errors = [[100 * (told.mean - low)], [100 * (high - told.mean)]]
         axes.errorbar(100 * told.mean, place, xerr=errors, fmt="o", color=colour, capsize=3, markersize=6, zorder=3)
         if arm.name == group.reference:
             axes.axvline(100 * told.mean, color=colour, linestyle=":", linewidth=1, zorder=1)

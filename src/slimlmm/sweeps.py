@@ -67,7 +67,7 @@ def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comp
         rows: the train rows of the data, which shares are shares of.
 
     Raises:
-        UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not, or none for its reference or an x.
+        UserError: an arm has the name of one that a sweep makes, or a group does not fit the arms that there are.
     """
     arms = {name: _own(arm) for name, arm in study.arms.items()}
     groups = [_listed(group) for group in study.groups]
