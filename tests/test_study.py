@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from slimlmm import pipeline, studies, study, study_page
+from slimlmm import checkpoint, pipeline, recipe, studies, study, study_page
 from slimlmm import study_results as sr
 from slimlmm.data import Row
 from slimlmm.errors import UserError
@@ -13,6 +14,7 @@ from slimlmm.evaluate import grade, paired_test
 from slimlmm.measure import environment
 from test_cli import call
 from test_pipeline import Recorder
+from tiny import tiny
 
 SEEDS = (0, 1, 2)
 
@@ -133,6 +135,16 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     assert "- Row visits are equal within 0.0 % (from 5,000 to 5,000)." in text
 
 
+@pytest.mark.parametrize(("first", "scale"), [(0.0, "linear"), (0.25, "log")])
+def test_a_curve_from_zero_on_has_a_linear_axis(first, scale):
+    found = made({"a": {0: answered(drawn(0.8, 0))}, "b": {0: answered(drawn(0.5, 1))}}, x={"a": first, "b": 1})
+    axes = Figure().subplots()
+    study_page._curve(axes, found, found.groups[0], found.arms)
+    low, high = axes.get_xlim()
+    assert axes.get_xscale() == scale
+    assert low < first < high
+
+
 def test_several_studies_on_one_page(tmp_path):
     one = made({"a": {0: answered(drawn(0.8, 0))}, "b": {0: answered(drawn(0.5, 1))}})
     other = one.model_copy(update={"name": "other", "title": "Less data", "about": "Does it take all rows?"})
@@ -224,9 +236,28 @@ def test_a_study_of_other_data_or_another_recipe_is_not_mixed_in(settings, tmp_p
     (tmp_path / "out" / "run.json").write_text(json.dumps(planned.identity))
     found = study.run(planned, tmp_path / "out", only=["plain"])
     assert "belongs to another run" in found.arms[1].failures[4]
+    written = studies.read(tmp_path / "out" / "study.yaml")
+    assert written == planned.study
+    assert written.base.model_fields_set == planned.study.base.model_fields_set, (
+        "a default that is said means another thing"
+    )
     (tmp_path / "out" / "run.json").write_text(json.dumps({**planned.identity, "data": "other"}))
     with pytest.raises(UserError, match="belongs to another run"):
         study.run(planned, tmp_path / "out")
+
+
+@pytest.mark.parametrize("drop", [["dead_blocks"], ["unused_tokens"], ["dead_blocks", "unused_tokens"]])
+def test_the_planned_shape_is_that_of_the_lossless_cuts_that_are_named(drop, settings, ads, tmp_path):
+    checkpoint.save(*tiny("llava-clip-llama"), tmp_path / "teacher")
+    settings["model"] = str(tmp_path / "teacher")
+    inner = {"sizes": {"text.ffn": 32}, "criterion": "magnitude", "repair": []}
+    stages = [{"name": "lossless", "rounds": [{"drop": drop}]}, {"name": "inner", "rounds": [inner]}]
+    settings["base"]["stages"] = stages
+    arm = study.plan(studies.parse(settings, "s")).arms["base"]
+    made = pipeline.run(
+        tmp_path / "teacher", ads, tmp_path / "run", recipe.parse({**settings["base"], "bench_calls": 0}, "r")
+    )
+    assert (arm.sizes, arm.planned_parameters) == (made.student.sizes, made.student.parameters["total"])
 
 
 def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monkeypatch, capsys):

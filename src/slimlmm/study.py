@@ -18,7 +18,7 @@ from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
 from slimlmm.measure import environment
-from slimlmm.plan import check_stages
+from slimlmm.plan import check_stages, living_blocks
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage, Training
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
@@ -151,10 +151,10 @@ class _Planner:
         """Return final sizes and parameters, after checking that every round can be carried out."""
         config = self.loaded.model.config
         check_stages(config, settings.stages, settings.tensor_parallel)
-        if any(turn.drop for turn in turns):
-            config = resized(config, self.lossless)
         for turn in turns:
-            config = cut_in_turn(config, turn.sizes)
+            tokens = {"vocab": self.lossless["vocab"]} if "unused_tokens" in turn.drop else {}
+            blocks = living_blocks(config) if "dead_blocks" in turn.drop else {}
+            config = cut_in_turn(resized(config, tokens | blocks), turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
 
 
@@ -247,7 +247,9 @@ def run(
     names, study = planned.todo(only), planned.study
     claim(out, planned.identity)
     with held(out):
-        write_text(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+        write_text(
+            out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        )
         work = _Work(planned, out, command, trust_remote_code, tell or Quiet())
         for turn, seed in enumerate(study.seeds, 1):
             for number, name in enumerate(names, 1):

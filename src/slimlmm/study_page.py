@@ -194,7 +194,7 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
 
 
 def _curve(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) -> None:
-    """Draw exact match over the arms' numbers on a logarithmic axis; each seed is a small dot."""
+    """Draw exact match over the arms' numbers, on a logarithmic axis if all are above 0; each seed is a small dot."""
     from matplotlib import ticker
 
     order = sorted(arms, key=lambda arm: group.x[arm.name])
@@ -209,7 +209,7 @@ def _curve(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm])
             axes.plot([x], [100 * arm.accuracy.mean], "o", color=REFERENCE, zorder=4, label="reference")
     if found.teacher:
         axes.axhline(100 * found.teacher.mean, color=TEACHER, linestyle=":", label="teacher")
-    axes.set_xscale("log")
+    axes.set_xscale("log" if min(xs) > 0 else "linear")
     axes.set_xticks(xs, [f"{x:,g}" if x < 1000 else f"{x:,.0f}" for x in xs], fontsize=9)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel(group.x_label, fontsize=9)
