@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from slimlmm import checkpoint, pipeline, recipe, studies, study, study_page
+from slimlmm import checkpoint, pipeline, recipe, rounds, studies, study, study_page
 from slimlmm import study_results as sr
 from slimlmm.data import Row
 from slimlmm.errors import UserError
@@ -258,6 +258,41 @@ def test_the_planned_shape_is_that_of_the_lossless_cuts_that_are_named(drop, set
         tmp_path / "teacher", ads, tmp_path / "run", recipe.parse({**settings["base"], "bench_calls": 0}, "r")
     )
     assert (arm.sizes, arm.planned_parameters) == (made.student.sizes, made.student.parameters["total"])
+
+
+def test_sizes_are_chosen_once_and_never_by_a_dry_run(settings, tmp_path, monkeypatch, capsys):
+    search = {"sizes_by": "search", "search_candidates": 2, "search_row_visits": 20, "curve_rows": 8}
+    few = settings["base"]["data"]
+    settings["base"] = {"shrink": 1.2, "row_visits": 400, "order": ["inner"], "data": few, **search}
+    settings["arms"], settings["groups"] = {"a": {"train": {"learning_rate": 1e-4}}}, []
+    trained, real = [], rounds.train
+    monkeypatch.setattr(rounds, "train", lambda *a, **k: (trained.append(1), real(*a, **k))[1])
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(json.dumps(settings))
+
+    def dry():
+        code, told, err = call(monkeypatch, capsys, "study", path, "--out", out, "--dry-run", "--json", "--quiet")
+        assert code == 0, err
+        return json.loads(told)["arms"][0]
+
+    assert (dry()["chosen"], dry()["parameters"], dry()["skipped"], trained, out.exists()) == (
+        False,
+        None,
+        None,
+        [],
+        False,
+    )
+    asked = studies.parse(settings, "s")
+    with pytest.raises(KeyboardInterrupt):
+        study.plan(asked, out=out, tell=Recorder(stop_at="candidate 2/2"))
+    made = len(trained)
+    planned = study.plan(asked, out=out)
+    assert len(trained) == made > 0, "both shapes were recovered before"
+    assert study.plan(asked, out=out).recipes == planned.recipes
+    assert len(trained) == made
+    told = dry()
+    assert (told["chosen"], told["sizes"]) == (True, planned.arms["a"].sizes)
+    assert {one.name for one in out.iterdir()} == {"run.json", ".lock", "sizes"}
 
 
 def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monkeypatch, capsys):

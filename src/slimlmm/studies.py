@@ -285,10 +285,12 @@ INTRODUCTION = """# Studies
 
 `slimlmm study STUDY.yaml --out DIR` runs the experiments that back a method as one recipe: every arm with every seed, each in a
 run folder `DIR/runs/ARM/seed-N`, with one cache of what the teacher says. Killed at any time, the same command goes on at the
-first round that is not finished. An arm that cannot be carried out is reported with its reason, and the others go on.
+first round that is not finished. Sizes that `sizes_by` has the model run for are chosen once, before the first run, and kept in
+`DIR/sizes/`; a dry run reads them there, or says that they are not chosen yet. An arm that cannot be carried out is reported
+with its reason, and the others go on.
 
 ```
-slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; trains nothing
+slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; runs nothing
 slimlmm study STUDY.yaml --out DIR --arms base fast  # these arms only, and those whose shape they take
 slimlmm study DIR --page docs/results.md             # the page and its plots again, from DIR/study.json alone; of several
                                                      # folders or files, all studies on one page
@@ -323,7 +325,7 @@ groups:
 | `repairs` | all, none, and all but each of refit, rotate, merge, bridge and settle |
 | `fades` | what goes of inner dimensions and blocks is cut at once, or fades out over a quarter or half of the first training |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
-| `planners` | sizes by shares of one scale; by importance per cost (the model is tried when the study is planned) |
+| `planners` | sizes by shares of one scale; by importance per cost (the model is tried before the first run) |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
 | `controls` | from scratch; random weights with the same losses; units and blocks at random without repair |

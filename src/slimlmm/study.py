@@ -1,10 +1,13 @@
 """Many runs for one question: plan the arms of a study, run each with every seed, gather what came out; all of it resumable.
 
-DIR/run.json  study.yaml  cache/  runs/ARM/seed-N/ (run folders)  study.json  README.md  plots/
+DIR/run.json  study.yaml  cache/  sizes/ (choices that ran the model)  runs/ARM/seed-N/ (run folders)  study.json  README.md
+plots/
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +42,8 @@ class Planned:
     groups: tuple[Group, ...]
     teacher: dict[str, int]
     identity: dict[str, Any]
+    unchosen: frozenset[str] = frozenset()
+    """arms whose sizes wait for a choice that runs the model: `dry` tells of them, nothing else takes such a plan"""
 
     def run_of(self, name: str) -> str:
         """Return the arm that is run for this one: itself, or the first one of equal recipe."""
@@ -76,13 +81,24 @@ class Planned:
         return sorted(names, key=lambda name: self.arms[name].kind != "compress")
 
 
+class _UnchosenError(UserError):
+    """The sizes of an arm are not chosen yet, and this plan may not run the model to choose them."""
+
+
 @dataclass(slots=True)
 class _Planner:
-    """The model and rows that plans are made for; what arms have in common is planned once."""
+    """The model and rows that plans are made for; what arms have in common is planned once.
+
+    Sizes that are chosen by running the model are kept in the folder `out`, and made where they are not there if it `chooses`.
+    """
 
     loaded: checkpoint.Loaded
     rows: dict[str, list[data.Row]]
     lossless: dict[str, int]
+    identity: dict[str, Any]
+    out: Path | None
+    chooses: bool
+    tell: Reporter
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
 
@@ -90,7 +106,7 @@ class _Planner:
         """Return the arm's recipe with its schedule written out.
 
         Raises:
-            UserError: its keys do not fit together, or its size cannot be reached.
+            UserError: its keys do not fit together, or its size cannot be reached or is not chosen yet.
         """
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
@@ -101,9 +117,25 @@ class _Planner:
         rows_matter = whole.sizes_by != "shares"
         asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
         if asked not in self.schedules:
-            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, whole)
+            self.schedules[asked] = self._schedule(whole, asked)
         stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
         return whole.model_copy(update={**spent, "stages": stages})
+
+    def _schedule(self, whole: Recipe, asked: str) -> sweeps.Stages:
+        """Return the schedule of a recipe, its sizes read where they were chosen before."""
+        if whole.stages or whole.sizes_by == "shares":
+            return pipeline.schedule(self.loaded, self.rows, whole)
+        told = hashlib.sha256(json.dumps([self.identity, asked]).encode()).hexdigest()
+        folder = self.out and self.out / "sizes" / told[:16]
+        if folder and (folder / "sizes.json").exists():
+            return pipeline.schedule(self.loaded, self.rows, whole, folder)
+        if not self.chooses:
+            raise _UnchosenError(f"sizes_by: {whole.sizes_by} runs the model.")
+        if not (self.out and folder):
+            return pipeline.schedule(self.loaded, self.rows, whole, tell=self.tell)
+        with held(self.out, self.identity):
+            folder.mkdir(parents=True, exist_ok=True)
+            return pipeline.schedule(self.loaded, self.rows, whole, folder, self.tell)
 
     def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
         """Return the stages with steps for as many row visits on the arm's train rows as were meant.
@@ -158,8 +190,18 @@ class _Planner:
         return describe(config).sizes, predict_parameters(config, {})
 
 
-def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
+def plan(
+    study: Study,
+    *,
+    out: Path | None = None,
+    choose: bool = True,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
+) -> Planned:
     """Expand sweeps, plan every arm's schedule, find arms of equal recipe; what cannot be planned gets its reason.
+
+    Sizes that are chosen by running the model (``sizes_by``) are read from the study's folder `out`; those that are not there
+    are chosen and kept in it, or, without `choose`, left open.
 
     Raises:
         UserError: bad model or data, or names that do not fit.
@@ -176,7 +218,9 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         allowed=settings.pictures,
     )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
-    planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows))
+    everything = [row for part in rows.values() for row in part]
+    identity = {"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)}
+    planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows), identity, out, choose, tell)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})
     wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
@@ -187,14 +231,14 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     for number, (name, one) in enumerate(wanted.items(), 1):
         tell.step("planning arms", number, len(wanted))
         arms[name] = _arm(name, one, base, planner, arms, recipes)
-    everything = [row for part in rows.values() for row in part]
     return Planned(
         study=study,
         arms=arms,
         recipes=recipes,
         groups=tuple(_group(one, arms) for one in comparisons),
         teacher=describe(loaded.model.config).sizes,
-        identity={"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)},
+        identity=identity,
+        unchosen=frozenset(name for name, arm in arms.items() if not (arm.like or arm.reason or name in recipes)),
     )
 
 
@@ -208,6 +252,8 @@ def _arm(
     try:
         found = planner.recipe(base, wanted)
         facts = planner.facts(found)
+    except _UnchosenError:
+        return arm
     except UserError as error:
         return arm.model_copy(update={"reason": str(error)})
     except ValidationError as error:
@@ -341,7 +387,10 @@ def rounds_of(stages: Sequence[Stage]) -> Iterator[str]:
 
 
 def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits."""
+    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits.
+
+    Of an arm whose sizes are not chosen yet these are not known, nor whether another one has its recipe.
+    """
     arms, todo = [], planned.todo(only)
     for name, arm in planned.arms.items():
         if only and name not in (*only, *todo):
@@ -355,6 +404,7 @@ def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
                 "like": arm.like,
                 "same_as": arm.same_as,
                 "skipped": arm.reason,
+                "chosen": name not in planned.unchosen,
                 "sizes": arm.sizes,
                 "cut": {axis: size for axis, size in arm.sizes.items() if size != planned.teacher[axis]},
                 "parameters": arm.planned_parameters,
