@@ -190,6 +190,28 @@ def test_fewer_rows_and_fewer_rounds_take_as_many_visits_to_the_same_size(planne
     assert counts == [10, 30, None]
 
 
+def test_fewer_questions_and_fewer_rows_of_the_teacher_take_as_many_visits(ads, tmp_path):
+    checkpoint.save(*tiny("llava-dinov2-llama"), tmp_path / "teacher")
+    arms = {
+        "few-questions": {"train": {"questions_per_picture": 2}},
+        "few-asked": {"recipe": {"data": {"teacher_rows": 20}}},
+        "alone": {"recipe": {"data": {"teacher_rows": 20}}, "train": {"losses": {"forward_kl": 1.0}}},
+    }
+    raw = {
+        "model": str(tmp_path / "teacher"),
+        "data": str(ads),
+        "base": {"shrink": 2, "row_visits": 8000},
+        "arms": arms,
+    }
+    group = {"title": "t", "arms": ["base", *arms], "reference": "base"}
+    found = study.plan(studies.parse({**raw, "groups": [group]}, "s"))
+    visits = found.arms["base"].planned_row_visits
+    for name in arms:
+        assert found.arms[name].planned_row_visits == pytest.approx(visits, rel=0.02), name
+    for stage in found.recipes["few-questions"].stages:
+        assert all(one.questions_per_picture == 2 for turn in stage.rounds for one in turn.train)
+
+
 def test_what_cannot_be_reached_is_skipped_with_the_numbers(planned):
     assert "--shrink 1000 allows" in planned.arms["frontier-1000"].reason
     assert "allow in blocks takes" in planned.arms["only-blocks"].reason

@@ -89,7 +89,7 @@ def scaled(recipe: Recipe, rows: Sequence[Row], visits: int) -> Recipe:
 
 
 def _rows_of(training: Training, rows: Sequence[Row]) -> float:
-    return rows_a_step(rows, training.pictures_per_step, training.questions_per_picture)
+    return rows_a_step(rows, training)
 
 
 def recipe_of(task: Task, rows: Sequence[Row]) -> Recipe:
@@ -99,7 +99,7 @@ def recipe_of(task: Task, rows: Sequence[Row]) -> Recipe:
 
 def steps_of(visits: float, rows: Sequence[Row]) -> int:
     """Return the steps over `PICTURES` pictures that make about so many row visits."""
-    return max(1, round(visits / rows_a_step(rows, PICTURES, 16)))
+    return max(1, round(visits / rows_a_step(rows, Training(steps=1, pictures_per_step=PICTURES))))
 
 
 def rounds_of(config: Any, recipe: Recipe) -> list[Round]:

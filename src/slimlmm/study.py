@@ -20,6 +20,7 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, st
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
+from slimlmm.lessons import asked_of
 from slimlmm.measure import environment
 from slimlmm.plan import check_stages, living_blocks
 from slimlmm.progress import Quiet, Reporter
@@ -101,6 +102,7 @@ class _Planner:
     tell: Reporter
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
+    steps: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     def recipe(self, base: Recipe, wanted: Wanted) -> Recipe:
         """Return the arm's recipe with its schedule written out.
@@ -118,7 +120,8 @@ class _Planner:
         asked = recipe.dump(whole if rows_matter else whole.model_copy(update={"data": plain.data}))
         if asked not in self.schedules:
             self.schedules[asked] = self._schedule(whole, asked)
-        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole)
+        stages = self._as_many_visits(wanted.change(self.schedules[asked]), base, whole, wanted.train)
+        stages = sweeps.everywhere(stages, wanted.rounds, {})
         return whole.model_copy(update={**spent, "stages": stages})
 
     def _schedule(self, whole: Recipe, asked: str) -> sweeps.Stages:
@@ -137,23 +140,32 @@ class _Planner:
             folder.mkdir(parents=True, exist_ok=True)
             return pipeline.schedule(self.loaded, self.rows, whole, folder, self.tell)
 
-    def _as_many_visits(self, stages: sweeps.Stages, base: Recipe, changed: Recipe) -> sweeps.Stages:
-        """Return the stages with steps for as many row visits on the arm's train rows as were meant.
+    def _as_many_visits(
+        self, stages: sweeps.Stages, base: Recipe, changed: Recipe, keys: Mapping[str, Any]
+    ) -> sweeps.Stages:
+        """Return the stages with these keys in every training, and steps for as many row visits on the arm's rows as were meant.
 
         A schedule is planned as if all steps were full, but epochs end in a part, which counts where pictures are few. Listed
         stages mean what they take on the train rows of the base.
         """
-        rows = [data.sample(self.rows["train"], one.data.train_rows, 0) for one in (base, changed)]
 
         def trained(one: Training) -> Training:
-            pictures, questions = one.pictures_per_step, one.questions_per_picture
-            meant = controls.rows_a_step(rows[0], pictures, questions)
+            meant = self._rows_a_step(base, one)
             if not changed.stages:
-                meant = pictures * controls.rows_a_step(rows[0], 1, questions)
-            steps = round(one.steps * meant / controls.rows_a_step(rows[1], pictures, questions))
-            return one.model_copy(update={"steps": max(1, steps)})
+                meant = one.pictures_per_step * self._rows_a_step(base, one.model_copy(update={"pictures_per_step": 1}))
+            new = Training.model_validate({**one.model_dump(), **keys})
+            return new.model_copy(update={"steps": max(1, round(one.steps * meant / self._rows_a_step(changed, new)))})
 
         return sweeps.each(stages, lambda turn: turn, trained)
+
+    def _rows_a_step(self, settings: Recipe, one: Training) -> float:
+        """Return the mean row visits of a step of a training, on the rows of a recipe."""
+        used = settings.data
+        of = (used.train_rows, used.teacher_rows, *one.losses, one.pictures_per_step, one.questions_per_picture)
+        if of not in self.steps:
+            rows = data.sample(self.rows["train"], used.train_rows, 0)
+            self.steps[of] = controls.rows_a_step(rows, one, asked_of(rows, used.teacher_rows, 0)[1])
+        return self.steps[of]
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
         """Return final sizes, parameters, rounds and planned row visits.
@@ -166,12 +178,7 @@ class _Planner:
         if cuts not in self.shapes:
             self.shapes[cuts] = self._shape(settings, turns)
         sizes, parameters = self.shapes[cuts]
-        rows = data.sample(self.rows["train"], settings.data.train_rows, 0)
-        visits = sum(
-            one.steps * controls.rows_a_step(rows, one.pictures_per_step, one.questions_per_picture)
-            for turn in turns
-            for one in turn.train
-        )
+        visits = sum(one.steps * self._rows_a_step(settings, one) for turn in turns for one in turn.train)
         return {
             "sizes": sizes,
             "planned_parameters": parameters,

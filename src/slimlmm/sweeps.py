@@ -1,6 +1,7 @@
 """Sweeps: arms and groups made from a base recipe, so that nobody writes forty arms by hand.
 
-An arm is what it changes in the recipe (`Wanted.recipe`) and in the schedule that was planned from that (`Wanted.change`).
+An arm is what it changes in the recipe (`Wanted.recipe`) and in the schedule that was planned from that: its shape
+(`Wanted.change`), then keys of every training (steps follow, for equal row visits) and of every round.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
 #: losses on answer tokens
 ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
-#: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
-PLAIN: dict[str, Any] = {"teachers": {"first": 1.0}, "own_answers": 0.0}
 CRITERIA = ("taylor", "activation", "magnitude", "random")
 
 
@@ -38,6 +37,8 @@ class Wanted:
     like: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     change: Change = unchanged
+    rounds: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,8 @@ def _own(arm: Arm) -> Wanted:
         kind=arm.kind,
         like=arm.like,
         recipe=arm.recipe,
-        change=lambda stages: everywhere(stages, arm.rounds, arm.train),
+        rounds=arm.rounds,
+        train=arm.train,
     )
 
 
@@ -141,7 +143,7 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         rest = {name: weight for name, weight in one.losses.items() if name not in ANSWERS}
         if not (wanted := losses(answer)):
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
-        plain = {} if DIVERGENCES & set(wanted) else PLAIN
+        plain = {} if DIVERGENCES & set(wanted) else controls.NO_TEACHER
         return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}})
 
     return each(stages, lambda turn: turn, trained)
@@ -223,7 +225,7 @@ def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     def no_margin(had: dict[str, float]) -> dict[str, float]:
         return {name: weight for name, weight in had.items() if name != "pairwise_margin"}
 
-    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",), **PLAIN}
+    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",), **controls.NO_TEACHER}
     ways: dict[str, tuple[str, Change]] = {
         "margin": ("with the pairwise margin", lambda stages: answered_by(stages, margin)),
         "no-margin": ("without the pairwise margin", lambda stages: answered_by(stages, no_margin)),
