@@ -29,7 +29,7 @@ from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
-from slimlmm.sweeps import Comparison, TrainRows, Wanted
+from slimlmm.sweeps import Comparison, Subject, Wanted
 from slimlmm.teacher import weights_fingerprint
 
 
@@ -230,7 +230,7 @@ def plan(
     planner = _Planner(loaded, rows, pipeline.lossless_sizes(loaded, rows), identity, out, choose, tell)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})
-    wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
+    wanted, comparisons = sweeps.expand(study, Subject(len(train), len(train) / pictures, loaded.model.config))
     arms: dict[str, Arm] = {}
     recipes: dict[str, Recipe] = {}
     timed = "bench_calls" in study.base.model_fields_set
