@@ -101,6 +101,16 @@ def test_spreads_and_differences_of_a_study():
     assert sr.spread([0.5]).sd is None
 
 
+def test_a_group_says_where_each_seed_has_test_rows_of_its_own():
+    same = {seed: answered(drawn(0.8, seed)) for seed in SEEDS}
+    own = {seed: answered(drawn(0.8, seed, n=200 + seed)) for seed in SEEDS}
+    for students, told in ((same, False), (own, True)):
+        group = studies.Group(title="t", arms=("a", "b"), reference="a")
+        answers = {name: sr.Answers(students=students, teachers={}) for name in group.arms}
+        found = sr.compared(group, answers, {name: sr.Arm(name=name) for name in group.arms})
+        assert any("drew test rows of its own" in note for note in found.notes) == told
+
+
 def test_the_test_over_seeds_is_students():
     differences = [0.3, -0.1, 0.25]
     t = np.mean(differences) / (np.std(differences, ddof=1) / 3**0.5)

@@ -300,8 +300,9 @@ slimlmm study DIR --page docs/results.md             # the page and its plots ag
 picture against its reference: rows of all seeds are pooled, pictures (each with its rows of all seeds) are drawn with
 replacement; 95 % interval and two-sided p-value; where fewer than ten pictures differ, bounds for few and an exact sign test,
 and neither of one picture. So the interval is over pictures, with the seeds pooled: it leaves out the
-variation between seeds, which the standard deviation and the p-value of a paired t-test over the seeds show. `DIR/README.md`
-shows one table and one plot per group.
+variation between seeds, which the standard deviation and the p-value of a paired t-test over the seeds show. All arms of one
+seed answer the same test rows; `data.test_rows` are drawn by the seed, so that over the seeds the rows vary too, which the page
+notes. `DIR/README.md` shows one table and one plot per group.
 
 ```yaml
 model: path/to/model

@@ -74,7 +74,7 @@ def _summary(found: StudyResults) -> list[str]:
         "",
         "Exact match in per cent, mean ± standard deviation over the seeds. Drops (teacher minus arm) and differences (arm minus",
         "reference) in points with 95 % intervals: rows of all seeds pooled, paired bootstrap over pictures; p two-sided, for",
-        "other pictures with these seeds; p (seeds): for other seeds with these pictures, a paired t-test over the seeds.",
+        "other pictures with these seeds; p (seeds): for other seeds, a paired t-test over the seeds.",
     ]
     return lines
 

@@ -308,8 +308,8 @@ def over_seeds(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value that another draw of seeds would show no difference; None for one seed or no spread.
 
     Student's paired t-test: t = m / (s / sqrt(n)) with n - 1 degrees of freedom, m and s the mean and standard deviation
-    (n - 1) of the n differences. The rows are taken as given; `pooled` asks the other question, with the seeds given. Shares of
-    rows that differ at all differ by more than `ROUNDING`, so less is no spread.
+    (n - 1) of the n differences. The rows are taken as given where all seeds have the same; `pooled` asks the other question,
+    with the seeds given. Shares of rows that differ at all differ by more than `ROUNDING`, so less is no spread.
     """
     if len(differences) < 2 or np.ptp(differences) <= ROUNDING:
         return None
@@ -331,6 +331,10 @@ def compared(group: Group, answers: Mapping[str, Answers], arms: Mapping[str, Ar
             continue
         seeds = {seed: students[seed].accuracy - reference[seed].accuracy for seed in students if seed in reference}
         differences[name] = Difference(interval=interval, p=p, seeds=seeds, seeds_p=over_seeds(list(seeds.values())))
+    if len({tuple(sorted(one.id for one in told.predictions)) for told in reference.values()}) > 1:
+        notes.append(
+            "Each seed drew test rows of its own, so p (seeds) is for other seeds and other test rows together."
+        )
     visits = [run.row_visits for name in group.arms for run in arms[name].runs]
     return Compared(
         title=group.title,
