@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimlmm import commands
+from slimlmm import commands, evaluate
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.inspection import sizes_of
@@ -10,6 +10,13 @@ from slimlmm.resizing import resized
 from slimlmm.views import ratio
 from tiny import tiny_config
 from zoo import CONFIGS
+
+
+def test_evaluate_shows_the_error_over_pictures_as_the_report_does():
+    score = evaluate.score([1, 1, 1, 0, 0, 0], list("aaabbb"))
+    found = {"model": "m", "split": "test", "tasks": {}, "overall": score.model_dump()}
+    (cell,) = commands.accuracy_table(found).columns[3].cells
+    assert cell == f"{100 * score.clustered_se:.1f}" != f"{100 * score.se:.1f}"
 
 
 def test_an_order_is_found_in_which_each_step_can_be_said():

@@ -159,14 +159,18 @@ def test_repeating_every_row_of_a_picture_does_not_shrink_the_clustered_error():
     assert ev.score([1, 0, 1], ["a"] * 3).clustered_se is None
 
 
-def test_bootstrap_matches_the_exact_distribution_over_all_samples_of_pictures():
-    a, b, clusters = [1, 1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0], list("xxyyyzz")
-    difference, sizes = np.array(a) - np.array(b), np.array([2, 3, 2])
-    sums = np.array([difference[[c == key for c in clusters]].sum() for key in "xyz"])
-    every = [sums[list(d)].sum() / sizes[list(d)].sum() for d in itertools.product(range(3), repeat=3)]
-    interval = ev.paired_bootstrap(a, b, clusters, samples=20_000, seed=1, level=0.6)
-    assert interval.mean == pytest.approx(difference.mean())
-    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(every, [0.2, 0.8])))
+def test_one_picture_has_no_interval_and_no_p_value():
+    interval, p = ev.paired_test([1] * 6 + [0] * 4, [1] * 5 + [0] * 5, ["a"] * 10)
+    assert (interval.mean, interval.low, interval.high, p) == (pytest.approx(0.1), None, None, None)
+    assert interval.points() == "+10.00 [-]"
+    assert interval.ends == (-1, 1)
+
+
+def test_an_interval_in_points_and_the_other_way_round():
+    found = ev.Interval(mean=0.0042, low=-0.001, high=0.0095)
+    assert found.points() == "+0.42 [-0.10, +0.95]"
+    assert (-found).points(1) == "-0.4 [-0.9, +0.1]"
+    assert ev.paired_bootstrap([1, 0], [1, 0], ["a", "b"]).ends[1] > 0.5, "no difference in two rows proves nothing"
 
 
 def test_bootstrap_agrees_with_the_normal_interval_where_that_holds():

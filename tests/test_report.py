@@ -5,7 +5,9 @@ import io
 import yaml
 from rich.console import Console
 
-from slimlmm import report
+from slimlmm import report, results
+from slimlmm.evaluate import Interval
+from slimlmm.recipe import Recipe
 from test_results import sample, unfinished
 
 
@@ -54,6 +56,20 @@ def test_terminal_tables():
         assert part in text, part
     assert "17 M" in shown(report.final_table(unfinished()))
     assert "text.width 576→384" in shown(report.rounds_table(sample()).rich("rounds"))
+
+
+def test_the_sentence_on_the_promise_names_spared_tasks():
+    drops = {"price": Interval(mean=0.005, low=0.0, high=0.01), "slogan": Interval(mean=0.4, low=0.3, high=0.5)}
+    change = results.Effect(drop=drops["price"], drop_tasks=drops, agreement=0.9)
+
+    def said(*spared):
+        return report.promised(results.promise(change, Recipe(max_drop=1.0, spared_tasks=spared)))
+
+    assert said().endswith("At most 2 points in any task: broken in slogan.")
+    assert said("slogan").endswith("in any other task: kept in all; slogan spared, which may lose any.")
+    assert said("price", "slogan").endswith(
+        "in any other task: there is none; price, slogan spared, which may lose any."
+    )
 
 
 def test_units():

@@ -136,6 +136,7 @@ def test_other_answers_are_counted_and_judged_by_the_paired_interval(wrong, outc
         def how(told):
             for index, one in enumerate(told["predictions"]):
                 one["correct"], one["answer"] = (True, "a") if index >= right else (False, "b")
+                one["picture"] = str(index)
 
         change(which / "student-test.json", how)
 

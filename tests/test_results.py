@@ -9,6 +9,7 @@ from slimlmm import recipe
 from slimlmm import results as rs
 from slimlmm.errors import UserError
 from slimlmm.measure import Comparison, Memory, Timing, environment
+from slimlmm.recipe import Recipe
 from test_evaluate import rows_of
 
 
@@ -188,3 +189,14 @@ def test_a_shrink_that_was_missed_is_told_with_both_numbers():
     assert note.startswith("4 times fewer parameters were asked for, 3.938 times fewer are left: blocks differ in size")
     missed = rs.Round(number=1, stage="x", round=1, before={}, after={}, parameters_before=2, parameters=1, seconds=0)
     assert "the promise was missed" in rs.short_of(asked, 3.0, [missed])[0]
+
+
+def test_few_rows_without_a_difference_prove_no_promise():
+    rows = rows_of(10)
+    same = ev.grade(rows, ["food"] * 30, [row.picture_key() for row in rows], max_new_tokens=6)
+    found = rs.promise(rs.effect(same, same, samples=2000), Recipe(max_drop=2.0))
+    assert (found.overall, set(found.tasks.values())) == ("undecided", {"undecided"})
+    alone = ev.grade(rows, ["food"] * 30, ["one picture"] * 30, max_new_tokens=6)
+    assert rs.promise(rs.effect(alone, alone), Recipe(max_drop=90.0)).overall == "undecided"
+    many = ev.grade(rows * 10, ["food"] * 300, [str(n) for n in range(300)], max_new_tokens=6)
+    assert rs.promise(rs.effect(many, many, samples=2000), Recipe(max_drop=2.0)).overall == "kept"

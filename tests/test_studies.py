@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from slimlmm import checkpoint, controls, studies, study, sweeps
+from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
-from tiny import tiny
+from slimlmm.resizing import cut_in_turn
+from tiny import tiny, tiny_config
 
 SWEEPS = [
     "orders",
@@ -82,10 +84,26 @@ def test_groups_name_arms_that_are_there():
     assert "groups.0.x: no number for slwo" in text
     with pytest.raises(UserError, match="the sweep 'repairs' makes an arm of that name"):
         sweeps.expand(
-            studies.parse({**raw, "arms": {"repair-none": {}}, "sweeps": ["repairs"]}, "s"), sweeps.TrainRows(9, 1)
+            studies.parse({**raw, "arms": {"repair-none": {}}, "sweeps": ["repairs"]}, "s"), sweeps.Subject(9, 1, None)
         )
     with pytest.raises(UserError, match="has no arms"):
         studies.parse({"model": "m", "data": "d"}, "s")
+
+
+def test_groups_beside_sweeps_are_looked_at_when_the_sweeps_have_made_their_arms():
+    raw = {"model": "m", "data": "d", "base": {"shrink": 4}, "sweeps": ["repairs"], "arms": {"a": {}}}
+    groups = [
+        {"title": "t", "arms": ["base", "repair-none"], "reference": "bse"},
+        {"title": "u", "arms": ["a", "repair-nine"], "reference": "a", "x": {"repair-nine": 1}},
+    ]
+    with pytest.raises(UserError) as caught:
+        sweeps.expand(studies.parse({**raw, "groups": groups}, "s"), sweeps.Subject(9, 1, None))
+    for part in (
+        "groups.0.reference: 'bse' is not among",
+        "groups.1.arms: no arm 'repair-nine'. Did you mean",
+        "groups.1.x: no number for a",
+    ):
+        assert part in str(caught.value), part
 
 
 @pytest.mark.parametrize("name", ["A", "../up", "a/b", "", ".x"])
@@ -174,6 +192,28 @@ def test_fewer_rows_and_fewer_rounds_take_as_many_visits_to_the_same_size(planne
     assert counts == [10, 30, None]
 
 
+def test_fewer_questions_and_fewer_rows_of_the_teacher_take_as_many_visits(ads, tmp_path):
+    checkpoint.save(*tiny("llava-dinov2-llama"), tmp_path / "teacher")
+    arms = {
+        "few-questions": {"train": {"questions_per_picture": 2}},
+        "few-asked": {"recipe": {"data": {"teacher_rows": 20}}},
+        "alone": {"recipe": {"data": {"teacher_rows": 20}}, "train": {"losses": {"forward_kl": 1.0}}},
+    }
+    raw = {
+        "model": str(tmp_path / "teacher"),
+        "data": str(ads),
+        "base": {"shrink": 2, "row_visits": 8000},
+        "arms": arms,
+    }
+    group = {"title": "t", "arms": ["base", *arms], "reference": "base"}
+    found = study.plan(studies.parse({**raw, "groups": [group]}, "s"))
+    visits = found.arms["base"].planned_row_visits
+    for name in arms:
+        assert found.arms[name].planned_row_visits == pytest.approx(visits, rel=0.02), name
+    for stage in found.recipes["few-questions"].stages:
+        assert all(one.questions_per_picture == 2 for turn in stage.rounds for one in turn.train)
+
+
 def test_what_cannot_be_reached_is_skipped_with_the_numbers(planned):
     assert "--shrink 1000 allows" in planned.arms["frontier-1000"].reason
     assert "allow in blocks takes" in planned.arms["only-blocks"].reason
@@ -215,7 +255,7 @@ def test_arms_without_a_teachers_distribution_leave_out_what_needs_one():
     teachers = {"first": 1.0, "previous": 1.0}
     stages = (Stage(name="a", rounds=(Round(train=(Training(steps=1, own_answers=0.5, teachers=teachers),)),)),)
     study_of = studies.parse({"model": "m", "data": "d", "sweeps": ["losses", "teachers"]}, "s")
-    arms, _ = sweeps.expand(study_of, sweeps.TrainRows(9, 1))
+    arms, _ = sweeps.expand(study_of, sweeps.Subject(9, 1, None))
     for name, changed in (("losses-ce", True), ("losses-no-teacher", True), ("losses-kl", False)):
         (one,) = arms[name].change(stages)[0].rounds[0].train
         assert (one.own_answers, one.teachers) == ((0.0, {"first": 1.0}) if changed else (0.5, teachers)), name
@@ -226,18 +266,49 @@ def test_arms_without_a_teachers_distribution_leave_out_what_needs_one():
 
 def test_merging_all_rounds_keeps_order_sizes_and_visits():
     def turn(steps, **sizes):
-        return Round(sizes=sizes, train=(Training(steps=steps, pictures_per_step=8),))
+        cuts = {name.replace("_", ".", 1): size for name, size in sizes.items()}
+        return Round(sizes=cuts, train=(Training(steps=steps, pictures_per_step=8),))
 
     stages = (
         Stage(name="lossless", rounds=(Round(drop=("unused_tokens",)),)),
-        Stage(name="inner", rounds=(turn(10, ffn=8), turn(20, ffn=4, kv=2))),
-        Stage(name="width", rounds=(turn(30, width=6),)),
+        Stage(name="inner", rounds=(turn(10, text_ffn=64), turn(20, text_ffn=32, text_kv_groups=2))),
+        Stage(name="width", rounds=(turn(30, text_width=24),)),
     )
-    _, shot = sweeps.one_shot(stages)
-    assert list(shot.rounds[0].sizes.items()) == [("ffn", 4), ("kv", 2), ("width", 6)]
+    config = tiny_config("llava-dinov2-llama")
+    _, shot = sweeps.one_shot(stages, config)
+    assert list(shot.rounds[0].sizes.items()) == [("text.ffn", 32), ("text.kv_groups", 2), ("text.width", 24)]
     assert shot.rounds[0].train[0].steps == 60
-    assert [len(stage.rounds) for stage in sweeps.one_round_per_level(stages)] == [1, 1, 1]
-    assert sweeps.one_round_per_level(stages)[1].rounds[0].train[0].steps == 30
+    levels = sweeps.one_round_per_level(stages, config)
+    assert [len(stage.rounds) for stage in levels] == [1, 1, 1]
+    assert levels[1].rounds[0].train[0].steps == 30
+
+
+def ended(config, stages):
+    for stage in stages:
+        for turn in stage.rounds:
+            config = cut_in_turn(config, turn.sizes)
+    return describe(config).sizes
+
+
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations([("width", 3, 4), ("ffn", 2, 1), ("width", 1, 2), ("ffn", 1, 1)]))
+)
+def test_merged_rounds_end_in_the_shape_of_the_listed_ones(order):
+    """An FFN that is a whole number of the width means another size before a width cut than behind it."""
+    config = tiny_config("llava-dinov2-llama")
+    first, now, cuts = describe(config).sizes, config, []
+    for noun, part, of in order:
+        width = describe(now).sizes["vision.width"]
+        size = first["vision.width"] * part // of if noun == "width" else width * part // of
+        if (noun == "ffn" and size % width) or size > describe(now).sizes[f"vision.{noun}"]:
+            continue
+        cuts.append(Round(sizes={f"vision.{noun}": size}))
+        now = cut_in_turn(now, cuts[-1].sizes)
+    stages = (Stage(name="a", rounds=tuple(cuts)),)
+    for merge in (sweeps.one_round_per_level, sweeps.one_shot):
+        (stage,) = merge(stages, config)
+        assert len(stage.rounds) == 1
+        assert ended(config, (stage,)) == ended(config, stages)
 
 
 def test_a_base_of_stages_has_no_order_to_change():
@@ -254,7 +325,7 @@ def test_the_page_of_studies_is_current():
 
 def test_planners_are_compared_with_the_base():
     told = {"model": "m", "data": "d", "base": {"shrink": 4}, "sweeps": ["planners"]}
-    arms, (group,) = sweeps.expand(studies.parse(told, "s"), sweeps.TrainRows(9, 1))
+    arms, (group,) = sweeps.expand(studies.parse(told, "s"), sweeps.Subject(9, 1, None))
     assert {name: dict(arm.recipe) for name, arm in arms.items()} == {
         "base": {},
         "sizes-by-shares": {"sizes_by": "shares"},

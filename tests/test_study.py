@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from slimlmm import pipeline, studies, study, study_page
+from slimlmm import checkpoint, pipeline, recipe, rounds, studies, study, study_page
 from slimlmm import study_results as sr
 from slimlmm.data import Row
 from slimlmm.errors import UserError
@@ -13,6 +14,7 @@ from slimlmm.evaluate import grade, paired_test
 from slimlmm.measure import environment
 from test_cli import call
 from test_pipeline import Recorder
+from tiny import tiny
 
 SEEDS = (0, 1, 2)
 
@@ -99,6 +101,16 @@ def test_spreads_and_differences_of_a_study():
     assert sr.spread([0.5]).sd is None
 
 
+def test_a_group_says_where_each_seed_has_test_rows_of_its_own():
+    same = {seed: answered(drawn(0.8, seed)) for seed in SEEDS}
+    own = {seed: answered(drawn(0.8, seed, n=200 + seed)) for seed in SEEDS}
+    for students, told in ((same, False), (own, True)):
+        group = studies.Group(title="t", arms=("a", "b"), reference="a")
+        answers = {name: sr.Answers(students=students, teachers={}) for name in group.arms}
+        found = sr.compared(group, answers, {name: sr.Arm(name=name) for name in group.arms})
+        assert any("drew test rows of its own" in note for note in found.notes) == told
+
+
 def test_the_test_over_seeds_is_students():
     differences = [0.3, -0.1, 0.25]
     t = np.mean(differences) / (np.std(differences, ddof=1) / 3**0.5)
@@ -107,6 +119,9 @@ def test_the_test_over_seeds_is_students():
     assert sr.over_seeds([-one for one in differences]) == pytest.approx(p)
     assert sr.over_seeds([0.3]) is None
     assert sr.over_seeds([0.25, 0.25]) is None
+    equal = [17 / 20 - 16 / 20, 15 / 20 - 14 / 20, 13 / 20 - 12 / 20]
+    assert len(set(equal)) > 1, "equal but for rounding"
+    assert sr.over_seeds(equal) is None
 
 
 @pytest.mark.parametrize("x", [{}, {"a": 2, "b": 40, "never": 100}])
@@ -128,6 +143,16 @@ def test_the_page_is_drawn_from_the_record_alone(x, tmp_path):
     assert "| a | - | 1 k | 5,000 | 2 s | 1 |" in text
     assert "| never | - | - | - | - | 0 | - | - | - | - | - |" in text
     assert "- Row visits are equal within 0.0 % (from 5,000 to 5,000)." in text
+
+
+@pytest.mark.parametrize(("first", "scale"), [(0.0, "linear"), (0.25, "log")])
+def test_a_curve_from_zero_on_has_a_linear_axis(first, scale):
+    found = made({"a": {0: answered(drawn(0.8, 0))}, "b": {0: answered(drawn(0.5, 1))}}, x={"a": first, "b": 1})
+    axes = Figure().subplots()
+    study_page._curve(axes, found, found.groups[0], found.arms)
+    low, high = axes.get_xlim()
+    assert axes.get_xscale() == scale
+    assert low < first < high
 
 
 def test_several_studies_on_one_page(tmp_path):
@@ -221,6 +246,11 @@ def test_a_study_of_other_data_or_another_recipe_is_not_mixed_in(settings, tmp_p
     (tmp_path / "out" / "run.json").write_text(json.dumps(planned.identity))
     found = study.run(planned, tmp_path / "out", only=["plain"])
     assert "belongs to another run" in found.arms[1].failures[4]
+    written = studies.read(tmp_path / "out" / "study.yaml")
+    assert written == planned.study
+    assert written.base.model_fields_set == planned.study.base.model_fields_set, (
+        "a default that is said means another thing"
+    )
     (tmp_path / "out" / "run.json").write_text(json.dumps({**planned.identity, "data": "other"}))
     with pytest.raises(UserError, match="belongs to another run"):
         study.run(planned, tmp_path / "out")
@@ -233,6 +263,55 @@ def test_a_base_that_asks_in_vain_is_refused_and_an_arm_that_does_is_told(settin
     settings["base"]["shrink"] = 4
     with pytest.raises(UserError, match=r"base: shrink: 4.0 has no effect where stages are listed"):
         study.plan(studies.parse(settings, "s"))
+
+
+@pytest.mark.parametrize("drop", [["dead_blocks"], ["unused_tokens"], ["dead_blocks", "unused_tokens"]])
+def test_the_planned_shape_is_that_of_the_lossless_cuts_that_are_named(drop, settings, ads, tmp_path):
+    checkpoint.save(*tiny("llava-clip-llama"), tmp_path / "teacher")
+    settings["model"] = str(tmp_path / "teacher")
+    inner = {"sizes": {"text.ffn": 32}, "criterion": "magnitude", "repair": []}
+    stages = [{"name": "lossless", "rounds": [{"drop": drop}]}, {"name": "inner", "rounds": [inner]}]
+    settings["base"]["stages"] = stages
+    arm = study.plan(studies.parse(settings, "s")).arms["base"]
+    made = pipeline.run(
+        tmp_path / "teacher", ads, tmp_path / "run", recipe.parse({**settings["base"], "bench_calls": 0}, "r")
+    )
+    assert (arm.sizes, arm.planned_parameters) == (made.student.sizes, made.student.parameters["total"])
+
+
+def test_sizes_are_chosen_once_and_never_by_a_dry_run(settings, tmp_path, monkeypatch, capsys):
+    search = {"sizes_by": "search", "search_candidates": 2, "search_row_visits": 20, "curve_rows": 8}
+    few = settings["base"]["data"]
+    settings["base"] = {"shrink": 1.2, "row_visits": 400, "order": ["inner"], "data": few, **search}
+    settings["arms"], settings["groups"] = {"a": {"train": {"learning_rate": 1e-4}}}, []
+    trained, real = [], rounds.train
+    monkeypatch.setattr(rounds, "train", lambda *a, **k: (trained.append(1), real(*a, **k))[1])
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(json.dumps(settings))
+
+    def dry():
+        code, told, err = call(monkeypatch, capsys, "study", path, "--out", out, "--dry-run", "--json", "--quiet")
+        assert code == 0, err
+        return json.loads(told)["arms"][0]
+
+    assert (dry()["chosen"], dry()["parameters"], dry()["skipped"], trained, out.exists()) == (
+        False,
+        None,
+        None,
+        [],
+        False,
+    )
+    asked = studies.parse(settings, "s")
+    with pytest.raises(KeyboardInterrupt):
+        study.plan(asked, out=out, tell=Recorder(stop_at="candidate 2/2"))
+    made = len(trained)
+    planned = study.plan(asked, out=out)
+    assert len(trained) == made > 0, "both shapes were recovered before"
+    assert study.plan(asked, out=out).recipes == planned.recipes
+    assert len(trained) == made
+    told = dry()
+    assert (told["chosen"], told["sizes"]) == (True, planned.arms["a"].sizes)
+    assert {one.name for one in out.iterdir()} == {"run.json", ".lock", "sizes"}
 
 
 def test_dry_run_and_missing_pieces_by_the_command_line(settings, tmp_path, monkeypatch, capsys):

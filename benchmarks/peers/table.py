@@ -65,7 +65,7 @@ def table(results: list[Result]) -> str:
 def _row(one: Result) -> str:
     score, gap = one.accuracy.overall, one.behind
     error = score.clustered_se if score.clustered_se is not None else score.se
-    behind = "" if gap is None else f"{100 * gap.mean:.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
+    behind = "" if gap is None else f"{100 * gap.mean:.1f} [{', '.join(f'{100 * end:.1f}' for end in gap.ends)}]"
     exact = f"{100 * score.accuracy:.1f} ± {100 * error:.1f} % of {score.n:,}"
     times = f"{one.cpu_seconds / 60:,.0f}"
     told = one.told.replace("|", "\\|")  # in a cell it would end it

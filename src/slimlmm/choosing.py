@@ -189,7 +189,7 @@ def tried_shape(
         order=recipe.order,
         grid=Grid.of(recipe),
     )
-    turn = sweeps.one_shot(planned)[-1].rounds[-1]
+    turn = sweeps.one_shot(planned, space.config)[-1].rounds[-1]
     told = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]  # a run that goes on must find this very shape
     where = Place(number, of, f"candidate-{told}", number)
     start = Handed(ground.model, ground.processor, job.folder.path, ground.model.device)

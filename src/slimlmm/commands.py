@@ -30,7 +30,7 @@ from slimlmm.losses import cross_entropy
 from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
-from slimlmm.report import ROUNDS, duration, final_table, points, rounds_table
+from slimlmm.report import ROUNDS, duration, error, final_table, points, rounds_table
 from slimlmm.report import Table as PlainTable
 from slimlmm.resizing import resized
 from slimlmm.results import Results, effect
@@ -243,7 +243,7 @@ def study(
     settings = studies.read(sources[0])
     if out is None and not dry_run:
         raise UserError("say where the runs go: --out DIR; or --dry-run to see what would run.")
-    planned = studying.plan(settings, trust_remote_code=trust_remote_code, tell=tell)
+    planned = studying.plan(settings, out=out, choose=not dry_run, trust_remote_code=trust_remote_code, tell=tell)
     if out is None or dry_run:
         found = studying.dry(planned, only)
         return found, Lines(study_plan(found))
@@ -259,11 +259,15 @@ def study_plan(found: dict[str, Any]) -> Table:
         about = " ".join(f"{axis}={size}" for axis, size in arm["cut"].items())
         about = f"same run as {arm['same_as']}" if arm["same_as"] else about
         about = f"skipped: {' '.join(arm['skipped'].split())}" if arm["skipped"] else about
+        about = (
+            about if arm["chosen"] else "sizes are not chosen yet: the study runs the model for them, then keeps them"
+        )
         about = f"{arm['kind']}, shape and row visits of {arm['like']}" if arm["like"] else about
         figures = ["-" if arm[key] is None else f"{arm[key]:,}" for key in ("parameters", "row_visits")]
         rows.append((arm["name"], about, *figures, str(len(arm["rounds"])) if arm["rounds"] else "-"))
     head = ("arm", "final sizes", "parameters", "row visits", "rounds")
-    title = f"{found['runs']} runs, seeds {', '.join(map(str, found['seeds']))}"
+    most = "" if all(arm["chosen"] for arm in found["arms"]) else "at most "
+    title = f"{most}{found['runs']} runs, seeds {', '.join(map(str, found['seeds']))}"
     return PlainTable(head=head, rows=tuple(rows), left=2).rich(title)
 
 
@@ -272,15 +276,13 @@ def accuracy_table(found: dict[str, Any]) -> Table:
     table = Table(title=f"{found['model']}: exact match on {found['split']}, per cent")
     for head in ("task", "n", "accuracy", "± s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
         table.add_column(head, justify="left" if head == "task" else "right")
-    for task, score in [*found["tasks"].items(), ("all", found["overall"])]:
-        cells = [task, str(score["n"]), f"{100 * score['accuracy']:.1f}", f"{100 * score['se']:.1f}"]
+    for task, told in [*found["tasks"].items(), ("all", found["overall"])]:
+        score = evaluation.Score.model_validate(told)
+        cells = [task, str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
         if "effect" in found:
             other = found["other"]["overall"] if task == "all" else found["other"]["tasks"][task]
             drop = found["effect"]["drop"] if task == "all" else found["effect"]["drop_tasks"][task]
-            cells += [
-                f"{100 * other['accuracy']:.1f}",
-                f"{100 * drop['mean']:+.1f} [{100 * drop['low']:+.1f}, {100 * drop['high']:+.1f}]",
-            ]
+            cells += [f"{100 * other['accuracy']:.1f}", evaluation.Interval.model_validate(drop).points(1)]
         table.add_row(*cells)
     return table
 

@@ -21,7 +21,7 @@ from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.labels import file_of, labelled
-from slimlmm.lessons import asked_of
+from slimlmm.lessons import Taught, asked_of, learnt_from
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Stage, Training, read
 from slimlmm.results import Results
@@ -37,6 +37,8 @@ DESCRIPTIONS = {
 }
 #: what `random-units` changes in every round
 AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": ()}
+#: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
+NO_TEACHER: dict[str, Any] = {"teachers": {"first": 1.0}, "own_answers": 0.0}
 #: peak learning rate from random weights
 RATE = 1e-3
 
@@ -84,8 +86,10 @@ def untrained(
     config = AutoConfig.from_pretrained(run / "final")
     student: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(usual_device())
     visits = found.totals.row_visits if found.totals else 0
-    training = _training(kind, last, visits / data.rows_a_step(rows)(16, last.questions_per_picture))
     asked, taught = asked_of(rows, settings.data.teacher_rows, settings.seed)
+    training = _training(kind, last)
+    steps = max(1, round(visits / rows_a_step(rows, training, taught)))
+    training = training.model_copy(update={"steps": steps})
     teacher = None if kind == "scratch" else _teacher(run, model, settings, asked, folder.cache)
     done = train(
         student,
@@ -104,18 +108,24 @@ def untrained(
     return Trained(answers, student.num_parameters(), done.row_visits, done.seconds)
 
 
-def _training(kind: Untrained, last: Training, steps: float) -> Training:
-    """Return the training from random weights beside that of the last shape."""
-    return Training(
-        steps=max(1, round(steps)),
-        pictures_per_step=16,
-        questions_per_picture=last.questions_per_picture,
-        learning_rate=RATE,
-        freeze=(),
-        losses={"cross_entropy": 1.0} if kind == "scratch" else last.losses,
-        temperature=last.temperature,
-        **({} if kind == "scratch" else last.model_dump(include={"teachers", "own_answers", "own_temperature"})),
-    )
+def _training(kind: Untrained, last: Training) -> Training:
+    """Return the training from random weights beside that of the last shape, but for its steps.
+
+    All is as there but what fresh weights cannot have: frozen parts (they would stay at random), the rate of weights that are
+    trained already, a stop before all row visits are made. From scratch there is no teacher either.
+    """
+    fresh: dict[str, Any] = {"freeze": (), "learning_rate": RATE, "validate_every": None}
+    alone: dict[str, Any] = {"losses": {"cross_entropy": 1.0}, **NO_TEACHER} if kind == "scratch" else {}
+    return Training.model_validate({**last.model_dump(), **fresh, **alone})
+
+
+def rows_a_step(rows: Sequence[data.Row], training: Training, taught: Taught = None) -> float:
+    """Return the mean row visits of a step of a training on these rows.
+
+    `taught` are the pictures that the teacher is asked about, which are all that a training sees whose losses all ask it.
+    """
+    seen = learnt_from(rows, training.losses, taught)
+    return data.rows_a_step(seen)(training.pictures_per_step, training.questions_per_picture)
 
 
 def _last_training(settings: Recipe, run: Path) -> Training:

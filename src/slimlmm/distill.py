@@ -39,11 +39,10 @@ from slimlmm.errors import LossError, UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.half import as_it_was, trains_in_half
 from slimlmm.launchers import processes
-from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, look, matched_tokens
+from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, learnt_from, look, matched_tokens
 from slimlmm.losses import (
     DIVERGENCES,
     MATCHES,
-    NEEDS_TEACHER,
     TEACHER_ENTRIES,
     Match,
     Seen,
@@ -390,11 +389,10 @@ def _lessons(
     packed = can_pack(model, processor, rows)
     lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
     collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
-    few = _Groups(known, settings.questions_per_picture)
-    readouts = fitted_readouts(model, anatomy, settings, collate, few.groups[:32])
-    if set(settings.losses) <= NEEDS_TEACHER:  # the other rows would teach nothing
-        return _Lessons(few, collate, readouts)
-    return _Lessons(_Groups(rows, settings.questions_per_picture), collate, readouts)
+    few = by_picture(known, settings.questions_per_picture)[:32]
+    readouts = fitted_readouts(model, anatomy, settings, collate, few)
+    useful = learnt_from(rows, settings.losses, taught)
+    return _Lessons(_Groups(useful, settings.questions_per_picture), collate, readouts)
 
 
 def _run(trainer: DistillTrainer, model: PreTrainedModel, teachers: Teachers | None, found: Path | None) -> None:

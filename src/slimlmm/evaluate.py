@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from slimlmm.collate import Prompter
 from slimlmm.data import Row
 from slimlmm.errors import UserError
+from slimlmm.resampling import Pictures
 
 #: (rows done, rows in all) -> None
 Progress = Callable[[int, int], None]
@@ -58,14 +59,29 @@ class Accuracy(Record):
 
 
 class Interval(Record):
-    """An estimate and its percentile bootstrap interval."""
+    """An estimate and its interval over pictures: percentile bootstrap, or bounds for few pictures that differ."""
 
     mean: float = Field(description="The estimate from all rows.")
-    low: float = Field(description="Lower end of the interval.")
-    high: float = Field(description="Upper end of the interval.")
+    low: float | None = Field(description="Lower end of the interval; null below two pictures.")
+    high: float | None = Field(description="Upper end of the interval; null below two pictures.")
     level: float = Field(default=0.95, description="Coverage of the interval, 0 to 1.")
     samples: int = Field(default=0, description="Bootstrap samples drawn.")
     seed: int = Field(default=0, description="Seed of the bootstrap.")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper end; from -1 to 1, which rules out nothing, where there is no interval."""
+        return (-1.0, 1.0) if self.low is None or self.high is None else (self.low, self.high)
+
+    def points(self, digits: int = 2) -> str:
+        """Return it in points: "+0.42 [-0.10, +0.95]"; "+0.42 [-]" where there is no interval."""
+        ends = "-" if self.low is None else ", ".join(f"{100 * end:+.{digits}f}" for end in self.ends)
+        return f"{100 * self.mean:+.{digits}f} [{ends}]"
+
+    def __neg__(self) -> Interval:
+        """Return that of the difference the other way round."""
+        low, high = (None if end is None else 0 - end for end in (self.high, self.low))
+        return self.model_copy(update={"mean": 0 - self.mean, "low": low, "high": high})
 
 
 class Prediction(Record):
@@ -308,12 +324,13 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return mean(correct_a) - mean(correct_b) over the same rows, with a percentile interval over pictures.
+    """Return mean(correct_a) - mean(correct_b) over the same rows, with an interval over pictures.
 
     Pictures, not rows, are drawn with replacement: a sample of G pictures has the mean sum_g d_g / sum_g n_g,
     d_g the sum of a - b over the rows of picture g, n_g its rows. Positive: a is better. `correct_a`,
     `correct_b` [n] of 0/1, `clusters` n keys. Units: shares, 0 to 1. Source: Efron and Tibshirani 1993,
-    chapter 13 (percentile interval); cluster resampling as in Davison and Hinkley 1997, section 3.8.
+    chapter 13 (percentile interval); cluster resampling as in Davison and Hinkley 1997, section 3.8. Where few
+    pictures differ, bounds for few take its place; one picture has no interval (`Pictures.interval`).
     """
     return paired_test(correct_a, correct_b, clusters, samples=samples, seed=seed, level=level)[0]
 
@@ -326,34 +343,16 @@ def paired_test(
     samples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-) -> tuple[Interval, float]:
-    """Return the interval of `paired_bootstrap` and the two-sided p-value of "no difference" from the same samples.
-
-    p = min(1, 2 (1 + min(#{m <= 0}, #{m >= 0})) / (1 + samples)), m the means of the samples; it is never 0 (Davison and
-    Hinkley 1997, section 4.2), and 1 where no row differs.
-    """
+) -> tuple[Interval, float | None]:
+    """Return the interval of `paired_bootstrap` and the two-sided p-value of "no difference" (`Pictures.p_value`)."""
     difference = np.asarray(correct_a, dtype=float) - np.asarray(correct_b, dtype=float)
     if len(difference) == 0 or len(difference) != len(clusters):
         raise ValueError(f"need one cluster per row, got {len(difference)} rows and {len(clusters)} clusters")
     sums, sizes = _per_cluster(difference, clusters)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(sums))
-    parts = []
-    for first in range(0, samples, chunk):
-        drawn = rng.integers(len(sums), size=(min(chunk, samples - first), len(sums)))
-        parts.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    means = np.concatenate(parts)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    interval = Interval(
-        mean=float(difference.mean()),
-        low=float(low),
-        high=float(high),
-        level=level,
-        samples=samples,
-        seed=seed,
-    )
-    fewer = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return interval, min(1.0, 2 * (1 + fewer) / (1 + samples))
+    pictures = Pictures(sums, sizes, samples, seed)
+    low, high = pictures.interval(level) or (None, None)
+    found = Interval(mean=float(difference.mean()), low=low, high=high, level=level, samples=samples, seed=seed)
+    return found, pictures.p_value()
 
 
 @contextmanager

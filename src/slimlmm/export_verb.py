@@ -66,9 +66,8 @@ def view(found: Manifest, out: Path) -> Table:
     for head in ("figure", "source", "export", "difference"):
         table.add_column(head, justify="left" if head == "figure" else "right")
     first, second = (100 * one.overall.accuracy for one in (check.source, check.export))
-    drop = check.drop
-    lost = f"{0 - 100 * drop.mean:+.1f} [{0 - 100 * drop.high:+.1f}, {0 - 100 * drop.low:+.1f}] points"
-    table.add_row(f"exact match, {check.n} {check.split} rows, %", f"{first:.1f}", f"{second:.1f}", lost)
+    gained = f"{(-check.drop).points(1)} points"
+    table.add_row(f"exact match, {check.n} {check.split} rows, %", f"{first:.1f}", f"{second:.1f}", gained)
     alike = f"{100 * check.agreement:.1f} % alike"
     table.add_row("largest first-token logit", f"{check.logits_scale:.3g}", "", f"{check.logits_max:.2g}, {alike}")
     p50 = [f"{1e3 * one.p50:.1f}" for one in (time.first, time.second)]

@@ -18,7 +18,7 @@ from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row, sample
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
-from slimlmm.losses import MATCHES, TEACHER_ENTRIES, Readout, fitted_readout
+from slimlmm.losses import MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES, Readout, fitted_readout
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 
@@ -49,6 +49,13 @@ def asked_of(rows: Sequence[Row], count: int | None, seed: int) -> tuple[list[Ro
     """Return the rows that the teacher is asked about, whole pictures, and the keys of these pictures; all without a count."""
     asked = sample(rows, count, seed)
     return asked, None if count is None else frozenset(row.picture_key() for row in asked)
+
+
+def learnt_from(rows: Sequence[Row], losses: Collection[str], taught: Taught) -> list[Row]:
+    """Return the rows that a training goes through: all, or where every loss asks the teacher those that it is asked about."""
+    if taught is None or not set(losses) <= NEEDS_TEACHER:
+        return list(rows)
+    return [row for row in rows if row.picture_key() in taught]
 
 
 def collator_for(

@@ -109,9 +109,12 @@ def promised(promise: Promise | None) -> str | None:
         for verdict in ("broken", "undecided")
     }
     tasks = "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in by_verdict.items() if names)
+    spared = ", ".join(promise.spared)
+    told = f"; {spared} spared, which may lose any" if spared else ""
     return (
         f"Promise of at most {100 * promise.margin:g} points, on test rows: {promise.overall}. "
-        f"At most {100 * promise.task_margin:g} points in any task: {tasks or 'kept in all'}."
+        f"At most {100 * promise.task_margin:g} points in {'any other' if spared else 'any'} task: "
+        f"{tasks or ('kept in all' if promise.tasks else 'there is none')}{told}."
     )
 
 
@@ -211,7 +214,7 @@ def plot_rounds(results: Results, path: str | Path) -> None:
     for part, label, marker, colour in MARKS:
         found = [(one.parameters, score) for one in results.rounds if (score := getattr(one, part))]
         if found:
-            values, errors = zip(*((100 * score.accuracy, 100 * _error(score)) for _, score in found), strict=True)
+            values, errors = zip(*((100 * score.accuracy, 100 * error(score)) for _, score in found), strict=True)
             xs = [x for x, _ in found]
             axes.errorbar(xs, values, yerr=errors, fmt=marker, color=colour, label=label, capsize=2)
     if results.teacher.validation:
@@ -281,18 +284,15 @@ def percent(share: float) -> str:
 
 def points(interval: Interval | None) -> str:
     """Return a difference of shares in points with its interval: +0.42 [-0.10, +0.95]."""
-    if interval is None:
-        return NOTHING
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * interval.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return NOTHING if interval is None else interval.points()
 
 
 def scored(score: Score | None) -> str:
     """Return accuracy in per cent with one standard error (over pictures, where there are several)."""
-    return NOTHING if score is None else f"{100 * score.accuracy:.1f} ± {100 * _error(score):.1f}"
+    return NOTHING if score is None else f"{100 * score.accuracy:.1f} ± {100 * error(score):.1f}"
 
 
-def _error(score: Score) -> float:
+def error(score: Score) -> float:
     """Return the standard error over pictures, or over rows if there is only one picture."""
     return score.se if score.clustered_se is None else score.clustered_se
 

@@ -158,7 +158,7 @@ def compared(run: Path, out: Path, first: Results, again: Results, *, shared: bo
         outcome = "to the byte"
     elif not any(answers.values()):
         outcome = "same answers"
-    elif difference.low <= 0 <= difference.high:
+    elif difference.ends[0] <= 0 <= difference.ends[1]:
         outcome = "within chance"
     machines = [
         {key: value for key, value in one.environment.model_dump().items() if key not in ALIKE}

@@ -138,16 +138,17 @@ Verdict = Literal["kept", "undecided", "broken"]
 
 
 class Promise(Record):
-    """Whether the test rows bear out what was promised: a non-inferiority test on the paired bootstrap of the drop.
+    """Whether the test rows bear out what was promised: a non-inferiority test on the paired interval of the drop.
 
     kept: the upper end of the interval is within the margin; broken: its lower end is beyond it; undecided: the margin lies
-    inside, so that more rows are needed to tell.
+    inside, or there is no interval, so that more pictures are needed to tell.
     """
 
     margin: float = Field(description="Drop that was allowed over all rows, 0 to 1.")
     overall: Verdict = Field(description="Verdict over all rows.")
     task_margin: float = Field(description="Drop that was allowed in each task, 0 to 1.")
     tasks: dict[str, Verdict] = Field(description="Verdict per task; tasks that were spared are left out.")
+    spared: tuple[str, ...] = Field((), description="Tasks of the test rows that were promised nothing.")
 
 
 class Control(Record):
@@ -216,8 +217,8 @@ def promise(effect: Effect, recipe: Recipe) -> Promise | None:
         return None
 
     def verdict(drop: Interval, points: float) -> Verdict:
-        margin = points / 100
-        return "kept" if drop.high <= margin else "broken" if drop.low > margin else "undecided"
+        (low, high), margin = drop.ends, points / 100
+        return "kept" if high <= margin else "broken" if low > margin else "undecided"
 
     tasks = {name: drop for name, drop in effect.drop_tasks.items() if name not in recipe.spared_tasks}
     return Promise(
@@ -225,6 +226,7 @@ def promise(effect: Effect, recipe: Recipe) -> Promise | None:
         overall=verdict(effect.drop, recipe.max_drop),
         task_margin=recipe.max_task_drop / 100,
         tasks={name: verdict(drop, recipe.max_task_drop) for name, drop in tasks.items()},
+        spared=tuple(name for name in effect.drop_tasks if name not in tasks),
     )
 
 

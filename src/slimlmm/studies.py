@@ -238,16 +238,16 @@ def _name_problems(raw: Mapping[str, Any]) -> list[str]:
             lines.append(f"arms.{name}.like: {like!r} is no compress arm, so it has no shape of its own.")
     groups = raw.get("groups")
     for number, group in enumerate(groups if isinstance(groups, list) else []):
-        if not isinstance(group, Mapping) or sweeps:
+        if not isinstance(group, Mapping) or sweeps:  # whose arms are made later: `sweeps.expand` looks at groups then
             continue
-        lines += _group_problems(f"groups.{number}", group, known)
+        lines += group_problems(f"groups.{number}", group, known)
     if not arms and not sweeps and not raw.get("groups"):
         lines.append("study: has no arms; list some, or sweeps.")
     return lines
 
 
-def _group_problems(where: str, group: Mapping[str, Any], known: list[str]) -> list[str]:
-    """Return the arms of one group that do not exist or do not fit together."""
+def group_problems(where: str, group: Mapping[str, Any], known: list[str]) -> list[str]:
+    """Return the arms of one group that do not exist or do not fit together; with sweeps `known` is known once they have run."""
     arms = group.get("arms")
     arms = list(arms) if isinstance(arms, list | tuple) else []
     lines = [f"{where}.arms: no arm {name!r}. {nearest(str(name), known)}" for name in arms if name not in known]
@@ -285,10 +285,12 @@ INTRODUCTION = """# Studies
 
 `slimlmm study STUDY.yaml --out DIR` runs the experiments that back a method as one recipe: every arm with every seed, each in a
 run folder `DIR/runs/ARM/seed-N`, with one cache of what the teacher says. Killed at any time, the same command goes on at the
-first round that is not finished. An arm that cannot be carried out is reported with its reason, and the others go on.
+first round that is not finished. Sizes that `sizes_by` has the model run for are chosen once, before the first run, and kept in
+`DIR/sizes/`; a dry run reads them there, or says that they are not chosen yet. An arm that cannot be carried out is reported
+with its reason, and the others go on.
 
 ```
-slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; trains nothing
+slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; runs nothing
 slimlmm study STUDY.yaml --out DIR --arms base fast  # these arms only, and those whose shape they take
 slimlmm study DIR --page docs/results.md             # the page and its plots again, from DIR/study.json alone; of several
                                                      # folders or files, all studies on one page
@@ -296,9 +298,11 @@ slimlmm study DIR --page docs/results.md             # the page and its plots ag
 
 `DIR/study.json` holds for every arm mean and standard deviation over the seeds, and for every group the paired bootstrap by
 picture against its reference: rows of all seeds are pooled, pictures (each with its rows of all seeds) are drawn with
-replacement; 95 % interval and two-sided p-value. So the interval is over pictures, with the seeds pooled: it leaves out the
-variation between seeds, which the standard deviation and the p-value of a paired t-test over the seeds show. `DIR/README.md`
-shows one table and one plot per group.
+replacement; 95 % interval and two-sided p-value; where fewer than ten pictures differ, bounds for few and an exact sign test,
+and neither of one picture. So the interval is over pictures, with the seeds pooled: it leaves out the
+variation between seeds, which the standard deviation and the p-value of a paired t-test over the seeds show. All arms of one
+seed answer the same test rows; `data.test_rows` are drawn by the seed, so that over the seeds the rows vary too, which the page
+notes. `DIR/README.md` shows one table and one plot per group.
 
 ```yaml
 model: path/to/model
@@ -322,7 +326,7 @@ groups:
 | `repairs` | all, none, and all but each of refit, rotate, merge, bridge and settle |
 | `fades` | what goes of inner dimensions and blocks is cut at once, or fades out over a quarter or half of the first training |
 | `rounds` | as planned; one round per level; all levels in one round; one level alone, to the same number of parameters |
-| `planners` | sizes by shares of one scale; by importance per cost (the model is tried when the study is planned) |
+| `planners` | sizes by shares of one scale; by importance per cost (the model is tried before the first run) |
 | `samples` | `shares` of the train rows |
 | `frontier` | `shrinks` |
 | `controls` | from scratch; random weights with the same losses; units and blocks at random without repair |

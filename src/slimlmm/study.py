@@ -1,10 +1,13 @@
 """Many runs for one question: plan the arms of a study, run each with every seed, gather what came out; all of it resumable.
 
-DIR/run.json  study.yaml  cache/  runs/ARM/seed-N/ (run folders)  study.json  README.md  plots/
+DIR/run.json  study.yaml  cache/  sizes/ (choices that ran the model)  runs/ARM/seed-N/ (run folders)  study.json  README.md
+plots/
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, st
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
+from slimlmm.lessons import asked_of
 from slimlmm.lossless import Lossless
 from slimlmm.measure import environment
 from slimlmm.progress import Quiet, Reporter
@@ -25,7 +29,7 @@ from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
-from slimlmm.sweeps import Comparison, TrainRows, Wanted
+from slimlmm.sweeps import Comparison, Subject, Wanted
 from slimlmm.teacher import weights_fingerprint
 
 
@@ -39,6 +43,8 @@ class Planned:
     groups: tuple[Group, ...]
     teacher: dict[str, int]
     identity: dict[str, Any]
+    unchosen: frozenset[str] = frozenset()
+    """arms whose sizes wait for a choice that runs the model: `dry` tells of them, nothing else takes such a plan"""
 
     def run_of(self, name: str) -> str:
         """Return the arm that is run for this one: itself, or the first one of equal recipe."""
@@ -76,38 +82,98 @@ class Planned:
         return sorted(names, key=lambda name: self.arms[name].kind != "compress")
 
 
+class _UnchosenError(UserError):
+    """The sizes of an arm are not chosen yet, and this plan may not run the model to choose them."""
+
+
 @dataclass(slots=True)
 class _Planner:
-    """The model and rows that plans are made for; what arms have in common is planned once."""
+    """The model and rows that plans are made for; what arms have in common is planned once.
+
+    Sizes that are chosen by running the model are kept in the folder `out`, and made where they are not there if it `chooses`.
+    """
 
     loaded: checkpoint.Loaded
     rows: dict[str, list[data.Row]]
+    identity: dict[str, Any]
+    out: Path | None
+    chooses: bool
+    tell: Reporter
     lossless: Lossless | None = None
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
+    steps: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     def recipe(self, base: Recipe, wanted: Wanted) -> Recipe:
         """Return the arm's recipe with its schedule written out.
 
         Raises:
-            UserError: its keys do not fit together, or its size cannot be reached.
+            UserError: its keys do not fit together, or its size cannot be reached or is not chosen yet.
         """
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
         whole = merged(base, wanted.recipe)
         planned = whole if whole.sizes_by != "shares" else whole.model_copy(update={"data": base.data})
-        meant, used = (
-            data.rows_a_step(data.sample(self.rows["train"], one.data.train_rows, 0)) for one in (planned, whole)
-        )
-        full = meant if whole.stages else lambda pictures, questions: pictures * meant(1, questions)
         asked = recipe.dump(planned)
         if asked not in self.schedules:
-            self.schedules[asked] = pipeline.schedule(self.loaded, self.rows, planned, a_step=full)[0]
-        stages = _as_many_visits(wanted.change(self.schedules[asked]), full, used)
+            self.schedules[asked] = self._schedule(planned, asked)
+        stages = self._as_many_visits(wanted.change(self.schedules[asked]), planned, whole, wanted.train)
+        stages = sweeps.everywhere(stages, wanted.rounds, {})
         found = whole.resolved(stages).model_copy(update={"seed": 0})  # that of a run is put in when it starts
         if vain := found.unheard():
             raise UserError("; ".join(vain))
         return found
+
+    def _schedule(self, planned: Recipe, asked: str) -> sweeps.Stages:
+        """Return the schedule of a recipe, its sizes read where they were chosen before."""
+
+        def made(folder: Path | None, tell: Reporter | None = None) -> sweeps.Stages:
+            return pipeline.schedule(self.loaded, self.rows, planned, folder, tell, a_step=self._full(planned))[0]
+
+        if planned.stages or planned.sizes_by == "shares":
+            return made(None)
+        told = hashlib.sha256(json.dumps([self.identity, asked]).encode()).hexdigest()
+        folder = self.out and self.out / "sizes" / told[:16]
+        if folder and (folder / "sizes.json").exists():
+            return made(folder)
+        if not self.chooses:
+            raise _UnchosenError(f"sizes_by: {planned.sizes_by} runs the model.")
+        if not (self.out and folder):
+            return made(None, self.tell)
+        with held(self.out, self.identity):
+            folder.mkdir(parents=True, exist_ok=True)
+            return made(folder, self.tell)
+
+    def _full(self, settings: Recipe) -> data.StepRows:
+        """Return the row visits of steps as if all were full, so that arms may put steps together."""
+        visited = data.rows_a_step(data.sample(self.rows["train"], settings.data.train_rows, 0))
+        return lambda pictures, questions: pictures * visited(1, questions)
+
+    def _as_many_visits(
+        self, stages: sweeps.Stages, planned: Recipe, whole: Recipe, keys: Mapping[str, Any]
+    ) -> sweeps.Stages:
+        """Return the stages with these keys in every training, and steps for as many row visits on the arm's rows as were meant.
+
+        Epochs end in a part, which counts where pictures are few. Listed stages mean what they take on the rows they are for.
+        """
+        full = None if whole.stages else self._full(planned)
+
+        def trained(one: Training) -> Training:
+            shape = one.pictures_per_step, one.questions_per_picture
+            meant = full(*shape) if full else self._rows_a_step(planned, one)
+            new = Training.model_validate({**one.model_dump(), **keys})
+            return new.model_copy(update={"steps": max(1, round(one.steps * meant / self._rows_a_step(whole, new)))})
+
+        return sweeps.each(stages, lambda turn: turn, trained)
+
+    def _rows_a_step(self, settings: Recipe, one: Training) -> float:
+        """Return the mean row visits of a step of a training, on the rows of a recipe."""
+        used = settings.data
+        of = (used.train_rows, used.teacher_rows, *one.losses, one.pictures_per_step, one.questions_per_picture)
+        if of not in self.steps:
+            rows = data.sample(self.rows["train"], used.train_rows, 0)
+            self.steps[of] = controls.rows_a_step(rows, one, asked_of(rows, used.teacher_rows, 0)[1])
+        return self.steps[of]
 
     def facts(self, settings: Recipe) -> dict[str, Any]:
         """Return final sizes, parameters, rounds and planned row visits.
@@ -120,10 +186,7 @@ class _Planner:
         if cuts not in self.shapes:
             self.shapes[cuts] = self._shape(settings, turns)
         sizes, parameters = self.shapes[cuts]
-        a_step = data.rows_a_step(data.sample(self.rows["train"], settings.data.train_rows, 0))
-        visits = sum(
-            one.steps * a_step(one.pictures_per_step, one.questions_per_picture) for turn in turns for one in turn.train
-        )
+        visits = sum(one.steps * self._rows_a_step(settings, one) for turn in turns for one in turn.train)
         return {
             "sizes": sizes,
             "planned_parameters": parameters,
@@ -136,31 +199,26 @@ class _Planner:
         config = self.loaded.model.config
         pipeline.check(self.loaded, settings.stages, settings.tensor_parallel)
         if drops := {what for turn in turns for what in turn.drop}:
-            self.lossless = self.lossless or pipeline.lossless(
-                self.loaded, self.rows
-            )  # a look at all texts, for all arms
+            # a look at all texts, for all arms
+            self.lossless = self.lossless or pipeline.lossless(self.loaded, self.rows)
             config = resized(config, self.lossless.sizes(drops))
         for turn in turns:
             config = cut_in_turn(config, turn.sizes)
         return describe(config).sizes, predict_parameters(config, {})
 
 
-def _as_many_visits(stages: sweeps.Stages, meant: data.StepRows, used: data.StepRows) -> sweeps.Stages:
-    """Return the stages with steps for as many row visits on the train rows that the arm uses as were meant.
-
-    A schedule is planned as if all steps were full, so that arms may put steps together; but epochs end in a part, which counts
-    where pictures are few. Listed stages mean what they take on the train rows of the base.
-    """
-
-    def trained(one: Training) -> Training:
-        shape = one.pictures_per_step, one.questions_per_picture
-        return one.model_copy(update={"steps": max(1, round(one.steps * meant(*shape) / used(*shape)))})
-
-    return sweeps.each(stages, lambda turn: turn, trained)
-
-
-def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None = None) -> Planned:
+def plan(
+    study: Study,
+    *,
+    out: Path | None = None,
+    choose: bool = True,
+    trust_remote_code: bool = False,
+    tell: Reporter | None = None,
+) -> Planned:
     """Expand sweeps, plan every arm's schedule, find arms of equal recipe; what cannot be planned gets its reason.
+
+    Sizes that are chosen by running the model (``sizes_by``) are read from the study's folder `out`; those that are not there
+    are chosen and kept in it, or, without `choose`, left open.
 
     Raises:
         UserError: bad model or data, or names that do not fit.
@@ -179,10 +237,12 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
         allowed=settings.pictures,
     )
     rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
-    planner = _Planner(loaded, rows)
+    everything = [row for part in rows.values() for row in part]
+    identity = {"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)}
+    planner = _Planner(loaded, rows, identity, out, choose, tell)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})
-    wanted, comparisons = sweeps.expand(study, TrainRows(len(train), len(train) / pictures))
+    wanted, comparisons = sweeps.expand(study, Subject(len(train), len(train) / pictures, loaded.model.config))
     arms: dict[str, Arm] = {}
     recipes: dict[str, Recipe] = {}
     timed = "bench_calls" in study.base.model_fields_set
@@ -190,14 +250,14 @@ def plan(study: Study, *, trust_remote_code: bool = False, tell: Reporter | None
     for number, (name, one) in enumerate(wanted.items(), 1):
         tell.step("planning arms", number, len(wanted))
         arms[name] = _arm(name, one, base, planner, arms, recipes)
-    everything = [row for part in rows.values() for row in part]
     return Planned(
         study=study,
         arms=arms,
         recipes=recipes,
         groups=tuple(_group(one, arms) for one in comparisons),
         teacher=describe(loaded.model.config).sizes,
-        identity={"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)},
+        identity=identity,
+        unchosen=frozenset(name for name, arm in arms.items() if not (arm.like or arm.reason or name in recipes)),
     )
 
 
@@ -211,6 +271,8 @@ def _arm(
     try:
         found = planner.recipe(base, wanted)
         facts = planner.facts(found)
+    except _UnchosenError:
+        return arm
     except UserError as error:
         return arm.model_copy(update={"reason": str(error)})
     except ValidationError as error:
@@ -250,7 +312,9 @@ def run(
     names, study = planned.todo(only), planned.study
     claim(out, planned.identity)
     with held(out):
-        write_text(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+        write_text(
+            out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        )
         work = _Work(planned, out, command, trust_remote_code, tell or Quiet())
         for turn, seed in enumerate(study.seeds, 1):
             for number, name in enumerate(names, 1):
@@ -342,7 +406,10 @@ def rounds_of(stages: Sequence[Stage]) -> Iterator[str]:
 
 
 def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits."""
+    """Return what `--dry-run` tells: every arm, or those of `only`, with final sizes, parameters, rounds and row visits.
+
+    Of an arm whose sizes are not chosen yet these are not known, nor whether another one has its recipe.
+    """
     arms, todo = [], planned.todo(only)
     for name, arm in planned.arms.items():
         if only and name not in (*only, *todo):
@@ -356,6 +423,7 @@ def dry(planned: Planned, only: Sequence[str] = ()) -> dict[str, Any]:
                 "like": arm.like,
                 "same_as": arm.same_as,
                 "skipped": arm.reason,
+                "chosen": name not in planned.unchosen,
                 "sizes": arm.sizes,
                 "cut": {axis: size for axis, size in arm.sizes.items() if size != planned.teacher[axis]},
                 "parameters": arm.planned_parameters,

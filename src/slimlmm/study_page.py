@@ -74,7 +74,7 @@ def _summary(found: StudyResults) -> list[str]:
         "",
         "Exact match in per cent, mean ± standard deviation over the seeds. Drops (teacher minus arm) and differences (arm minus",
         "reference) in points with 95 % intervals: rows of all seeds pooled, paired bootstrap over pictures; p two-sided, for",
-        "other pictures with these seeds; p (seeds): for other seeds with these pictures, a paired t-test over the seeds.",
+        "other pictures with these seeds; p (seeds): for other seeds, a paired t-test over the seeds.",
     ]
     return lines
 
@@ -181,7 +181,8 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
         assert told is not None
         colour = REFERENCE if arm.name == group.reference else ARM
         axes.scatter([100 * run.drop for run in arm.runs], [place - 0.22] * len(arm.runs), s=12, color=SEED)
-        errors = [[100 * (told.mean - told.low)], [100 * (told.high - told.mean)]]
+        low, high = (told.mean if end is None else end for end in (told.low, told.high))
+        errors = [[100 * (told.mean - low)], [100 * (high - told.mean)]]
         axes.errorbar(100 * told.mean, place, xerr=errors, fmt="o", color=colour, capsize=3, markersize=6, zorder=3)
         if arm.name == group.reference:
             axes.axvline(100 * told.mean, color=colour, linestyle=":", linewidth=1, zorder=1)
@@ -193,7 +194,7 @@ def _dots(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) 
 
 
 def _curve(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm]) -> None:
-    """Draw exact match over the arms' numbers on a logarithmic axis; each seed is a small dot."""
+    """Draw exact match over the arms' numbers, on a logarithmic axis if all are above 0; each seed is a small dot."""
     from matplotlib import ticker
 
     order = sorted(arms, key=lambda arm: group.x[arm.name])
@@ -208,7 +209,7 @@ def _curve(axes: Any, found: StudyResults, group: Compared, arms: Sequence[Arm])
             axes.plot([x], [100 * arm.accuracy.mean], "o", color=REFERENCE, zorder=4, label="reference")
     if found.teacher:
         axes.axhline(100 * found.teacher.mean, color=TEACHER, linestyle=":", label="teacher")
-    axes.set_xscale("log")
+    axes.set_xscale("log" if min(xs) > 0 else "linear")
     axes.set_xticks(xs, [f"{x:,g}" if x < 1000 else f"{x:,.0f}" for x in xs], fontsize=9)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel(group.x_label, fontsize=9)

@@ -21,6 +21,8 @@ from slimlmm.studies import Group, Kind, Study
 SCHEMA_VERSION: Literal[1] = 1
 #: seed of every bootstrap
 SEED = 0
+#: what equal differences of shares may differ by in floating point
+ROUNDING = 1e-12
 
 
 class Spread(Record):
@@ -73,7 +75,9 @@ class Difference(Record):
     interval: Interval = Field(
         description="Exact match of the arm minus the reference's; pooled, paired over pictures."
     )
-    p: float = Field(description="Two-sided bootstrap p-value of no difference.")
+    p: float | None = Field(
+        description="Two-sided p-value of no difference, other pictures drawn; exact where few differ; null below two pictures."
+    )
     seeds: dict[int, float] = Field(description="The difference of each seed.")
     seeds_p: float | None = Field(
         None,
@@ -279,7 +283,7 @@ def summarised(
 
 def pooled(
     first: Mapping[int, Evaluation], second: Mapping[int, Evaluation], *, samples: int = 10_000
-) -> tuple[Interval, float]:
+) -> tuple[Interval, float | None]:
     """Return accuracy of the first minus the second's with interval and p-value (`paired_test`), rows of all seeds pooled.
 
     A picture is drawn with its rows of all seeds, so that answers to one picture never count as independent. What the seeds
@@ -301,12 +305,13 @@ def pooled(
 
 
 def over_seeds(differences: Sequence[float]) -> float | None:
-    """Return the two-sided p-value that another draw of seeds would show no difference; None for one seed or equal ones.
+    """Return the two-sided p-value that another draw of seeds would show no difference; None for one seed or no spread.
 
     Student's paired t-test: t = m / (s / sqrt(n)) with n - 1 degrees of freedom, m and s the mean and standard deviation
-    (n - 1) of the n differences. The rows are taken as given; `pooled` asks the other question, with the seeds given.
+    (n - 1) of the n differences. The rows are taken as given where all seeds have the same; `pooled` asks the other question,
+    with the seeds given. Shares of rows that differ at all differ by more than `ROUNDING`, so less is no spread.
     """
-    if len(set(differences)) < 2:
+    if len(differences) < 2 or np.ptp(differences) <= ROUNDING:
         return None
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
@@ -326,6 +331,10 @@ def compared(group: Group, answers: Mapping[str, Answers], arms: Mapping[str, Ar
             continue
         seeds = {seed: students[seed].accuracy - reference[seed].accuracy for seed in students if seed in reference}
         differences[name] = Difference(interval=interval, p=p, seeds=seeds, seeds_p=over_seeds(list(seeds.values())))
+    if len({tuple(sorted(one.id for one in told.predictions)) for told in reference.values()}) > 1:
+        notes.append(
+            "Each seed drew test rows of its own, so p (seeds) is for other seeds and other test rows together."
+        )
     visits = [run.row_visits for name in group.arms for run in arms[name].runs]
     return Compared(
         title=group.title,

@@ -1,6 +1,7 @@
 """Sweeps: arms and groups made from a base recipe, so that nobody writes forty arms by hand.
 
-An arm is what it changes in the recipe (`Wanted.recipe`) and in the schedule that was planned from that (`Wanted.change`).
+An arm is what it changes in the recipe (`Wanted.recipe`) and in the schedule that was planned from that: its shape
+(`Wanted.change`), then keys of every training (steps follow, for equal row visits) and of every round.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from slimlmm import controls
+from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
+from slimlmm.plan import follow_width
 from slimlmm.recipe import CHOOSING, DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
-from slimlmm.studies import BASE, Arm, Group, Kind, Study
+from slimlmm.resizing import cut_in_turn
+from slimlmm.studies import BASE, Arm, Group, Kind, Study, group_problems
 
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
 #: losses on answer tokens
 ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
-#: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
-PLAIN: dict[str, Any] = {"teachers": {"first": 1.0}, "own_answers": 0.0}
 CRITERIA = ("taylor", "activation", "magnitude", "random")
 
 
@@ -38,6 +40,8 @@ class Wanted:
     like: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     change: Change = unchanged
+    rounds: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,22 +56,23 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainRows:
-    """How many train rows the data has, and how many of them a picture has in the mean."""
+class Subject:
+    """What a study is about: how many train rows there are, how many of them a picture has in the mean, the model's config."""
 
     count: int
     per_picture: float
+    config: Any
 
 
-def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comparison, ...]]:
+def expand(study: Study, subject: Subject) -> tuple[dict[str, Wanted], tuple[Comparison, ...]]:
     """Return all arms by name (the base first, if anything refers to it) and all comparisons of a study.
 
     Args:
         study: the settings.
-        rows: the train rows of the data, which shares are shares of.
+        subject: the train rows of the data, which shares are shares of, and the config that is cut.
 
     Raises:
-        UserError: an arm has the name of one that a sweep makes, or a group names arms that there are not.
+        UserError: an arm has the name of one that a sweep makes, or a group does not fit the arms that there are.
     """
     arms = {name: _own(arm) for name, arm in study.arms.items()}
     groups = [_listed(group) for group in study.groups]
@@ -75,14 +80,18 @@ def expand(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], tuple[Comp
     if study.sweeps or BASE in referred:
         arms = {BASE: Wanted(description="the base recipe"), **arms}
     for sweep in study.sweeps:
-        made, group = SWEEPS[sweep](study, rows)
+        made, group = SWEEPS[sweep](study, subject)
         if taken := sorted(set(made) & set(study.arms)):
             raise UserError(f"arms.{taken[0]}: the sweep {sweep!r} makes an arm of that name; choose another.")
         arms |= made
         groups.append(group)
-    lost = [f"groups: no arm {name!r}" for group in groups for name in group.arms if name not in arms]
+    lost = [
+        line
+        for number, group in enumerate(study.groups)
+        for line in group_problems(f"groups.{number}", group.model_dump(), list(arms))
+    ]
     if lost:
-        raise UserError(f"{'; '.join(lost)}. Known: {', '.join(arms)}.")
+        raise UserError("the study's groups do not fit its arms:\n  " + "\n  ".join(lost))
     alone = [name for name in study.arms if not any(name in group.arms for group in groups)]
     if alone:
         reference = BASE if BASE in arms else alone[0]
@@ -97,7 +106,8 @@ def _own(arm: Arm) -> Wanted:
         kind=arm.kind,
         like=arm.like,
         recipe=arm.recipe,
-        change=lambda stages: everywhere(stages, arm.rounds, arm.train),
+        rounds=arm.rounds,
+        train=arm.train,
     )
 
 
@@ -137,7 +147,7 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         rest = {name: weight for name, weight in one.losses.items() if name not in ANSWERS}
         if not (wanted := losses(answer)):
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
-        plain = {} if DIVERGENCES & set(wanted) else PLAIN
+        plain = {} if DIVERGENCES & set(wanted) else controls.NO_TEACHER
         return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}})
 
     return each(stages, lambda turn: turn, trained)
@@ -160,29 +170,46 @@ def judged(stages: Stages, keys: Mapping[str, Any]) -> Stages:
     return each(stages, lambda turn: turn, trained)
 
 
-def one_round_per_level(stages: Stages) -> Stages:
+def one_round_per_level(stages: Stages, config: Any) -> Stages:
     """Return the stages with the cuts of each made at once, trained as its last round for as many row visits as all of them."""
-    return tuple(one.model_copy(update={"rounds": _at_once(one.rounds)}) for one in stages)
+    found = []
+    for one in stages:
+        found.append(one.model_copy(update={"rounds": _at_once(one.rounds, config)}))
+        for turn in one.rounds:
+            config = cut_in_turn(config, turn.sizes)
+    return tuple(found)
 
 
-def one_shot(stages: Stages) -> Stages:
+def one_shot(stages: Stages, config: Any) -> Stages:
     """Return one stage with all cuts at once after the lossless ones, trained as the last round for as many row visits."""
     lossless = [one for one in stages if all(turn.drop for turn in one.rounds)]
     rounds = tuple(turn for one in stages if one not in lossless for turn in one.rounds)
-    return (*lossless, Stage(name="one-shot", rounds=_at_once(rounds))) if rounds else tuple(lossless)
+    return (*lossless, Stage(name="one-shot", rounds=_at_once(rounds, config))) if rounds else tuple(lossless)
 
 
-def _at_once(rounds: Sequence[Round]) -> tuple[Round, ...]:
-    """Return one round for these; rounds that cut nothing by size stay before it."""
+def _at_once(rounds: Sequence[Round], config: Any) -> tuple[Round, ...]:
+    """Return one round for these, of which the first begins with `config`; rounds that cut nothing by size stay before it."""
     plain, cuts = [one for one in rounds if not one.sizes], [one for one in rounds if one.sizes]
     if not cuts:
         return tuple(plain)
-    sizes = {axis: size for one in cuts for axis, size in one.sizes.items()}
     trainings = next((one.train for one in reversed(cuts) if one.train), ())
     whole = sum(picture_visits(one.train) for one in cuts)
     scale = whole / picture_visits(trainings) if trainings else 0.0
     longer = tuple(one.model_copy(update={"steps": max(1, round(one.steps * scale))}) for one in trainings)
+    sizes = _sizes_at_once(config, [one.sizes for one in cuts])
     return (*plain, cuts[-1].model_copy(update={"sizes": sizes, "train": longer}))
+
+
+def _sizes_at_once(config: Any, cuts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return one cut to the sizes that these end at: each axis once, at its first place, an FFN stated at the width of then."""
+    small = config
+    for sizes in cuts:
+        small = cut_in_turn(small, sizes)
+    end, widths = describe(small), dict(describe(config).sizes)
+    stated: dict[str, int] = {}
+    for axis in dict.fromkeys(axis for sizes in cuts for axis in sizes):
+        stated |= follow_width(end, {axis: end.axis(axis).size}, widths | stated)
+    return stated
 
 
 def picture_visits(trainings: Sequence[Training]) -> int:
@@ -194,7 +221,7 @@ def _set(**keys: Any) -> Change:
     return lambda stages: everywhere(stages, keys, {})
 
 
-def _orders(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _orders(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"order-{'-'.join(order)}": Wanted(description=", then ".join(order), recipe={"order": list(order)})
         for order in itertools.permutations(LEVELS)
@@ -202,14 +229,14 @@ def _orders(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     return made, Comparison(title="Order of the levels", arms=tuple(made))
 
 
-def _criteria(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _criteria(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"criterion-{name}": Wanted(description=f"units by {name}", change=_set(criterion=name)) for name in CRITERIA
     }
     return made, Comparison(title="Criterion", arms=tuple(made))
 
 
-def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _losses(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     def only(*names: str) -> Change:
         return lambda stages: answered_by(stages, lambda had: {name: had.get(name, 1.0) for name in names})
 
@@ -219,7 +246,7 @@ def _losses(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compariso
     def no_margin(had: dict[str, float]) -> dict[str, float]:
         return {name: weight for name, weight in had.items() if name != "pairwise_margin"}
 
-    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",), **PLAIN}
+    alone = {"losses": {"cross_entropy": 1.0}, "freeze": ("patch_embedding",), **controls.NO_TEACHER}
     ways: dict[str, tuple[str, Change]] = {
         "margin": ("with the pairwise margin", lambda stages: answered_by(stages, margin)),
         "no-margin": ("without the pairwise margin", lambda stages: answered_by(stages, no_margin)),
@@ -236,7 +263,7 @@ def _judged(**keys: Any) -> Change:
     return lambda stages: judged(stages, keys)
 
 
-def _teachers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _teachers(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     ways: dict[str, tuple[str, dict[str, float]]] = {
         "first": ("the first teacher", {"first": 1.0}),
         "previous": ("the model that the round began with", {"previous": 1.0}),
@@ -249,7 +276,7 @@ def _teachers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compari
     return made, Comparison(title="Teachers", arms=tuple(made))
 
 
-def _own_answers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _own_answers(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     shares = (0.0, 0.5, 1.0)
     made = {
         f"own-answers-{100 * share:g}": Wanted(
@@ -262,7 +289,7 @@ def _own_answers(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comp
     return made, Comparison(title="Own answers", arms=tuple(made), x=x, x_label="share of own answers")
 
 
-def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _repairs(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "repair-all": Wanted(description="all repairs where they apply", change=_set(repair=REPAIRS)),
         "repair-none": Wanted(description="no repair", change=_set(repair=())),
@@ -273,7 +300,7 @@ def _repairs(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparis
     return made, Comparison(title="Repair", arms=tuple(made))
 
 
-def _fades(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _fades(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     ways = {"none": ("at once", 0.0), "25": ("over a quarter", 0.25), "50": ("over half", 0.5)}
     made = {
         f"fade-{name}": Wanted(description=f"units go {told} of the first training, no repair", change=_fading(share))
@@ -314,18 +341,21 @@ def faded(stages: Stages, share: float) -> Stages:
     return found
 
 
-def _rounds(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _rounds(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
+    def merging(merge: Callable[[Stages, Any], Stages]) -> Change:
+        return lambda stages: merge(stages, subject.config)
+
     made = {
         "rounds-planned": Wanted(description="all rounds, each recovered"),
-        "rounds-per-level": Wanted(description="one round per level", change=one_round_per_level),
-        "rounds-one-shot": Wanted(description="all levels in one round", change=one_shot),
+        "rounds-per-level": Wanted(description="one round per level", change=merging(one_round_per_level)),
+        "rounds-one-shot": Wanted(description="all levels in one round", change=merging(one_shot)),
     }
     for level in LEVELS:
         made[f"only-{level}"] = Wanted(description=f"only {level}, to the same parameters", recipe={"order": [level]})
     return made, Comparison(title="Stages", arms=tuple(made))
 
 
-def _planners(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _planners(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"sizes-by-{way}": Wanted(description=f"sizes by {way}", recipe={"sizes_by": way})
         for way in ("shares", "importance")
@@ -333,13 +363,15 @@ def _planners(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compari
     return made, Comparison(title="Choice of sizes", arms=tuple(made))
 
 
-def _samples(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _samples(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     used = study.base.data.train_rows
-    whole, made = min(used or rows.count, rows.count), {}
+    whole, made = min(used or subject.count, subject.count), {}
     x = {BASE: float(whole)}
     for share in study.shares:
         name = f"samples-{100 * share:g}"
-        count = min(whole, round(max(1, round(share * whole / rows.per_picture)) * rows.per_picture))  # whole pictures
+        count = min(
+            whole, round(max(1, round(share * whole / subject.per_picture)) * subject.per_picture)
+        )  # whole pictures
         train_rows = used if share == 1 else count
         made[name] = Wanted(
             description=f"{100 * share:g} % of the train rows", recipe={"data": {"train_rows": train_rows}}
@@ -348,7 +380,7 @@ def _samples(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparis
     return made, Comparison(title="Train rows", arms=tuple(made), x=x, x_label="train rows")
 
 
-def _frontier(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _frontier(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         f"frontier-{shrink:g}": Wanted(description=f"{shrink:g}x fewer parameters", recipe={"shrink": shrink})
         for shrink in study.shrinks
@@ -358,7 +390,7 @@ def _frontier(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compari
     return made, Comparison(title="Frontier", arms=tuple(made), x=x, x_label="times fewer parameters")
 
 
-def _controls(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Comparison]:
+def _controls(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
     made = {
         "control-scratch": Wanted(description=controls.DESCRIPTIONS["scratch"], kind="scratch", like=BASE),
         "control-random-init": Wanted(description=controls.DESCRIPTIONS["random-init"], kind="random-init", like=BASE),
@@ -367,7 +399,7 @@ def _controls(study: Study, rows: TrainRows) -> tuple[dict[str, Wanted], Compari
     return made, Comparison(title="Controls", arms=(BASE, *made), reference=BASE)
 
 
-SWEEPS: dict[str, Callable[[Study, TrainRows], tuple[dict[str, Wanted], Comparison]]] = {
+SWEEPS: dict[str, Callable[[Study, Subject], tuple[dict[str, Wanted], Comparison]]] = {
     "orders": _orders,
     "criteria": _criteria,
     "losses": _losses,

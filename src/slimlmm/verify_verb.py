@@ -110,8 +110,8 @@ def reproduced(found: Reproduction) -> Table:
     for name, lines in told.items():
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         table.add_row(name, f"{len(lines)} differ" if lines else "equal", escape("; ".join(lines[:3]) + more))
-    low, mean, high = (100 * value for value in (found.difference.low, found.difference.mean, found.difference.high))
-    table.add_row("accuracy", f"{mean:+.2f}", f"points, then minus now, 95 % [{low:+.2f}, {high:+.2f}]")
+    mean, ends = found.difference.points().split(" ", 1)
+    table.add_row("accuracy", mean, f"points, then minus now, 95 % {ends}")
     return table
 
 

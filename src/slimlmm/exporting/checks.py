@@ -72,8 +72,8 @@ def refuse(found: Check, what: str, *, max_drop: float, exact: bool) -> None:
     if lost > max_drop:
         raise UserError(
             f"{what} answers {100 * found.export.overall.accuracy:.1f} % of {found.n} rows right, its source "
-            f"{100 * found.source.overall.accuracy:.1f} %: {lost:.1f} points less [{100 * found.drop.low:.1f}, "
-            f"{100 * found.drop.high:.1f}], and --max-drop allows {max_drop:g}. Nothing was written; leave "
+            f"{100 * found.source.overall.accuracy:.1f} %: {found.drop.points(1)} points "
+            f"lost, and --max-drop allows {max_drop:g}. Nothing was written; leave "
             f"--int8 out or allow more."
         )
     if exact and found.logits_max > SAME * found.logits_scale:

@@ -146,11 +146,13 @@ def calibrate(
 
 def calibrated(found: Mapping[str, Any], out: Path) -> list[Any]:
     """Return what was fitted for the terminal."""
+    from slimlmm.evaluate import Interval
+
     table = Table("rows", "n", "student", "teacher", "together", "to the teacher", "points below the teacher")
     for name, one in found["splits"].items():
         lost = one["lost"]
         accuracies = (f"{100 * one[key]:.1f} %" for key in ("student", "teacher", "together", "share"))
-        interval = f"{100 * lost['mean']:.2f} [{100 * lost['low']:.2f}, {100 * lost['high']:.2f}]"
+        interval = Interval.model_validate(lost).points()
         table.add_row(name, f"{one['rows']:,}", *accuracies, interval)
     escalation = found["escalation"]
     areas = ", ".join(f"{kind} {100 * value:.2f}" for kind, value in found["areas"].items())
