@@ -227,16 +227,7 @@ def plan(
     loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
     if vain := study.base.unheard():
         raise UserError("base: " + "\n  ".join(vain))
-    settings = study.base.data
-    bare = settings.answers != "given"
-    splits = data.load(
-        study.data,
-        max_bad_share=settings.max_bad_share,
-        seed=study.seeds[0],
-        unlabelled=bare,
-        allowed=settings.pictures,
-    )
-    rows = {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
+    rows = _rows(study)
     everything = [row for part in rows.values() for row in part]
     identity = {"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)}
     planner = _Planner(loaded, rows, identity, out, choose, tell)
@@ -259,6 +250,18 @@ def plan(
         identity=identity,
         unchosen=frozenset(name for name, arm in arms.items() if not (arm.like or arm.reason or name in recipes)),
     )
+
+
+def _rows(study: Study) -> dict[str, list[data.Row]]:
+    settings = study.base.data
+    splits = data.load(
+        study.data,
+        max_bad_share=settings.max_bad_share,
+        seed=study.seeds[0],
+        unlabelled=settings.answers != "given",
+        allowed=settings.pictures,
+    )
+    return {name: splits.need(name, study.data) for name in ("train", "validation", "test")}
 
 
 def _arm(
