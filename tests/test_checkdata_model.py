@@ -16,6 +16,7 @@ from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.reading import read
 from slimlmm.collate import Collator
 from slimlmm.evaluate import encode
+from slimlmm.half import has_half
 from slimlmm.pictures import MAX_PIXELS
 from slimlmm.progress import Quiet
 from slimlmm.teacher import TeacherCache
@@ -67,7 +68,7 @@ def test_the_cross_entropy_told_is_the_models_own_loss(rows):
     labels = torch.cat((torch.full_like(batch["input_ids"], -100), answer), 1)
     with torch.no_grad():
         own = loaded.model(input_ids=ids, pixel_values=batch["pixel_values"], labels=labels).loss
-    assert found.cross_entropy == pytest.approx(float(own), rel=1e-4)
+    assert found.cross_entropy == pytest.approx(float(own), rel=1e-3 if has_half(loaded.model.device) else 1e-4)
     assert found.tokens == answer.shape[1]
 
 

@@ -171,7 +171,9 @@ def test_a_loss_that_is_no_number_is_told_tried_lower_and_refused(teacher, ads, 
 @pytest.mark.parametrize("loss", [0.5, math.inf, math.nan])
 def test_a_teacher_that_is_not_its_own_student_is_refused(loss, teacher, ads, tmp_path, monkeypatch):
     monkeypatch.setattr(job.alignment, "probed", lambda *_: Probe(loss, loss, 0.0, 9))
-    with pytest.raises(UserError, match=r"distilling the teacher from itself starts at .* not at 0 \(at most 0.001\)"):
+    with pytest.raises(
+        UserError, match=r"distilling the teacher from itself starts at .* not at 0 \(at most 0\.0?01\)"
+    ):
         pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(RAW, "test"))
     assert not (tmp_path / "run" / "final").exists()
 

@@ -107,7 +107,6 @@ def test_runs_that_share_a_cache_share_the_answers_and_so_does_a_control(teacher
     first = pipeline.run(teacher, unlabelled, tmp_path / "one", recipe.parse(raw, "test"), cache=shared)
     assert len(list(shared.glob("labels-*.json"))) == 1
     monkeypatch.setattr(labels, "_answers", lambda *_: pytest.fail("the teacher was asked again"))
-    raw["patience"] = 0
     pipeline.run(teacher, unlabelled, tmp_path / "two", recipe.parse(raw, "test"), cache=shared)
     done = controls.untrained(
         "random-init", tmp_path / "two", teacher, unlabelled, tmp_path / "three", tell=Quiet(), cache=shared

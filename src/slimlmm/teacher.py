@@ -200,7 +200,7 @@ class TeacherCache:
     def _try_head(self, hidden_AH: Tensor, logits_AV: Tensor) -> None:
         """Refuse a teacher whose logits do not come back from its hidden states: it would teach something else than it says."""
         apart, largest = (float(value.abs().max()) for value in (self.logits(hidden_AH) - logits_AV, logits_AV))
-        if not apart <= SAME * largest:
+        if apart > SAME * largest:  # where something is no number the loss against itself says so
             raise UserError(
                 f"the teacher's logits do not come back from its last hidden states through its head (largest difference "
                 f"{apart:.3g}, largest logit {largest:.3g}), and these states are what is kept of it: this "
