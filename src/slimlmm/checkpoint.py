@@ -327,18 +327,15 @@ def valued_as_stored(model: PreTrainedModel, stored: torch.dtype) -> Iterator[No
 
     Holds one more copy of the weights that are of another format.
     """
-    apart = {name for one in model.modules() for name in one._non_persistent_buffers_set}
-    saved = [*model.parameters(), *(one for name, one in model.named_buffers() if name.rpartition(".")[2] not in apart)]
-    changed = [(one, one.detach().clone()) for one in saved if one.is_floating_point() and one.dtype != stored]
+    saved = {one.data_ptr(): one for one in model.state_dict().values()}.values()
+    changed = [(one, one.clone()) for one in saved if one.is_floating_point() and one.dtype != stored]
     try:
-        with torch.no_grad():
-            for one, own in changed:
-                one.copy_(own.to(stored))
+        for one, own in changed:
+            one.copy_(own.to(stored))
         yield
     finally:
-        with torch.no_grad():
-            for one, own in changed:
-                one.copy_(own)
+        for one, own in changed:
+            one.copy_(own)
 
 
 def refuse_foreign(target: Path) -> None:
