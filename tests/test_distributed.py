@@ -20,7 +20,7 @@ from test_cli import call
 from tiny import tiny
 
 NAME = "llava-dinov2-llama"
-LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1}
+LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1, "answer_states": 0.5}
 
 
 def trained(folder, out):

@@ -276,7 +276,7 @@ def train(
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
     `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation`: rows that are looked at;
     `span`: the steps that are made. With `saving` the state is written to `out` now and then, and one that is there is taken up.
-    Of several processes (WORLD_SIZE) each takes its share of a step's pictures, matches states within it, and needs own caches.
+    Of several processes (WORLD_SIZE) each takes its share of a step's pictures and needs own caches.
 
     Raises:
         UserError: a loss needs a teacher and there is none, or no rows.
