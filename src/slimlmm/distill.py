@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -385,14 +386,13 @@ def _lessons(
     teachers: Teachers | None,
     taught: Taught,
 ) -> _Lessons:
-    known = [row for row in rows if taught is None or row.picture_key() in taught]
     packed = can_pack(model, processor, rows)
     lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
     collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
-    few = by_picture(known, settings.questions_per_picture)[:32]
-    readouts = fitted_readouts(model, anatomy, settings, collate, few)
-    useful = learnt_from(rows, settings.losses, taught)
-    return _Lessons(_Groups(useful, settings.questions_per_picture), collate, readouts)
+    groups = _Groups(learnt_from(rows, settings.losses, taught), settings.questions_per_picture)
+    known = (group for group in groups.groups if taught is None or group[0].picture_key() in taught)
+    readouts = fitted_readouts(model, anatomy, settings, collate, list(islice(known, 32)))
+    return _Lessons(groups, collate, readouts)
 
 
 def _run(trainer: DistillTrainer, model: PreTrainedModel, teachers: Teachers | None, found: Path | None) -> None:

@@ -105,11 +105,12 @@ def _prepared(
         allowed=recipe.data.pictures,
     )
     rows = {name: splits.need(name, source) for name in ("train", "validation", "test")}
+    everything = [row for part in rows.values() for row in part]
     if not (folder.path / "run.json").exists():  # a run that was begun goes on as it began
-        _refuse_vain(recipe, [row for part in rows.values() for row in part])
+        _refuse_vain(recipe, everything)
     facts = results.Dataset(
         name=str(source),
-        fingerprint=data.fingerprint([row for part in rows.values() for row in part]),
+        fingerprint=data.fingerprint(everything),
         rows={name: len(part) for name, part in rows.items()},
         notes=tuple(splits.notes),
     )
@@ -134,7 +135,7 @@ def _prepared(
 
 def _refuse_vain(recipe: Recipe, rows: Sequence[data.Row]) -> None:
     """Refuse what a recipe asks for in vain."""
-    vain, tasks = recipe.unheard(), sorted({row.task for row in rows})
+    vain, tasks = recipe.unheard(), sorted({row.task for row in rows}) if recipe.spared_tasks else []
     if unknown := [task for task in recipe.spared_tasks if task not in tasks]:
         vain.append(
             f"spared_tasks: no row has the task {', '.join(unknown)}. Known: {', '.join(filter(None, tasks)) or 'none'}."

@@ -103,6 +103,7 @@ class _Planner:
     schedules: dict[str, sweeps.Stages] = field(default_factory=dict)
     shapes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
     steps: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    visited: dict[int | None, data.StepRows] = field(default_factory=dict)
 
     def recipe(self, base: Recipe, wanted: Wanted) -> Recipe:
         """Return the arm's recipe with its schedule written out.
@@ -146,8 +147,10 @@ class _Planner:
 
     def _full(self, settings: Recipe) -> data.StepRows:
         """Return the row visits of steps as if all were full, so that arms may put steps together."""
-        visited = data.rows_a_step(data.sample(self.rows["train"], settings.data.train_rows, 0))
-        return lambda pictures, questions: pictures * visited(1, questions)
+        used = settings.data.train_rows
+        if used not in self.visited:
+            self.visited[used] = data.rows_a_step(data.sample(self.rows["train"], used, 0))
+        return lambda pictures, questions: pictures * self.visited[used](1, questions)
 
     def _as_many_visits(
         self, stages: sweeps.Stages, planned: Recipe, whole: Recipe, keys: Mapping[str, Any]

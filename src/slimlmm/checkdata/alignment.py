@@ -116,9 +116,9 @@ def _plain(loaded: Loaded, row: Row) -> Tensor:
     inputs = dict(encode(loaded.processor, [row]).to(loaded.model.device))
     asked_1T = inputs["input_ids"]
     answer_1A = torch.tensor([Prompter(loaded.processor).answer_ids(row)], device=asked_1T.device)
+    known = {"attention_mask": 1} | ANSWER_INPUTS.get(type(loaded.processor).__name__, {})
     for name, value in inputs.items():
         if value.shape == asked_1T.shape:
-            known = {"attention_mask": 1} | ANSWER_INPUTS.get(type(loaded.processor).__name__, {})
             fill = answer_1A if name == "input_ids" else torch.full_like(answer_1A, known.get(name, 0))
             inputs[name] = torch.cat((value, fill.to(value.dtype)), 1)
     logits_TV: Tensor = loaded.model(**inputs, use_cache=False).logits[0]
