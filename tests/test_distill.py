@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers as tf
 
 from slimlmm import distill, spans
 from slimlmm.anatomy import describe
@@ -12,6 +13,7 @@ from slimlmm.losses import DIVERGENCES, LOSSES, MATCHES, NEEDS_TEACHER
 from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
 from tiny import tiny
+from zoo.others import fast_vlm
 
 NAME = "llava-dinov2-llama"
 
@@ -283,3 +285,31 @@ def test_a_q_former_learns_from_itself_at_zero(tmp_path, rows):
     found = train(student, processor, rows.train[:40], asked, tmp_path, teacher=cache).history[0]
     assert found["loss/forward_kl"] == pytest.approx(0, abs=1e-4)
     assert found["loss/picture_states"] < 0.05
+
+
+def with_batch_norms():
+    """FastVLM with a tower that normalises over batches, as its real one does, and a processor of four tokens a picture."""
+    config, (_, processor) = fast_vlm(), tiny("llava-siglip-qwen2")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    config.vision_config = tf.ResNetConfig(**sizes, layer_type="basic", hidden_size=32)
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.image_token_id = processor.image_token_id
+    processor.patch_size, processor.image_processor.size = 32, {"height": 64, "width": 64}
+    processor.image_processor.crop_size = processor.image_processor.size
+    torch.manual_seed(0)
+    model = tf.AutoModelForImageTextToText.from_config(config)
+    for name, value in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            value += torch.rand_like(value)
+    return model.eval(), processor
+
+
+@pytest.mark.parametrize("freeze", [(), ("vision",)])
+def test_norms_over_batches_keep_the_statistics_that_the_model_answers_with(tmp_path, rows, freeze):
+    (student, processor), (teacher, _) = with_batch_norms(), with_batch_norms()
+    cache = TeacherCache(teacher, Collator(processor, packed=False), tmp_path / "cache")
+    asked = settings(steps=2, learning_rate=1e-9, losses={"forward_kl": 1.0}, freeze=freeze)
+    found = train(student, processor, rows.train[:40], asked, tmp_path, teacher=cache)
+    assert found.first_loss == pytest.approx(0, abs=1e-4)  # the teacher that was asked was in eval mode
+    before = dict(teacher.named_buffers())
+    assert all(torch.equal(value, before[name]) for name, value in student.named_buffers())

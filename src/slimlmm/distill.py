@@ -49,7 +49,7 @@ from slimlmm.losses import (
     Seen,
     combine,
 )
-from slimlmm.optimizing import frozen, optimizers
+from slimlmm.optimizing import frozen, optimizers, settled_statistics
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers
 from slimlmm.recipe import Training
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
@@ -302,7 +302,7 @@ def train(
     row_flops = _row_flops(trainer, model, batch)
     state = _State(trainer, report, keeper)
     state.take_up(out, saving, teachers)
-    with quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
+    with settled_statistics(model), quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
         _run(trainer, model, teachers, state.found)
     return _result(trainer, state.seconds, row_flops, report, keeper)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -58,6 +60,25 @@ class frozen:  # noqa: N801 - a context manager, used like a function
     def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def settled_statistics(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block norms over batches (FastVLM's tower) use and keep the statistics they have, whatever the model's mode.
+
+    Those of a step's few pictures are not what the teacher answered with, and are moved where a tower is frozen, too: a model
+    distilled from itself began at .1 nats a token. torchvision's FrozenBatchNorm2d does the same.
+    """
+
+    def settle(norm: nn.Module, _inputs: Any) -> None:
+        norm.eval()  # here, because the Trainer puts the whole model in training mode at every step
+
+    hooks = [part.register_forward_pre_hook(settle) for part in model.modules() if isinstance(part, _BatchNorm)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def optimizers(
