@@ -14,7 +14,7 @@ from slimlmm.allocation import least_loss
 from slimlmm.anatomy import describe
 from slimlmm.budget import Stopwatch
 from slimlmm.costs import answer_use
-from slimlmm.errors import UserError
+from slimlmm.errors import UntriedError, UserError
 from slimlmm.grid import Grid
 from slimlmm.resizing import predict_parameters
 from test_allocation import COARSE, drawn, space_of
@@ -109,7 +109,7 @@ def test_importance_on_real_rows_keeps_budget_and_floor_and_is_shown(folder, ads
     assert "Predicted for the chosen sizes" in text.getvalue()
     written = recipe.read(tmp_path / "o")
     assert written.stages
-    assert written.sizes_by == "shares"
+    assert written.sizes_by is None
     json.dumps(found)
 
 
@@ -124,7 +124,7 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     settings = recipe.parse(raw, "test")
     loaded = checkpoint.load(folder)
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-    first, _ = pipeline.schedule(loaded, parts, settings, tmp_path)
+    first, _ = pipeline.schedule(loaded, parts, settings, lambda: tmp_path)
     kept = json.loads((tmp_path / "sizes.json").read_text())
     losses = [one["loss"] for one in kept["candidates"]]
     assert losses == sorted(losses)
@@ -139,7 +139,45 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     assert not (tmp_path / "sizes").exists()
     other = next(one for one in kept["candidates"] if one["sizes"] != kept["sizes"])
     (tmp_path / "sizes.json").write_text(json.dumps(kept | {"sizes": other["sizes"]}))
-    assert pipeline.schedule(loaded, parts, settings, tmp_path)[0] != first  # read, not made again
+    assert pipeline.schedule(loaded, parts, settings, lambda: tmp_path)[0] != first  # read, not made again
+
+
+def test_trial_cuts_are_kept_and_not_made_again(folder, rows, tmp_path):
+    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    settings = recipe.parse(RAW | {"shrink": 1.1, "order": ["blocks"]}, "test")
+    loaded, kept = checkpoint.load(folder), tmp_path / "trials.json"
+    first, told = pipeline.schedule(loaded, parts, settings, kept=kept)
+    losses = json.loads(kept.read_text())
+    assert losses.keys() == {"uncut", "text.blocks=2", "vision.blocks=2"}
+    assert not [note for note in told if "shares" in note]
+    drawn_out = {name: 9.0 if name.startswith("text") else loss for name, loss in losses.items()}
+    kept.write_text(json.dumps(drawn_out))
+    other, _ = pipeline.schedule(loaded, parts, settings, kept=kept)
+    assert json.loads(kept.read_text()) == drawn_out
+    sizes = {name: size for stage in other for turn in stage.rounds for name, size in turn.sizes.items()}
+    assert "text.blocks" not in sizes
+    assert first
+
+
+def test_without_a_way_it_is_importance_or_shares_with_the_reason(folder, rows, tmp_path, monkeypatch):
+    loaded = checkpoint.load(folder)
+    parts = {"train": [choosing.replace(row, answer="") for row in rows.train], "validation": rows.validation}
+    raw = RAW | {"shrink": 1.3}
+    del raw["curve_rows"]
+    stages, told = pipeline.schedule(loaded, parts, recipe.parse(raw, "test"), lambda: tmp_path)
+    assert stages == pipeline.schedule(loaded, parts, recipe.parse(raw | {"sizes_by": "shares"}, "test"))[0]
+    assert "sizes by shares, not by importance: trial cuts look at answers" in " ".join(told)
+    again, notes = pipeline.schedule(loaded, parts, recipe.parse(raw, "test"), lambda: tmp_path)  # read from the folder
+    assert (again, notes) == (stages, told)
+
+    def untried(*_):
+        raise UntriedError("text.width cannot be cut alone")
+
+    monkeypatch.setattr(choosing, "curves", untried)
+    parts["train"] = rows.train
+    assert "not by importance: text.width cannot" in pipeline.schedule(loaded, parts, recipe.parse(raw, "test"))[1][-1]
+    with pytest.raises(UntriedError, match=r"text\.width cannot"):
+        pipeline.schedule(loaded, parts, recipe.parse(raw | {"sizes_by": "importance"}, "test"))
 
 
 def test_shares_run_no_model():
@@ -160,7 +198,7 @@ def test_what_cannot_be_done_is_refused(folder, ads, rows, tmp_path):
     with pytest.raises(UserError, match="search_candidates has no effect with sizes_by: importance"):
         recipe.parse({"sizes_by": "importance", "search_candidates": 3}, "test")
     with pytest.raises(UserError, match="curve_rows has no effect with sizes_by: shares"):
-        recipe.parse({"curve_rows": 3}, "test")
+        recipe.parse({"sizes_by": "shares", "curve_rows": 3}, "test")
     bare = [choosing.replace(row, answer="") for row in rows.train]
     settings = recipe.parse({"sizes_by": "importance", "shrink": 2}, "test")
     with pytest.raises(UserError, match="train rows have none before the teacher"):

@@ -35,7 +35,7 @@ def test_sizes_are_those_of_what_is_dropped(rows):
 
 
 def test_the_default_schedule_leaves_out_what_cannot_go_and_says_so(whole, ads, tmp_path):
-    raw = SMALL | {"shrink": 2.0, "row_visits": 300}
+    raw = SMALL | {"shrink": 2.0, "row_visits": 300, "sizes_by": "shares"}
     found = pipeline.run(whole, ads, tmp_path / "run", recipe.parse(raw, "test"), tell=(heard := Recorder()))
     assert found.ratios.parameters >= 2
     assert "lossless" not in {one.stage for one in found.rounds}
@@ -46,7 +46,8 @@ def test_the_default_schedule_leaves_out_what_cannot_go_and_says_so(whole, ads, 
 
 @pytest.mark.parametrize("with_rows", [False, True])
 def test_a_plan_promises_no_trim_that_the_run_refuses(with_rows, whole, ads, tmp_path):
-    found = planning.plan(str(whole), {"--shrink": 2.0}, source=ads if with_rows else None, out=tmp_path / "r.yaml")
+    source = ads if with_rows else None
+    found = planning.plan(str(whole), {"--shrink": 2.0}, source=source, out=tmp_path / "r.yaml", by="shares")
     assert f"the vocabulary stays whole: {REASON}" in found["notes"]
     assert not [note for note in found["notes"] if "compress trims" in note]
     assert not any(turn.drop for stage in recipe.read(tmp_path / "r.yaml").stages for turn in stage.rounds)

@@ -190,8 +190,18 @@ def test_blocks_are_counted_without_the_dead_ones_that_go_first():
 
 def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):
     raw = {key: value for key, value in RAW.items() if key != "stages"} | {"shrink": 2.0, "row_visits": 300}
-    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw | {"curve_rows": 8}, "test"))
     assert found.ratios.parameters >= 2.0
+    told = json.loads((tmp_path / "run" / "sizes.json").read_text())
+    assert told["by"] == "importance"
+    assert not (tmp_path / "run" / "sizes").exists()
+
+
+def test_a_shrink_that_cannot_be_leaves_no_folder(teacher, ads, tmp_path):
+    raw = {key: value for key, value in RAW.items() if key != "stages"} | {"shrink": 1e6}
+    with pytest.raises(UserError, match="the smallest shape"):
+        pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_teacher_is_asked_about_as_many_rows_as_the_recipe_says(teacher, ads, tmp_path):

@@ -122,7 +122,9 @@ def test_bytes_are_those_of_the_number_format():
 
 
 def test_the_recipe_is_one_that_compress_takes_and_says_what_was_printed(folder, ads, tmp_path):
-    (tmp_path / "in.yaml").write_text("order: [inner, width, blocks]\nrow_visits: 5000\nmultiples: 8\nshrink: 2.5\n")
+    (tmp_path / "in.yaml").write_text(
+        "order: [inner, width, blocks]\nrow_visits: 5000\nmultiples: 8\nshrink: 2.5\nsizes_by: shares\n"
+    )
     out = tmp_path / "deep" / "r.yaml"
     found = planning.plan(folder, {}, recipe=tmp_path / "in.yaml", source=ads, out=out, floors=["text.ffn=40"])
     read = commands.settings(out, shrink=None, max_drop=None, seed=None)
@@ -158,7 +160,7 @@ def test_any_order_ends_at_the_planned_shape_and_cuts_its_levels_alone(folder, o
 
 
 def test_rows_trim_the_vocabulary_as_compress_does(folder, ads, rows):
-    found = planning.plan(folder, {"--shrink": 3.0}, source=ads)
+    found = planning.plan(folder, {"--shrink": 3.0}, source=ads, by="shares")
     loaded = checkpoint.load(folder)
     trimmed, _ = vocab.trim(loaded.model, loaded.processor, texts_of(loaded.processor, rows.train + rows.validation))
     (axis,) = (axis for axis in found["axes"] if axis["axis"] == "vocab")

@@ -32,7 +32,7 @@ def planned(ads, tmp_path_factory):
     """Every sweep over one base, planned for a tiny model."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     checkpoint.save(*tiny("llava-dinov2-llama"), folder)
-    base = {"shrink": 4, "row_visits": 24_000}
+    base = {"shrink": 4, "row_visits": 24_000, "sizes_by": "shares"}
     raw = {"model": str(folder), "data": str(ads), "base": base, "sweeps": SWEEPS, "shrinks": [2, 4, 1000]}
     return study.plan(studies.parse({**raw, "arms": {"lone": {"train": {"learning_rate": 1e-5}}}}, "study"))
 
@@ -202,7 +202,7 @@ def test_fewer_questions_and_fewer_rows_of_the_teacher_take_as_many_visits(ads, 
     raw = {
         "model": str(tmp_path / "teacher"),
         "data": str(ads),
-        "base": {"shrink": 2, "row_visits": 8000},
+        "base": {"shrink": 2, "row_visits": 8000, "sizes_by": "shares"},
         "arms": arms,
     }
     group = {"title": "t", "arms": ["base", *arms], "reference": "base"}

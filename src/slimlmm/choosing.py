@@ -22,14 +22,14 @@ from slimlmm.budget import Budget
 from slimlmm.collate import Collator, texts_of
 from slimlmm.costs import Answer
 from slimlmm.distill import can_pack
-from slimlmm.errors import UserError
+from slimlmm.errors import UntriedError
 from slimlmm.files import read_json, write_json
 from slimlmm.grid import Grid
 from slimlmm.job import Handed, Job, Place, job_of
 from slimlmm.lossless import lossless_of
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
-from slimlmm.recipe import Recipe
+from slimlmm.recipe import Recipe, SizesBy
 from slimlmm.resizing import predict_parameters
 from slimlmm.runfolder import RunFolder
 from slimlmm.sensitivity import Curve, curves
@@ -62,10 +62,12 @@ class Choice:
     """The sizes that were chosen, and what they were chosen by: loss curves by axis, tried shapes from the best down.
 
     `line_error`: of a measured budget the median of |predicted / measured - 1| over the table that its line was drawn through.
+    `note`: why they were chosen by shares, where that was not asked for.
     """
 
     by: str
     sizes: Sizes
+    note: str = ""
     predicted: float | None = None
     line_error: float | None = None
     curves: Mapping[str, Curve] | None = None
@@ -75,7 +77,13 @@ class Choice:
         """Return all of it for JSON."""
         found = [asdict(one) for one in (self.curves or {}).values()]
         tried = [asdict(one) for one in self.tried]
-        told = {"by": self.by, "sizes": self.sizes, "predicted": self.predicted, "line_error": self.line_error}
+        told = {
+            "by": self.by,
+            "note": self.note,
+            "sizes": self.sizes,
+            "predicted": self.predicted,
+            "line_error": self.line_error,
+        }
         return told | {"curves": found, "candidates": tried}
 
 
@@ -83,28 +91,32 @@ class Chosen(BaseModel):
     """What is read back of that."""
 
     sizes: dict[str, int]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """What trial cuts start from: the model after the lossless cuts, its processor, rows."""
+    """What trial cuts start from: the model after the lossless cuts, its processor, rows; `kept`: the file of their losses."""
 
     job: Job
     model: PreTrainedModel
     processor: Any
     a_step: data.StepRows
+    kept: Path
 
 
-def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Path, tell: Reporter) -> Ground:
+def ground_of(
+    loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Path, tell: Reporter, kept: Path | None = None
+) -> Ground:
     """Make the lossless cuts in memory, and a job that promises nothing; what the teacher says is kept in `folder`.
 
+    Losses of trial cuts are kept in the file `kept`, in `folder` if it is not said.
+
     Raises:
-        UserError: the recipe leaves labels to the teacher and there are rows without.
+        UntriedError: the recipe leaves labels to the teacher and there are rows without.
     """
     if any(not row.answer for row in rows["train"]):
-        raise UserError(
-            f"sizes_by: {recipe.sizes_by} looks at answers, and train rows have none before the teacher labelled them."
-        )
+        raise UntriedError("trial cuts look at answers, and train rows have none before the teacher labelled them.")
     texts = texts_of(loaded.processor, rows["train"] + rows["validation"])
     model, processor = loaded.model, loaded.processor
     if not lossless_of(model.config, model.generation_config, processor, texts).whole:
@@ -115,22 +127,41 @@ def ground_of(loaded: checkpoint.Loaded, rows: Rows, recipe: Recipe, folder: Pat
     job = job_of(RunFolder(folder), plain, rows, tell)
     packed = can_pack(model, processor, job.calibration)
     job.cache = TeacherCache(model, Collator(processor, packed=packed), folder / "cache")
-    return Ground(job=job, model=model, processor=processor, a_step=data.rows_a_step(job.train_rows))
+    a_step = data.rows_a_step(job.train_rows)
+    return Ground(job=job, model=model, processor=processor, a_step=a_step, kept=kept or folder / "trials.json")
 
 
 def chosen(
-    space: plan.Space, budget: Budget, by: str, ground: Callable[[], Ground], measured: Answer | None = None
+    space: plan.Space,
+    budget: Budget,
+    by: SizesBy | None,
+    ground: Callable[[], Ground],
+    measured: Answer | None = None,
 ) -> Choice:
     """Return the sizes for a budget and how they came about. `measured`: how answers use the model, of a budget that is measured.
 
+    Where nothing is asked for (`by`) it is importance, or shares where an axis cannot be tried.
+
     Raises:
-        UserError: no shape meets the budget, or an axis cannot be tried alone.
+        UserError: no shape meets the budget.
+        UntriedError: what an axis loses cannot be measured, and that was asked for.
     """
     by_shares = (plan.sizes_within if measured is None else lambda *of: plan.scaled_within(*of)[1])(space, budget)
     if by == "shares" or space.whole(by_shares):
         return Choice(by="shares", sizes=by_shares)
-    here = ground()
-    found = curves(here.job, here.model, here.processor, space)
+    try:
+        return _tried(space, budget, ground(), by_shares, search=by == "search", measured=measured)
+    except UntriedError as error:
+        if by is not None:
+            raise
+        return Choice(by="shares", sizes=by_shares, note=f"sizes by shares, not by importance: {error}")
+
+
+def _tried(
+    space: plan.Space, budget: Budget, here: Ground, by_shares: Sizes, *, search: bool, measured: Answer | None
+) -> Choice:
+    """Return the sizes of least predicted loss, or those that come off best in a search from there."""
+    found = curves(here.job, here.model, here.processor, space, here.kept)
     error = None
     if measured is None:
         market, limit = Market(space, budget.cost, found), budget.limit
@@ -143,7 +174,7 @@ def chosen(
         error = statistics.median(off)
         market, limit, sizes = within_measured(space, budget, line.cost, found, by_shares)
     first = Choice(by="importance", sizes=sizes, predicted=market.loss(sizes), line_error=error, curves=found)
-    return first if by == "importance" else _searched(here, market, limit, budget, first, by_shares)
+    return _searched(here, market, limit, budget, first, by_shares) if search else first
 
 
 def _measured(space: plan.Space, budget: Budget, shapes: list[Sizes]) -> tuple[list[Sizes], list[float]]:
@@ -219,18 +250,23 @@ def sizes_for_run(
     loaded: checkpoint.Loaded,
     rows: Rows,
     recipe: Recipe,
-    folder: Path | None,
+    folder: Callable[[], Path] | None,
     tell: Reporter,
-) -> Sizes:
-    """Return the sizes for a run; a choice that ran the model is read from its `folder` (``sizes.json``) where it is finished."""
+    kept: Path | None = None,
+) -> Chosen:
+    """Return the sizes for a run; a choice that ran the model is read from its `folder` (``sizes.json``) where it is finished.
+
+    The folder is asked for once it is sure that the budget can be met, so that a refused run leaves none.
+    """
+    by_shares = plan.sizes_within(space, budget)
     if recipe.sizes_by == "shares":
-        return plan.sizes_within(space, budget)
+        return Chosen(sizes=by_shares)
     with TemporaryDirectory() as scratch:
-        place = Path(scratch) if folder is None else folder / "sizes"
+        place = Path(scratch) if folder is None else folder() / "sizes"
         record = place.with_suffix(".json")
         if not record.exists():
             place.mkdir(exist_ok=True)
-            choice = chosen(space, budget, recipe.sizes_by, lambda: ground_of(loaded, rows, recipe, place, tell))
-            write_json(record, choice.record())
+            ground = lambda: ground_of(loaded, rows, recipe, place, tell, kept)  # noqa: E731 - only where it is needed
+            write_json(record, chosen(space, budget, recipe.sizes_by, ground).record())
             shutil.rmtree(place)
-        return read_json(TypeAdapter(Chosen), record).sizes
+        return read_json(TypeAdapter(Chosen), record)

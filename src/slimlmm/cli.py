@@ -265,7 +265,9 @@ def plan(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(help="shares, or with --data importance (losses of axes) or search (brief recoveries)."),
+        typer.Option(
+            help="importance (losses of axes; the default with --data), search (brief recoveries), or shares (without --data)."
+        ),
     ] = None,
     floor: Annotated[list[str] | None, typer.Option(help="axis=size: the least size of an axis; repeat.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="axis=size: a given size, the rest is chosen; repeat.")] = None,

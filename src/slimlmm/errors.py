@@ -9,6 +9,10 @@ class LossError(UserError):
     """A training whose loss is no number."""
 
 
+class UntriedError(UserError):
+    """What an axis loses cannot be measured here, so sizes cannot be chosen by it."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return the hint that follows an unknown name: the nearest valid one, then all of them."""
     import difflib

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,8 @@ def _prepared(
         check(loaded, recipe.stages, recipe.tensor_parallel)
         file = file_of(folder.open(identity, given), loaded, rows["train"])
         rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
-    if recipe.sizes_by != "shares" and not recipe.stages:
-        folder.open(identity, given)  # what the choice found is kept in it
-    stages, told = schedule(loaded, rows, recipe, folder.path, tell)
+    # what a choice of sizes finds is kept in the folder
+    stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
     check(loaded, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *told, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
@@ -180,14 +179,16 @@ def schedule(
     loaded: checkpoint.Loaded,
     rows: Mapping[str, list[data.Row]],
     recipe: Recipe,
-    folder: Path | None = None,
+    folder: Callable[[], Path] | None = None,
     tell: Reporter | None = None,
     *,
     a_step: data.StepRows | None = None,
+    kept: Path | None = None,
 ) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
     """Return the recipe's stages, or the default schedule for its shrink, and what a reader should know of it.
 
-    A choice that runs the model is kept in `folder`. `a_step`: row visits of a step, where not those of the recipe's train rows.
+    A choice that runs the model is kept in `folder`, losses of its trial cuts in the file `kept`. `a_step`: row visits of a step,
+    where not those of the recipe's train rows.
 
     Raises:
         UserError: neither is said, or the shrink cannot be reached.
@@ -201,17 +202,17 @@ def schedule(
     living = resized(config, cuts.sizes())
     space = plan.space_of(living, grid, recipe.order)
     budget = by_shrink(living, recipe.shrink, predict_parameters(config, {}))
-    final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet())
+    final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet(), kept)
     stages = plan.stages_for(
         living,
-        final,
+        final.sizes,
         row_visits=recipe.row_visits,
         a_step=a_step or data.rows_a_step(data.sample(rows["train"], recipe.data.train_rows, recipe.seed)),
         order=recipe.order,
         grid=grid,
         drops=cuts.drops,
     )
-    return stages, cuts.notes
+    return stages, (*cuts.notes, *filter(None, [final.note]))
 
 
 def lossless(loaded: checkpoint.Loaded, rows: Mapping[str, list[data.Row]]) -> Lossless:

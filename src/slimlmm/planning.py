@@ -103,21 +103,21 @@ def plan(
         place = Path(scratch)
         trials = settings.sizes_by, lambda: _ground(model, start, settings, place, trust_remote_code, tell)
         budget, choice = _chosen(start, space, (option, value), watch, trials)
-    sizes = choice.sizes
-    measured = _measured(start, space.stated(sizes), watch, budget.limit) if option in MEASURED else None
+    stated = space.stated(choice.sizes)
+    measured = _measured(start, stated, watch, budget.limit) if option in MEASURED else None
     found = {
         "model": model,
         "model_type": start.config.model_type,
         "dtype": str(dtype_of(start.config)).removeprefix("torch."),
         "budget": {"option": option, "asked": value, "limit": budget.limit},
-        "axes": _axes(start, space.stated(sizes), dict.fromkeys(least, "--floor") | dict.fromkeys(given, "--fix")),
-        "costs": _costs(start, space.stated(sizes), (MEASURED.get(option, ""), measured)),
+        "axes": _axes(start, stated, dict.fromkeys(least, "--floor") | dict.fromkeys(given, "--fix")),
+        "costs": _costs(start, stated, (MEASURED.get(option, ""), measured)),
         "answer": {"tokens": start.now.tokens, "prompt": start.now.prompt, "reason": start.now.reason},
         "latency": measured if option == "--latency-ms" else None,
         "energy": measured if option == "--energy-j" else None,
         "choice": choice.record(),
     }
-    return found | _schedule(start, space, sizes, settings, out) | _origin(start, settings)
+    return found | _schedule(start, space, choice, settings, out) | _origin(start, settings)
 
 
 def _origin(start: _Start, settings: Recipe) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _settings(path: Path | None, by: str | None, source: Path | None) -> Recipe:
     told = recipes.read(path) if path else Recipe()
     if by is not None:
         told = recipes.parse(told.model_dump(mode="json") | {"sizes_by": by}, "--by")
-    if told.sizes_by != "shares" and source is None:
+    if told.sizes_by not in (None, "shares") and source is None:
         raise UserError(f"--by {told.sizes_by} tries the model on rows: give --data.")
     return told
 
@@ -165,11 +165,9 @@ def _watch(option: str, tell: Reporter) -> Stopwatch:
     return Stopwatch(device=device, tell=lambda one: tell.say("timed a shape", parameters=one.parameters, ms=one.ms))
 
 
-def _schedule(
-    start: _Start, space: Space, sizes: Mapping[str, int], settings: Recipe, out: Path | None
-) -> dict[str, Any]:
+def _schedule(start: _Start, space: Space, choice: Choice, settings: Recipe, out: Path | None) -> dict[str, Any]:
     """Return the rounds that lead to these sizes, what would hinder serving, and notes; write the recipe where one is wanted."""
-    grid = Grid.of(settings)
+    grid, sizes, told = Grid.of(settings), choice.sizes, [*start.notes, *filter(None, [choice.note])]
     stages = stages_for(
         start.living,
         sizes,
@@ -186,7 +184,7 @@ def _schedule(
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
-        "notes": [*start.notes, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
+        "notes": [*told, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
         "out": None if out is None else str(out),
     }
 
@@ -217,6 +215,8 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
     if source is None:
         lossless = Lossless(blocks=living_blocks(config), whole=_kept_whole(model, config, trust_remote_code))
         counted = "steps for one row a picture; give --data to plan with yours."
+        if settings.sizes_by is None:
+            counted = "sizes by shares (compress chooses them by what its rows lose), " + counted
         trims = "" if lossless.whole else "vocabulary counted whole (compress trims it to its rows), "
         notes = [trims + counted]
     else:
@@ -279,7 +279,7 @@ def _chosen(
     space: Space,
     asked: tuple[str, float],
     watch: Stopwatch,
-    how: tuple[SizesBy, Callable[[], choosing.Ground]],
+    how: tuple[SizesBy | None, Callable[[], choosing.Ground]],
 ) -> tuple[Budget, Choice]:
     """Return the budget and the sizes that it leads to; refuse one that the model meets as it is, or by lossless cuts alone.
 
@@ -293,7 +293,10 @@ def _chosen(
             "nothing has to be cut."
         )
     budget = _budget(start, space.config, asked, watch)
-    choice = choosing.chosen(space, budget, *how, start.then if asked[0] in MEASURED else None)
+    by, ground = how
+    choice = choosing.chosen(
+        space, budget, by if start.rows else "shares", ground, start.then if asked[0] in MEASURED else None
+    )
     if space.whole(choice.sizes):
         raise UserError(
             f"{budget.asked} allows {budget.said(budget.limit)}, which dropping unused tokens and dead blocks alone meets: "

@@ -290,11 +290,12 @@ class Recipe(Settings):
 
     stages: tuple[Stage, ...] = Field((), description="Stages in order; empty for the default schedule of `shrink`.")
     shrink: float | None = Field(None, gt=1, description="Parameters of the teacher over those of the student.")
-    sizes_by: SizesBy = Field(
-        "shares",
-        description="How the default schedule chooses sizes for its budget. shares: every axis keeps a fixed share of one scale. "
-        "importance: least predicted loss, each axis tried alone on train rows (`curve_rows`). search: several shapes are cut at "
-        "once, briefly recovered, and the one of least validation loss is taken.",
+    sizes_by: SizesBy | None = Field(
+        None,
+        description="How the default schedule chooses sizes for its budget. importance: least predicted loss, each axis tried "
+        "alone on train rows (`curve_rows`). search: several shapes are cut at once, briefly recovered, and the one of least "
+        "validation loss is taken. shares: every axis keeps a fixed share of one scale, and nothing is tried. null: importance, "
+        "or by shares where that cannot be had (the reason is told).",
     )
     curve_rows: int = Field(
         64, gt=0, description="Train rows that importance and search try axes on; each size is a cut with its repair."
@@ -353,7 +354,7 @@ class Recipe(Settings):
     def _heard(self) -> Recipe:
         """Refuse settings of ways to choose sizes that are not taken."""
         needs = {
-            "curve_rows": ("importance", "search"),
+            "curve_rows": (None, "importance", "search"),
             "search_candidates": ("search",),
             "search_row_visits": ("search",),
         }

@@ -10,10 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from slimlmm import rounds
-from slimlmm.errors import UserError
+from slimlmm.errors import UntriedError, UserError
+from slimlmm.files import read_json, write_json
 from slimlmm.job import Job
 from slimlmm.plan import Space
 from slimlmm.recipe import Round
@@ -63,22 +65,34 @@ class Curve:
         return less + (more - less) * math.log(high / size) / math.log(high / low)
 
 
-def curves(job: Job, model: PreTrainedModel, processor: Any, space: Space, *, points: int = POINTS) -> dict[str, Curve]:
+def curves(
+    job: Job, model: PreTrainedModel, processor: Any, space: Space, kept: Path, *, points: int = POINTS
+) -> dict[str, Curve]:
     """Cut every axis of the space alone to a few of its sizes, repair, and return the curve of each by its name.
 
+    What was measured is kept in the file `kept` and not measured again; it has to be of the same model and calibration rows.
+
     Raises:
-        UserError: the config takes no smaller size of some axis by itself.
+        UntriedError: the config takes no smaller size of some axis by itself.
     """
+    wanted = {axis: sampled(space, axis, points) for axis in movable(space)}
+    known = read_json(TypeAdapter(dict[str, float]), kept) if kept.exists() else {}
+
+    def loss(name: str, sizes: dict[str, int]) -> float:
+        if name not in known:
+            with TemporaryDirectory() as scratch:
+                turn = TRIAL.model_copy(update={"sizes": sizes})
+                known[name] = rounds.trial(job, model, processor, turn, Path(scratch))[1]
+            write_json(kept, known)
+        return known[name]
+
     found: dict[str, Curve] = {}
-    with TemporaryDirectory() as scratch:
-        uncut = rounds.trial(job, model, processor, TRIAL, Path(scratch))[1]
-        for axis in movable(space):
-            measured = {space.axes[axis].size: 0.0}
-            for size in sampled(space, axis, points):
-                turn = TRIAL.model_copy(update={"sizes": {axis: size}})
-                measured[size] = rounds.trial(job, model, processor, turn, Path(scratch))[1] - uncut
-                job.tell.say("tried a size", axis=axis, size=size, loss=measured[size])
-            found[axis] = Curve.through(axis, measured)
+    for axis, sizes in wanted.items():
+        measured = {space.axes[axis].size: 0.0}
+        for size in sizes:
+            measured[size] = loss(f"{axis}={size}", {axis: size}) - loss("uncut", {})
+            job.tell.say("tried a size", axis=axis, size=size, loss=measured[size])
+        found[axis] = Curve.through(axis, measured)
     return found
 
 
@@ -97,7 +111,7 @@ def sampled(space: Space, axis: str, points: int) -> list[int]:
             continue
         legal.append(size)
     if not legal:
-        raise UserError(
+        raise UntriedError(
             f"{axis} cannot be cut alone to any of the sizes {', '.join(map(str, space.choices[axis]))}, so what it costs cannot "
             f"be measured; take --by shares, or --fix {axis}=SIZE."
         )

@@ -114,7 +114,7 @@ class _Planner:
         if told := sweeps.conflicts(base, wanted.recipe):
             raise UserError(told)
         whole = merged(base, wanted.recipe)
-        planned = whole if whole.sizes_by != "shares" else whole.model_copy(update={"data": base.data})
+        planned = whole.model_copy(update={"data": base.data})  # arms on other rows are of the same sizes
         asked = recipe.dump(planned)
         if asked not in self.schedules:
             self.schedules[asked] = self._schedule(planned, asked)
@@ -128,22 +128,27 @@ class _Planner:
     def _schedule(self, planned: Recipe, asked: str) -> sweeps.Stages:
         """Return the schedule of a recipe, its sizes read where they were chosen before."""
 
-        def made(folder: Path | None, tell: Reporter | None = None) -> sweeps.Stages:
-            return pipeline.schedule(self.loaded, self.rows, planned, folder, tell, a_step=self._full(planned))[0]
+        def made(folder: Path | None = None, tell: Reporter | None = None, kept: Path | None = None) -> sweeps.Stages:
+            step, place = self._full(planned), (lambda: folder) if folder else None
+            return pipeline.schedule(self.loaded, self.rows, planned, place, tell, a_step=step, kept=kept)[0]
 
         if planned.stages or planned.sizes_by == "shares":
-            return made(None)
-        told = hashlib.sha256(json.dumps([self.identity, asked]).encode()).hexdigest()
-        folder = self.out and self.out / "sizes" / told[:16]
+            return made()
+        folder = self.out and self.out / "sizes" / self._hashed(asked)
         if folder and (folder / "sizes.json").exists():
             return made(folder)
         if not self.chooses:
-            raise _UnchosenError(f"sizes_by: {planned.sizes_by} runs the model.")
+            raise _UnchosenError("choosing its sizes runs the model.")
         if not (self.out and folder):
             return made(None, self.tell)
         with held(self.out, self.identity):
             folder.mkdir(parents=True, exist_ok=True)
-            return made(folder, self.tell)
+            tried_on = planned.data.model_dump_json(), planned.curve_rows, planned.seed
+            return made(folder, self.tell, folder.with_name(f"trials-{self._hashed(*tried_on)}.json"))
+
+    def _hashed(self, *what: Any) -> str:
+        """Return a name for what was asked of this model and these rows."""
+        return hashlib.sha256(json.dumps([self.identity, *what]).encode()).hexdigest()[:16]
 
     def _full(self, settings: Recipe) -> data.StepRows:
         """Return the row visits of steps as if all were full, so that arms may put steps together."""
@@ -227,7 +232,8 @@ def plan(
         UserError: bad model or data, or names that do not fit.
     """
     tell = tell or Quiet()
-    loaded = checkpoint.load_to_answer(study.model, device="cpu", trust_remote_code=trust_remote_code)
+    device = None if choose else "cpu"
+    loaded = checkpoint.load_to_answer(study.model, device=device, trust_remote_code=trust_remote_code)
     if vain := study.base.unheard():
         raise UserError("base: " + "\n  ".join(vain))
     rows = _rows(study)
