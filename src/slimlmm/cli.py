@@ -265,9 +265,7 @@ def plan(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            help="importance (losses of axes; the default with --data), search (brief recoveries), or shares (without --data)."
-        ),
+        typer.Option(help="importance (the default with --data), search (after brief recoveries) or shares."),
     ] = None,
     floor: Annotated[list[str] | None, typer.Option(help="axis=size: the least size of an axis; repeat.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="axis=size: a given size, the rest is chosen; repeat.")] = None,
