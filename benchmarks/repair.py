@@ -86,10 +86,8 @@ def case(
             kept[axis] = keep[axis].tolist()
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
-            statistics = repair.collect(repaired, anatomy, axis, calibration.fit)
-            repaired, _, tries = repair.fold_best(
-                repaired, anatomy, axis, keep, statistics, calibration, loss, USUAL_REPAIRS
-            )
+            done = repair.fold_best(repaired, anatomy, axis, keep, calibration, loss, USUAL_REPAIRS)
+            repaired, tries = done.model, done.tries
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}
     began = time.perf_counter()

@@ -194,3 +194,37 @@ def test_a_norm_behind_the_ffn_is_no_factor():
     with pytest.raises(NoBridgeError, match="normed"), torch.no_grad():
         bridging.gain(model, model.get_submodule(f"{axis.layers}.0"), gap.writer, batch)
     assert bridged(model, anatomy, "text.blocks", keep, [batch]) == []
+
+
+def with_a_dead_block():
+    """A model whose projector reads the stream behind the fourth of five vision blocks."""
+    config = tiny_config("llava-clip-llama")
+    config.vision_config.num_hidden_layers = 5
+    model = random_model(config)
+    assert config.vision_feature_layer == -2
+    return model, describe(config), batches_of("llava-clip-llama", model)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 1, 2, 4]])
+def test_a_gap_ends_where_the_stream_is_read_for_the_last_time(kept):
+    model, anatomy, batches = with_a_dead_block()
+    axis, layers = "vision.blocks", anatomy.axis("vision.blocks").layers
+    (gap,) = gaps(model, anatomy, axis, {axis: torch.tensor(kept)})
+    assert (gap.first, gap.last) == (3, 3)
+    wanted, trial = outputs(model, f"{layers}.3", batches), copy.deepcopy(model)
+    bridged(trial, anatomy, axis, {axis: torch.tensor(kept)}, batches)
+    distances = [float((outputs(one, f"{layers}.2", batches) - wanted).square().mean()) for one in (model, trial)]
+    assert distances[1] < 0.01 * distances[0]
+    assert not list(gaps(model, anatomy, axis, {axis: torch.arange(4)}))
+
+
+def test_a_block_that_nothing_reads_goes_first():
+    model, anatomy, batches = with_a_dead_block()
+    with torch.no_grad():
+        uncut = {id(batch): answer_logits(model, batch)[0] for batch in batches}
+
+    def apart(student, batch):
+        return (answer_logits(student, batch)[0] - uncut[id(batch)]).square().mean()
+
+    calibration = Calibration(fit=batches, judge=batches[1:])
+    assert greedy_bridged(model, anatomy, "vision.blocks", calibration, apart, 4) == [0, 1, 2, 3]

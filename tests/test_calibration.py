@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -31,6 +32,18 @@ def test_every_third_picture_judges_and_is_in_no_fit(rows, loaded, packed):
     assert not pictures(found.fit) & pictures(found.judge)
     told = [row for batch in (*found.fit, *found.judge) for row in batch["rows"]]
     assert sorted(map(repr, told)) == sorted(map(repr, chosen))
+
+
+def test_a_picture_with_many_questions_is_on_one_side_alone(rows, loaded):
+    many = [
+        dataclasses.replace(group[0], id=f"{number}-{n}", question=f"{group[0].question} {n}")
+        for number, group in enumerate(data.by_picture(rows.train, 16)[:6])
+        for n in range(40)
+    ]
+    found = calibration_of(many, Collator(loaded.processor, packed=True), torch.device("cpu"))
+    assert (len(pictures(found.fit)), len(pictures(found.judge))) == (4, 2)
+    assert not pictures(found.fit) & pictures(found.judge)
+    assert sum(len(batch["rows"]) for batch in (*found.fit, *found.judge)) == 240
 
 
 def test_of_fewer_than_three_pictures_all_do_both(rows, loaded):

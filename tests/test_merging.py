@@ -164,12 +164,9 @@ def test_the_best_way_may_be_to_merge_and_no_other_weight_changes():
     model, described, batches = case(name)
     before = copy.deepcopy(model)
     keep = without_last(described.axis(axis))
-    statistics = repair.collect(model, described, axis, batches)
-    _, kept, tries = repair.fold_best(
-        model, described, axis, keep, statistics, Calibration(fit=batches, judge=batches), loss
-    )
-    assert [one.name for one in tries] == ["slice", "refit", "merge"]
-    assert kept == keep
+    done = repair.fold_best(model, described, axis, keep, Calibration(fit=batches, judge=batches), loss)
+    assert [one.name for one in done.tries] == ["slice", "refit", "merge"]
+    assert done.keep == keep
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     trial = copy.deepcopy(model)
     merge(trial, described, axis, keep, batches)
@@ -191,12 +188,9 @@ def test_values_that_are_bent_are_not_merged_and_the_reason_is_told():
     keep = without_last(described.axis(axis))
     for path in paths(bent, described.axis(axis), keep):
         path.value.__class__ = Bent
-    statistics = repair.collect(bent, described, axis, batches)
-    _, _, tries = repair.fold_best(
-        bent, described, axis, keep, statistics, Calibration(fit=batches, judge=batches), loss
-    )
-    assert [one.name for one in tries] == ["slice", "refit"]
-    assert "is not linear in its values" in statistics.reason
+    done = repair.fold_best(bent, described, axis, keep, Calibration(fit=batches, judge=batches), loss)
+    assert [one.name for one in done.tries] == ["slice", "refit"]
+    assert "is not linear in its values" in done.reason
 
 
 def test_too_many_features_are_refused_with_their_number(monkeypatch):

@@ -14,7 +14,10 @@ from slimlmm.errors import UserError
 from slimlmm.forward import forward
 from slimlmm.importance import score
 from slimlmm.moments import Moments, predict
+from slimlmm.prompts import picture_prompt
+from slimlmm.selfcheck import random_model
 from tiny import NAMES, tiny, tiny_batch
+from zoo import CONFIGS
 
 MAIN = "llava-dinov2-llama"
 
@@ -225,10 +228,8 @@ def test_fold_best_takes_the_way_with_the_least_loss_of_the_cut_model():
     axis = described.axis("text.width")
     keep = half(axis, model, described)
     before = copy.deepcopy(model)
-    statistics = calibrated(MAIN, axis.name)
-    student, kept, tries = repair.fold_best(
-        model, described, axis.name, keep, statistics, Calibration(fit=batches, judge=batches), loss
-    )
+    done = repair.fold_best(model, described, axis.name, keep, Calibration(fit=batches, judge=batches), loss)
+    student, kept, tries = done.model, done.keep, done.tries
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert {name: len(units) for name, units in kept.items()} == {name: len(units) for name, units in keep.items()}
     assert [t.name for t in tries] == ["slice", "refit", "rotate:0", "rotate:0.5", "rotate:1"]
@@ -247,6 +248,34 @@ def test_groups_can_be_folded_a_few_at_a_time():
         assert len(few.consumers) == 1
         repair.fold(parts, described, axis.name, keep, few)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["text.ffn", "text.kv_groups", "vision.width"])
+def test_moments_that_do_not_fit_at_once_are_held_part_by_part(name, monkeypatch):
+    model, described, batches = case(MAIN)
+    axis, by = described.axis(name), Calibration(fit=batches, judge=batches)
+    keep = half(axis, model, described)
+    (whole,) = repair.in_parts(model, axis)
+    assert whole == {group.name for group in axis.groups}
+    once = repair.fold_best(model, described, name, keep, by, loss)
+    monkeypatch.setattr(repair, "PART_BYTES", 1)
+    parts = repair.in_parts(model, axis)
+    assert set.union(*parts) == whole
+    assert sum(map(len, parts)) == len(whole)
+    held = [set(repair.collect(model, described, name, batches, groups=part).consumers) for part in parts]
+    assert sum(map(len, held)) == len(set.union(*held))  # no consumer in two parts
+    assert all(len(one) <= 1 for one in held)
+    assert len(parts) > 1 or name == "vision.width"
+    again = repair.fold_best(model, described, name, keep, by, loss)
+    assert [(one.name, one.loss) for one in again.tries] == [(one.name, one.loss) for one in once.tries]
+
+
+def test_a_consumer_that_is_no_linear_layer_is_told():
+    model = random_model(CONFIGS["qwen3_vl_moe"]())
+    described = anatomy.describe(model.config)
+    found = repair.collect(model, described, "text.expert_ffn", [picture_prompt(model.config)])
+    assert not found.consumers
+    assert "is read by no linear layer, so nothing is refitted" in found.reason
 
 
 def test_a_stream_that_cannot_be_turned_says_why():

@@ -10,10 +10,12 @@ from slimlmm.anatomy import describe
 from slimlmm.bridging import stream
 from slimlmm.calibration import Calibration
 from slimlmm.forward import output_of
+from slimlmm.prompts import picture_prompt
 from slimlmm.selfcheck import random_model, some_units
 from slimlmm.settling import _pairs, settle_best, settled
-from test_bridging import batches_of, loss, scaled_model
+from test_bridging import batches_of, loss, outputs, scaled_model, with_a_dead_block
 from tiny import tiny_config
+from zoo import CONFIGS
 
 NAME = "llava-dinov2-llama"
 
@@ -116,3 +118,30 @@ def test_units_of_several_layers_are_settled_by_their_layers():
     kept = {place: wanted for place, wanted in pairs.items() if place.startswith(axis.layers)}
     assert list(kept.values()) == [f"{axis.layers}.{number}" for number in layers]
     assert settled(copy.deepcopy(student), model, {axis.name: layers}, batches)
+
+
+def test_a_block_is_not_settled_where_tokens_are_merged_behind_it():
+    model = random_model(CONFIGS["minicpmv4_6"]())
+    anatomy, batches = describe(model.config), [picture_prompt(model.config) for _ in range(3)]
+    for kept in ([0], [0, 1], [1, 3], [0, 1, 3]):
+        student = surgery.cut(model, anatomy, "vision.blocks", {"vision.blocks": torch.tensor(kept)})
+        layers = describe(student.config).axis("vision.blocks").layers
+        mended = [one for one in settled(student, model, {"vision.blocks": kept}, batches) if one.startswith(layers)]
+        assert len(mended) < len(kept)
+
+
+def test_the_stream_is_settled_as_far_as_it_is_read():
+    model, anatomy, batches = with_a_dead_block()
+    axis, kept = "vision.blocks", [0, 1, 2, 4]
+    layers = anatomy.axis(axis).layers
+    student = surgery.cut(model, anatomy, axis, {axis: torch.tensor(kept)})
+    pairs = dict(_pairs(student, model, {axis: kept}))
+    assert {place: wanted for place, wanted in pairs.items() if place.startswith(layers)} == {
+        f"{layers}.0": f"{layers}.0",
+        f"{layers}.1": f"{layers}.1",
+        f"{layers}.2": f"{layers}.3",
+    }
+    wanted, trial = outputs(model, f"{layers}.3", batches), copy.deepcopy(student)
+    settled(trial, model, {axis: kept}, batches)
+    distances = [float((outputs(one, f"{layers}.2", batches) - wanted).square().mean()) for one in (student, trial)]
+    assert distances[1] < 0.01 * distances[0]

@@ -24,11 +24,12 @@ from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Keep
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating, greedily, mean_loss, skipped
 from slimlmm.moments import Moments, predict, products_of
 from slimlmm.repair import Choice, judged, linear_consumers
+from slimlmm.resizing import dead_blocks
 from slimlmm.resuming import Memory
 from slimlmm.wiring import owner
 
@@ -92,7 +93,7 @@ def greedy_bridged(
         found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}))
         for gap in found:
             if (gap.first, gap.last) not in patches:
-                patches[gap.first, gap.last] = _patch(model, layers, gap, calibration.fit, memory)
+                patches[gap.first, gap.last] = _patch(model, (axis, layers), gap, calibration.fit, memory)
         with ExitStack() as stack:
             for gap in found:
                 stack.enter_context(_put_back(gap.writer))
@@ -106,10 +107,14 @@ def greedy_bridged(
     return greedily(group, keep, cost)
 
 
-def _patch(model: PreTrainedModel, layers: str, gap: Gap, batches: Sequence[Batch], memory: Memory) -> Patch | None:
+def _patch(
+    model: PreTrainedModel, where: tuple[str, str], gap: Gap, batches: Sequence[Batch], memory: Memory
+) -> Patch | None:
     """Return the parameters of the gap's writer once it is bridged, None where it cannot be; the model stays as it is."""
+    axis, layers = where
     before, after = (f"{layers}.{number}" for number in (gap.first - 1, gap.last))
-    moments = partial(_moments, model, gap.writer, (before, after), batches, memory)
+    text = axis.startswith("text.")
+    moments = partial(_moments, model, gap.writer, (before, after), batches, memory, text=text)
     with _put_back(gap.writer):
         done = mend(model, model.get_submodule(before), gap.writer, batches, moments)
         return _weights(gap.writer) if done else None
@@ -144,7 +149,7 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     """
     layers, memory = anatomy.axis(axis).layers, Memory(())
     # all of the model as it is: patched, it would add twice what the blocks add that still run
-    patches = [(gap, _patch(model, layers, gap, batches, memory)) for gap in gaps(model, anatomy, axis, keep)]
+    patches = [(gap, _patch(model, (axis, layers), gap, batches, memory)) for gap in gaps(model, anatomy, axis, keep)]
     for gap, patch in patches:
         _put(gap.writer, patch)
     return [gap for gap, patch in patches if patch]
@@ -167,17 +172,22 @@ def mend(
 
 
 def gaps(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep) -> Iterator[Gap]:
-    """Yield the runs of dropped blocks behind a kept one whose FFN ends in a linear."""
+    """Yield the runs of dropped blocks behind a kept one whose FFN ends in a linear; blocks that nothing reads are in none."""
     found = anatomy.axis(axis)
     (group,) = found.groups
-    kept = set(group.layers(keep[group.name].tolist()))
-    for first in range(1, found.size):
+    kept, size = set(group.layers(keep[group.name].tolist())), read_blocks(model, axis, found.size)
+    for first in range(1, size):
         if first in kept or first - 1 not in kept:
             continue
-        last = next((number - 1 for number in range(first, found.size) if number in kept), found.size - 1)
+        last = next((number - 1 for number in range(first, size) if number in kept), size - 1)
         writer = writer_of(model, f"{found.layers}.{first - 1}")
         if writer is not None:
             yield Gap(first=first, last=last, writer=writer)
+
+
+def read_blocks(model: PreTrainedModel, axis: str, size: int) -> int:
+    """Return how many of the blocks of an axis come before the last place where something reads the stream."""
+    return min(dead_blocks(model.config).get(axis, [size]))
 
 
 def writer_of(model: PreTrainedModel, block: str) -> nn.Linear | None:
@@ -229,9 +239,18 @@ def gain(model: PreTrainedModel, block: nn.Module, writer: nn.Linear, batch: Bat
 
 
 def _moments(
-    model: PreTrainedModel, writer: nn.Linear, ends: tuple[str, str], batches: Sequence[Batch], memory: Memory
+    model: PreTrainedModel,
+    writer: nn.Linear,
+    ends: tuple[str, str],
+    batches: Sequence[Batch],
+    memory: Memory,
+    *,
+    text: bool,
 ) -> Moments:
-    """Return the moments of (h, d) [I + H] over the calibration tokens: the writer's inputs and what the blocks behind add."""
+    """Return the moments of (h, d) [I + H] over the calibration tokens: the writer's inputs and what the blocks behind add.
+
+    Of the `text` tower padding does not count.
+    """
     moments = Moments(writer.in_features + writer.out_features, model.device, products_of(writer.weight))
     seen: dict[str, Tensor] = {}
     before, after = (model.get_submodule(name) for name in ends)
@@ -244,7 +263,8 @@ def _moments(
             if behind_BTH.shape != seen["stream"].shape:
                 raise NoBridgeError("a block of the gap changes the number of tokens")
             added_BTH = behind_BTH - seen["stream"]
-            moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1))
+            mask = fitting(real_tokens(batch), added_BTH) if text else None
+            moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1), mask)
     return moments
 
 

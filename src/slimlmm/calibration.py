@@ -22,6 +22,8 @@ from slimlmm.teacher import TeacherCache
 EACH = 2
 #: pictures in a batch
 PICTURES = 4
+#: most rows of a picture in one sequence
+ROWS = 16
 #: one picture in so many is kept from fits, to judge them
 JUDGES = 3
 LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0}
@@ -42,11 +44,12 @@ class Calibration:
 
 def calibration_of(rows: Sequence[Row], collator: Collator, device: torch.device) -> Calibration:
     """Return the rows as batches: every third picture judges; of fewer than three pictures all do both."""
-    groups = by_picture(rows, 16)
-    judges = groups[JUDGES - 1 :: JUDGES]
-    fits = [group for number, group in enumerate(groups, 1) if number % JUDGES]
+    pictures = by_picture(rows, len(rows) or 1)
+    judges = pictures[JUDGES - 1 :: JUDGES]
+    fits = [picture for number, picture in enumerate(pictures, 1) if number % JUDGES]
 
-    def batches(groups: list[list[Row]]) -> list[Batch]:
+    def batches(pictures: list[list[Row]]) -> list[Batch]:
+        groups = by_picture([row for picture in pictures for row in picture], ROWS)
         return [to_device(collator(groups[at : at + PICTURES]), device) for at in range(0, len(groups), PICTURES)]
 
     fit = batches(fits)

@@ -22,6 +22,20 @@ IGNORE = -100
 Batch = dict[str, Any]
 
 
+def real_tokens(batch: Batch) -> Tensor | None:
+    """Return which tokens are not padding [B, T]; None where the batch does not tell.
+
+    Under a packed batch's additive mask all of a sequence sees its first token, padding only itself.
+    """
+    mask: Tensor | None = batch.get("attention_mask")
+    return mask if mask is None else mask[:, 0, :, 0] == 0 if mask.dim() == 4 else mask.bool()
+
+
+def fitting(mask_BT: Tensor | None, values: Tensor) -> Tensor | None:
+    """Return the mask where it tells the tokens of `values` [B, T, N] apart, else None."""
+    return mask_BT if mask_BT is not None and mask_BT.shape == values.shape[:-1] else None
+
+
 class Prompter:
     """Texts of one processor: the prompt that generation sees, and the answer (with its end token) that follows it."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Group, Slot
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, real_tokens
 from slimlmm.errors import UserError, nearest
 from slimlmm.forward import forward
 from slimlmm.resuming import Memory
@@ -252,7 +252,7 @@ def activation(task: Task) -> Scores:
                 module = modules[slot.parameter.removesuffix(".weight")]
                 stack.callback(module.register_forward_pre_hook(consumer(group, slot)).remove)
         for batch in at_least_one(task.batches, "activation"):
-            mask[0] = batch.get("attention_mask")
+            mask[0] = real_tokens(batch)
             forward(task.model, batch)
     for (name, _slot), found in partial.items():
         squares[name] += found.sqrt()

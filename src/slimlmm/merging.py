@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Keep
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.forward import output_of
 from slimlmm.importance import at_least_one, evaluating
 from slimlmm.lowrank import Factors, fitted
@@ -175,10 +175,10 @@ def listen(model: PreTrainedModel, path: Path, batches: Sequence[Batch], *, text
         stream_BTH, heads_BTC, again = _heard(model, path, batch)
         pooled_BTKX = pooled(path, stream_BTH, again)
         lost_BTO = heads_BTC[..., dropped.to(heads_BTC.device)] @ lost.T
-        mask = batch.get("attention_mask")
-        if not text or mask is None or mask.shape != heads_BTC.shape[:-1]:
-            mask = torch.ones(heads_BTC.shape[:-1], device=heads_BTC.device)
-        _check(path, pooled_BTKX[mask.bool()], heads_BTC[mask.bool()])
+        mask = fitting(real_tokens(batch), heads_BTC) if text else None
+        if mask is None:
+            mask = torch.ones(heads_BTC.shape[:-1], dtype=torch.bool, device=heads_BTC.device)
+        _check(path, pooled_BTKX[mask], heads_BTC[mask])
         moments.add(torch.cat((pooled_BTKX.flatten(-2), lost_BTO), -1), mask)
     return moments
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from slimlmm import merging, surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.forward import forward
 from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
 from slimlmm.merging import NotMergeableError, merge
@@ -29,13 +30,16 @@ from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predic
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
 
+#: most bytes of moments of consumers that are held at once; those of a 7 B model's FFNs would take 58 GiB
+PART_BYTES = 8 << 30
+
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
     """Calibration moments of one axis: of consumers' inputs by parameter name, and of the residual stream.
 
-    `stream` is None where the axis has no residual group or its basis cannot be changed; `reason` says why, or why heads are
-    not merged.
+    `stream` is None where the axis has no residual group or its basis cannot be changed, and `consumers` lacks those that are no
+    linear map; `reason` says why.
     """
 
     axis: str
@@ -54,7 +58,7 @@ def collect(
 ) -> Statistics:
     """Run the batches once; return the moments that `fold` needs for `axis` (or some of its `groups`).
 
-    Every token counts the same; in the text tower, each that ``attention_mask`` lets through. (Weighting
+    Every token counts the same; padding of the text tower does not. (Weighting
     tokens by the gradient at the consumer's output was tried and was worse: too few of them carry the fit.)
     Memory: 16 n^2 bytes per consumer with n inputs.
     """
@@ -74,7 +78,10 @@ def collect(
                 else:
                     found.stream = listen(model, group, wiring, ears.attach)
                 continue
-            for slot in linear_consumers(modules, group):
+            slots = list(linear_consumers(modules, group))
+            if not slots and any(slot.role == "consume" for slot in group.slots):
+                found.reason = f"{group.name} is read by no linear layer, so nothing is refitted"
+            for slot in slots:
                 if (
                     slot.parameter in found.consumers
                 ):  # groups of one block may share it: the heads of an attention output
@@ -85,7 +92,7 @@ def collect(
                 found.consumers[slot.parameter] = moments
                 ears.attach(linear, moments)
         for batch in at_least_one(batches, f"repairing {axis}"):
-            ears.mask = batch.get("attention_mask")
+            ears.mask = real_tokens(batch)
             forward(model, batch)
     return found
 
@@ -107,8 +114,7 @@ class _Ears:
             values = inputs[0].detach()
             ranks.add(values.dim())
             if values.dim() == max(ranks):
-                fits = self.text and self.mask is not None and self.mask.shape == values.shape[:-1]
-                moments.add(view(values), self.mask if fits else None)
+                moments.add(view(values), fitting(self.mask, values) if self.text else None)
 
         self.stack.callback(module.register_forward_pre_hook(hear).remove)
 
@@ -210,38 +216,72 @@ def judged(name: str, model: PreTrainedModel, batches: Sequence[Batch], loss: Lo
         return Choice(name=name, loss=mean_loss(model, batches, loss))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folded:
+    """The repaired cut of least loss: its model and keep-sets, all ways that were tried, and why another was not."""
+
+    model: PreTrainedModel
+    keep: Keep
+    tries: list[Choice]
+    reason: str
+
+
 def fold_best(
     model: PreTrainedModel,
     anatomy: Anatomy,
     axis: str,
     keep: Keep,
-    statistics: Statistics,
     calibration: Calibration,
     loss: Loss,
     ways: Collection[str] = ("refit", "rotate", "merge"),
-) -> tuple[PreTrainedModel, Keep, list[Choice]]:
-    """Try ways to repair this cut; return the cut model of least loss on unseen rows, its keep-sets, and all tries.
+) -> Folded:
+    """Try ways to repair this cut; return the cut model of least loss on unseen rows.
 
     Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
     the embedding); dropped heads merged into kept ones. Measured, because a rotation is approximate behind tied heads and
-    opening norms. A way that turns out to be impossible is left out, and ``statistics.reason`` says why. Holds one more copy
-    and two cut models.
+    opening norms. A way that turns out to be impossible is left out, and the reason is told. Holds one more copy
+    and two cut models, and the moments of `in_parts`' largest part.
     """
+    parts, fit = in_parts(model, anatomy.axis(axis)), calibration.fit
+    first = Statistics(axis=axis)
+    if {"refit", "rotate"} & set(ways):
+        first = collect(model, anatomy, axis, fit, groups=parts[0])
+
+    def folded(trial: PreTrainedModel, power: float | None = None) -> Keep:
+        """Rotate the stream, where a power says how, and refit consumers, part by part."""
+        final = fold(trial, anatomy, axis, keep, first, tied_power=power or 0.0, turn=power is not None)
+        for part in parts[1:]:
+            fold(trial, anatomy, axis, keep, collect(model, anatomy, axis, fit, groups=part), turn=False)
+        return final
+
     made: list[tuple[str, Callable[[PreTrainedModel], Keep]]] = [("slice", lambda _: keep)]
     if "refit" in ways:
-        made.append(("refit", lambda m: fold(m, anatomy, axis, keep, statistics, turn=False)))
-    for power in tied_powers(statistics) if "rotate" in ways else ():
-        made.append((f"rotate:{power:g}", _rotation(anatomy, axis, keep, statistics, power)))
+        made.append(("refit", folded))
+    for power in tied_powers(first) if "rotate" in ways else ():
+        made.append((f"rotate:{power:g}", partial(folded, power=power)))
     if "merge" in ways and anatomy.axis(axis).noun in merging.NOUNS:
-        made.append(("merge", _merging(anatomy, axis, keep, calibration.fit)))
+        made.append(("merge", _merging(anatomy, axis, keep, fit)))
+    return _least(model, anatomy, axis, (calibration, loss), made, first.reason)
+
+
+def _least(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    axis: str,
+    by: tuple[Calibration, Loss],
+    made: Sequence[tuple[str, Callable[[PreTrainedModel], Keep]]],
+    reason: str,
+) -> Folded:
+    """Make the ways on copies of the model, cut each, and return the one of least loss."""
+    calibration, loss = by
     tries: list[Choice] = []
     best: tuple[Choice, PreTrainedModel, Keep] | None = None
     for name, way in made:
         trial = copy.deepcopy(model)
         try:
             kept = way(trial)
-        except NotMergeableError as reason:
-            statistics.reason = str(reason)
+        except NotMergeableError as impossible:
+            reason = str(impossible)
             continue
         cut = surgery.cut(trial, anatomy, axis, kept)
         del trial
@@ -249,7 +289,31 @@ def fold_best(
         if best is None or tries[-1].loss < best[0].loss:
             best = tries[-1], cut, kept
     assert best is not None
-    return best[1], best[2], tries
+    return Folded(model=best[1], keep=best[2], tries=tries, reason=reason)
+
+
+def in_parts(model: PreTrainedModel, axis: Axis) -> list[set[str]]:
+    """Return the groups of an axis in parts whose moments are held at once, `PART_BYTES` each; a residual stream is in the first.
+
+    Groups that share a consumer, the heads of an attention output, stay together.
+    """
+    modules = dict(model.named_modules())
+    parts: list[set[str]] = [set()]
+    at: dict[str, int] = {}
+    taken = 0
+    for group in axis.groups:
+        slots = [] if is_stream(group, axis) else list(linear_consumers(modules, group))
+        sizes = {slot.parameter: 16 * model.get_parameter(slot.parameter).shape[1] ** 2 for slot in slots}
+        known = [at[name] for name in sizes if name in at]
+        need = sum(size for name, size in sizes.items() if name not in at)
+        if not known and taken and taken + need > PART_BYTES:
+            parts.append(set())
+            taken = 0
+        part = known[0] if known else len(parts) - 1
+        at |= dict.fromkeys(sizes, part)
+        taken += need
+        parts[part].add(group.name)
+    return parts
 
 
 def tied_powers(statistics: Statistics) -> tuple[float, ...]:
@@ -282,9 +346,3 @@ def _merging(anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) 
         return keep
 
     return way
-
-
-def _rotation(
-    anatomy: Anatomy, axis: str, keep: Keep, statistics: Statistics, power: float
-) -> Callable[[PreTrainedModel], Keep]:
-    return lambda model: fold(model, anatomy, axis, keep, statistics, tied_power=power)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
 from slimlmm.importance import per_unit
-from slimlmm.moments import RIDGES, Moments, predict
+from slimlmm.moments import RIDGES, Moments, predict, products_of
 from slimlmm.wiring import Wiring, owner
 
 
@@ -43,14 +43,15 @@ def listen(model: PreTrainedModel, group: Group, wiring: Wiring, attach: Callabl
     `repair.collect`).
     """
     modules = dict(model.named_modules())
-    device = next(model.parameters()).device
+    first = next(model.parameters())
+    device, products = first.device, products_of(first)
     moments: dict[str, Moments] = {}
     for name, kind in wiring.kinds.items():
         if kind != "scale":
-            moments[name] = Moments(group.units, device)
+            moments[name] = Moments(group.units, device, products)
             attach(modules[name], moments[name], partial(_normalised, centred=kind == "layer"))
     for slot in wiring.raw:
-        moments[slot.parameter] = Moments(group.units, device)
+        moments[slot.parameter] = Moments(group.units, device, products)
         attach(
             modules[owner(slot.parameter)],
             moments[slot.parameter],

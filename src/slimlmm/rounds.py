@@ -321,9 +321,8 @@ def _cut(
     if found.kind == "blocks" and "bridge" in turn.repair:
         student, tries = bridging.bridge_best(model, anatomy, axis, keep, calibration, loss)
     elif scores and {"refit", "rotate", "merge"} & set(turn.repair):
-        statistics = repair.collect(model, anatomy, axis, calibration.fit)
-        student, keep, tries = repair.fold_best(model, anatomy, axis, keep, statistics, calibration, loss, turn.repair)
-        reason = statistics.reason
+        done = repair.fold_best(model, anatomy, axis, keep, calibration, loss, turn.repair)
+        student, keep, tries, reason = done.model, done.keep, done.tries, done.reason
     else:
         student = surgery.cut(model, anatomy, axis, keep)
     kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size

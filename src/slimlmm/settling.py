@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
-from slimlmm.bridging import mend, stream, writer_of
+from slimlmm.bridging import NoBridgeError, mend, read_blocks, stream, writer_of
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch
+from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating
 from slimlmm.moments import Moments, products_of
@@ -64,6 +64,7 @@ def settled(
         batches: calibration batches.
     """
     mended, few = [], list(at_least_one(batches, "settling"))
+    layers = describe(student.config).axis("text.blocks").layers
     with evaluating(student), evaluating(before), torch.no_grad():
         now, then = (
             _Side(model, Memory.of(model, describe(model.config), few), fixed=model is before)
@@ -73,7 +74,8 @@ def settled(
             writer = writer_of(student, place)
             if writer is None:
                 continue
-            moments = partial(_lacking, (now, place), (then, wanted), writer, batches)
+            text = place.startswith(f"{layers}.")
+            moments = partial(_lacking, (now, place), (then, wanted), writer, batches, text=text)
             if mend(student, student.get_submodule(place), writer, batches, moments):
                 mended.append(place)
     return mended
@@ -111,18 +113,26 @@ def _pairs(
             continue
         whole = then.axes[axis.name]
         stays = [*kept.get(axis.name, range(whole.size)), whole.size]
+        read = read_blocks(before, axis.name, whole.size)
         for number in range(axis.size):  # what dropped blocks added is the task of the kept one before them
-            pairs.append((f"{axis.layers}.{number}", f"{whole.layers}.{stays[number + 1] - 1}"))
+            if stays[number] < read:
+                pairs.append((f"{axis.layers}.{number}", f"{whole.layers}.{min(stays[number + 1], read) - 1}"))
     return pairs
 
 
-def _lacking(now: tuple[_Side, str], then: tuple[_Side, str], writer: nn.Linear, batches: Sequence[Batch]) -> Moments:
-    """Return the moments of (h, d) [I + H] over the calibration tokens."""
+def _lacking(
+    now: tuple[_Side, str], then: tuple[_Side, str], writer: nn.Linear, batches: Sequence[Batch], *, text: bool
+) -> Moments:
+    """Return the moments of (h, d) [I + H] over the calibration tokens; of the `text` tower padding does not count."""
     moments = Moments(writer.in_features + writer.out_features, writer.weight.device, products_of(writer.weight))
     for batch in batches:
         neurons: list[Tensor] = []
         handle = writer.register_forward_pre_hook(lambda _, inputs, heard=neurons: heard.append(inputs[0]))
-        lacking_BTH = then[0].behind(then[1], batch) - now[0].behind(now[1], batch)
+        wanted_BTH, found_BTH = then[0].behind(then[1], batch), now[0].behind(now[1], batch)
         handle.remove()
-        moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1))
+        if wanted_BTH.shape != found_BTH.shape:
+            raise NoBridgeError("tokens are merged between the block and the one whose stream it should have")
+        lacking_BTH = wanted_BTH - found_BTH
+        mask = fitting(real_tokens(batch), lacking_BTH) if text else None
+        moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1), mask)
     return moments
