@@ -378,10 +378,9 @@ def lightly(builder: Any, suffix: str) -> Callable[..., Any]:
     import datasets
     import pyarrow as pa
 
-    def load(_: str, *, data_files: str, split: str) -> Any:
+    def load(_: str, *, data_files: str, split: str, **_settings: Any) -> Any:
         told: Any = {"files": [data_files], "row_groups_list": [None]} if suffix == ".parquet" else None
         told = told or {"base_files": [data_files], "files_iterables": [[data_files]]}
-        told |= {"original_files": [data_files]} if suffix.startswith(".json") else {}
         try:
             builder.info.features = None
             tables = [table for _, table in builder._generate_tables(**told)]
@@ -405,7 +404,7 @@ def rows(suffix: str, codec: Codec, *, whole: bool = False) -> Target:
     def made(folder: Path) -> tuple[list[bytes], Callable[[bytes], object]]:
         import datasets
 
-        from slimlmm import data
+        from slimlmm import data, tables
 
         datasets.disable_progress_bars()
         cache = folder / "cache"
@@ -418,8 +417,9 @@ def rows(suffix: str, codec: Codec, *, whole: bool = False) -> Target:
         seeds = [codec.together(tree, b"") for tree in trees]
         table = place / f"train{suffix}"
         table.write_bytes(seeds[0])
-        kind = data.READERS[suffix]
-        builder = datasets.load_dataset_builder(kind, data_files=str(table), cache_dir=str(cache))
+        kind = tables.READERS[suffix]
+        told = tables.CSV if kind == "csv" else {}
+        builder = datasets.load_dataset_builder(kind, data_files=str(table), cache_dir=str(cache), **told)
         light = mock.patch.object(datasets, "load_dataset", lightly(builder, suffix))
         stand_in = mock.patch.object(datasets.config, "HF_DATASETS_CACHE", str(cache)) if whole else light
         count = [0]

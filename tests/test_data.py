@@ -139,3 +139,40 @@ def test_a_file_without_rows_is_an_empty_split(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="'test' is empty"):
         data.load(tmp_path).need("test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.csv", "image,question,answer\na.png,q,{}\n"),
+        ("train.jsonl", '{{"image": "a.png", "question": "q", "answer": "{}"}}\n'),
+        ("train.json", '[{{"image": "a.png", "question": "q", "answer": "{}"}}]'),
+    ],
+)
+@pytest.mark.parametrize("answer", ["None", "NA", "null", "nan", "True", "007", "3", "2024-05-01", "1e3"])
+def test_an_answer_is_the_text_that_stands_there(tmp_path, name, text, answer):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / name).write_text(text.format(answer))
+    assert [row.answer for row in data.load(tmp_path).train] == [answer]
+
+
+def test_a_whole_number_is_written_out_and_what_has_no_one_form_is_refused(tmp_path):
+    assert data.parse({**GOOD, "answer": 3}, 0).answer == "3"
+    assert data.parse({**GOOD, "answer": 0}, 0, unlabelled=True).answer == "0"
+    assert (data.parse({**GOOD, "id": 0}, 5).id, data.parse({**GOOD, "task": 0}, 5).task) == ("0", "0")
+    for answer in (True, 3.0, ["a"], {"text": "a"}):
+        for unlabelled in (True, False):
+            with pytest.raises(ValueError, match=f"the answer is of type {type(answer).__name__}, not text"):
+                data.parse({**GOOD, "answer": answer}, 0, unlabelled=unlabelled)
+
+
+def test_a_system_turn_is_refused_with_what_to_do():
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    with pytest.raises(ValueError, match="put what the system turn says before the question"):
+        data.parse({"messages": turns, "images": ["a.png"]}, 0)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({**GOOD, "question": "q\ud800"}))
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        data.load(tmp_path)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import fuzzing
 from fuzzing import TARGETS, HangError, inputs, limited, outcome
-from slimlmm import checkpoint, data, journal, recipe, runfolder, saving, studies
+from slimlmm import checkpoint, data, journal, recipe, runfolder, saving, studies, tables
 from slimlmm.errors import UserError
 from slimlmm.results import Results
 from slimlmm.serving.settings import Source
@@ -92,7 +92,7 @@ def test_a_name_that_is_too_long_for_a_file_is_a_missing_picture(tmp_path):
 )
 def test_a_null_for_a_row_is_refused_before_it_ends_the_process(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"row \d is null"):
+    with pytest.raises(UserError, match=r"row \d is (null|1), not an object|row 1: Extra data"):
         data.load(tmp_path)
 
 
@@ -100,17 +100,17 @@ def test_a_null_inside_of_a_row_is_none_of_these(tmp_path):
     rows = [{"image": None, "question": "} null", "answer": "x\nnull", "more": [None, {"a": None}]}] * 2
     for name, text in {"a.jsonl": "\n".join(map(json.dumps, rows)), "a.json": json.dumps(rows, indent=1)}.items():
         (tmp_path / name).write_text(text)
-        found = list(data.records_of(tmp_path / name, tmp_path))
+        found = list(tables.records_of(tmp_path / name, tmp_path))
         assert [one["question"] for one in found] == ["} null"] * 2
     (tmp_path / "deep.json").write_text('"x" null' + "[" * 100_000)
     with pytest.raises(UserError):
-        list(data.records_of(tmp_path / "deep.json", tmp_path))
+        list(tables.records_of(tmp_path / "deep.json", tmp_path))
 
 
 def test_a_row_that_is_no_utf8_is_named(tmp_path):
     good = b'{"image": "a.png", "question": "q", "answer": "a"}\n'
     (tmp_path / "train.jsonl").write_bytes(good * 2 + good.replace(b'"q"', b'"\xc3\xa9\xa9\xa9"'))
-    with pytest.raises(UserError, match=r"train\.jsonl: (row 3 holds text that is no UTF-8|cannot be read)"):
+    with pytest.raises(UserError, match=r"train\.jsonl: row 3 holds text that is no UTF-8"):
         data.load(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_a_packed_table_is_not_unpacked(raw, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("train.csv", "question,answer\na,b\n")
     with pytest.raises(UserError, match=r"is packed \(.*Unpack it"):
-        list(data.records_of(path, tmp_path))
+        list(tables.records_of(path, tmp_path))
 
 
 def test_groups_of_arms_that_are_no_names_are_refused():
@@ -259,7 +259,7 @@ def test_a_null_row_in_a_list_is_refused_by_its_number(text, number, tmp_path):
     path = tmp_path / "train.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=f"row {number} is null"):
-        list(data.records_of(path, tmp_path))
+        list(tables.records_of(path, tmp_path))
 
 
 @hypothesis.given(st.text(max_size=40))

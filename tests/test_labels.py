@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from slimlmm import checkpoint, controls, data, labels, pipeline, recipe
@@ -38,13 +39,16 @@ def unlabelled(ads, tmp_path):
 
 def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say(loaded, rows, tmp_path):
     mixed = [replace(row, answer="") if number % 2 else row for number, row in enumerate(rows.train[:40])]
-    found = labelled(loaded, mixed, tmp_path / "answers.json", Quiet())
-    said = evaluate(
-        loaded.model, loaded.processor, mixed, max_new_tokens=labels.answer_limit(loaded.processor, mixed[::2])
+    found, note = labelled(loaded, mixed, [], tmp_path / "answers.json", Quiet())
+    limit = labels.answer_limit(loaded.processor, mixed[::2])
+    said, longer = (
+        {one.id: one.answer for one in evaluate(loaded.model, loaded.processor, mixed, max_new_tokens=most).predictions}
+        for most in (limit, limit + 1)
     )
-    wanted = {one.id: one.answer for one in said.predictions}
-    empty = [row.id for row in mixed[1::2] if not wanted[row.id]]
-    assert [row.id for row in found] == [row.id for row in mixed if row.id not in empty]
+    wanted = {name: answer for name, answer in said.items() if answer == longer[name]}  # it has ended
+    left = {row.id for row in mixed[1::2] if not wanted.get(row.id)}
+    assert {row.id for row in mixed} - {row.id for row in found} == left
+    assert (f"go on beyond {limit} tokens; their rows are left out" in note) is bool(left)
     for row in found:
         given = next(one.answer for one in mixed if one.id == row.id)
         assert " ".join(row.answer.split()) == (given or wanted[row.id])
@@ -52,21 +56,50 @@ def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say
 
 def test_answers_are_asked_once(loaded, rows, tmp_path, monkeypatch):
     bare = [replace(row, answer="") for row in rows.train[:20]]
-    first = labelled(loaded, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet())
+    first = labelled(loaded, [*bare, rows.train[30]], [], tmp_path / "answers.json", Quiet())
     monkeypatch.setattr(labels, "_answers", lambda *_: pytest.fail("the teacher ran"))
-    assert labelled(loaded, [*bare, rows.train[30]], tmp_path / "answers.json", Quiet()) == first
+    assert labelled(loaded, [*bare, rows.train[30]], [], tmp_path / "answers.json", Quiet()) == first
+
+
+def test_answers_may_be_as_long_as_those_of_the_other_splits_and_those_that_go_on_are_left_out(
+    loaded, rows, tmp_path, monkeypatch
+):
+    bare = [replace(row, answer="") for row in rows.train[:6]]
+    written = loaded.processor.tokenizer(["one two", "three four five six seven"], add_special_tokens=False).input_ids
+    limits, end = [], loaded.processor.tokenizer.eos_token_id
+
+    def generated(_model, _processor, part, settings, _pictures):
+        limits.append(settings["max_new_tokens"])
+        texts = [[*(written[0] if row is bare[0] else written[1]), end] for row in part]
+        whole = [ids + [end] * 99 for ids in texts]
+        return torch.tensor([ids[: settings["max_new_tokens"]] for ids in whole])
+
+    monkeypatch.setattr(labels, "generated", generated)
+    long = replace(rows.test[0], answer="three four five six seven")
+    found, note = labelled(loaded, bare, [long], tmp_path / "a.json", Quiet())
+    assert ({one.answer for one in found}, note) == ({"one two", "three four five six seven"}, "")
+    short = replace(long, answer="one")
+    found, note = labelled(loaded, bare, [short], tmp_path / "b.json", Quiet())
+    assert limits == [len(written[1]) + 4, len(loaded.processor.tokenizer("one").input_ids) + 4]
+    assert len(written[0]) < limits[1] <= len(written[1])
+    assert [one.answer for one in found] == ["one two"]
+    assert (
+        note == f"0 of 6 answers of the teacher are empty, 5 go on beyond {limits[1]} tokens; their rows are left out"
+    )
 
 
 def test_all_answers_may_come_from_the_teacher(loaded, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_answers", lambda _, part, limit: [f"answer {row.id}" for row in part])
-    found = labelled(loaded, rows.train[:8], tmp_path / "answers.json", Quiet(), every=True)
+    found, _ = labelled(loaded, rows.train[:8], [], tmp_path / "answers.json", Quiet(), every=True)
     assert [row.answer for row in found] == [f"answer {row.id}" for row in rows.train[:8]]
 
 
 def test_a_teacher_that_says_nothing_is_refused(loaded, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_answers", lambda _, part, limit: [""] * len(part))
     with pytest.raises(UserError, match="nothing to learn"):
-        labelled(loaded, [replace(row, answer="") for row in rows.train[:3]], tmp_path / "answers.json", Quiet())
+        labelled(
+            loaded, [replace(row, answer="") for row in rows.train[:3]], rows.test, tmp_path / "answers.json", Quiet()
+        )
 
 
 def test_rows_without_answers_are_broken_unless_the_recipe_says_who_gives_them(unlabelled):

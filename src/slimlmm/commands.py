@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimlmm import adreview as generator
-from slimlmm import checkpoint, data, importance, measure, plan, streaming, studies, study_page, surgery
+from slimlmm import checkpoint, data, importance, measure, plan, streaming, studies, study_page, surgery, tables
 from slimlmm import energy as joules
 from slimlmm import evaluate as evaluation
 from slimlmm import recipe as recipes
@@ -192,8 +192,8 @@ def evaluate(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate one model, or two on the same rows, on a split of the data."""
-    if split not in data.SPLITS:
-        raise UserError(f"--split {split!r}: known: {', '.join(data.SPLITS)}.")
+    if split not in tables.SPLITS:
+        raise UserError(f"--split {split!r}: known: {', '.join(tables.SPLITS)}.")
     splits = data.load(source, seed=seed, allowed=allowed)
     for note in splits.notes:
         tell.say(note)

@@ -148,7 +148,8 @@ def _rows(
     rows = splits.need("train", source)
     if bare:
         loaded = checkpoint.load(model, device=usual_device())
-        rows = labelled(loaded, rows, file_of(folder, loaded, rows), tell, every=used.answers == "teacher")
+        file, every = file_of(folder, loaded, rows), used.answers == "teacher"
+        rows, _ = labelled(loaded, rows, splits.validation + splits.test, file, tell, every=every)
     test = splits.need("test", source)
     return data.sample(rows, used.train_rows, seed), data.sample(test, used.test_rows, seed)
 

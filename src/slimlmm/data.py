@@ -7,13 +7,10 @@ transformers and TRL documentation, with one picture, one user turn and one assi
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import math
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +21,8 @@ from PIL import Image
 from slimlmm import pictures
 from slimlmm.errors import UserError
 from slimlmm.pictures import USUAL, PictureError, PictureSettings
+from slimlmm.tables import records_of, tables_of
 
-#: accepted spellings of the three splits
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 VALIDATION_SHARE = 0.1
 HERE = Path()
 #: row visits of a training step over so many pictures, with at most so many questions about each
@@ -141,104 +136,6 @@ def root_of(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-def tables_of(source: Path) -> dict[str, list[Path]]:
-    """Return split -> files (or image folders) that hold its rows."""
-    if source.is_file():
-        if source.suffix not in READERS:
-            raise UserError(
-                f"{source}: cannot read {source.suffix or 'a file without suffix'}; known: {', '.join(READERS)}."
-            )
-        named = next((split for split, names in SPLITS.items() if source.stem in names), "train")
-        return {named: [source]}
-    found: dict[str, list[Path]] = {}
-    for split, names in SPLITS.items():
-        for name in names:
-            files = [path for suffix in READERS for path in sorted(source.glob(f"{name}{suffix}"))]
-            files += [path for suffix in READERS for path in sorted((source / name).glob(f"*{suffix}"))]
-            files += [source / name] if not files and (source / name / "dataset_info.json").exists() else []
-            if files:
-                found[split] = files
-                break
-    if not found:
-        raise UserError(
-            f"{source}: holds none of train, validation, test as .jsonl, .json, .parquet, .csv or sub-folders with such files."
-        )
-    return found
-
-
-def records_of(table: Path, root: Path) -> Iterator[dict[str, Any]]:
-    """Yield the raw records of one table; relative picture paths are resolved against its folder, and stay within `root`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    if table.is_file():
-        _refuse_packed(table)
-    if READERS.get(table.suffix) == "json" and table.is_file():
-        _refuse_null(table)
-    try:
-        if table.is_dir():
-            data = datasets.load_from_disk(str(table))
-        else:
-            reader = READERS[table.suffix]
-            data = datasets.load_dataset(reader, data_files=str(table), split="train")
-    except StopIteration:  # what the reader of JSON makes of a file without a single row
-        return
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{table}: cannot be read as rows: {str(cause).splitlines()[0][:200]}") from error
-    for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
-    number, folder = 1, table.parent
-    try:
-        for record in data:
-            yield {**record, "_folder": folder, "_root": root}
-            number += 1
-    except UnicodeDecodeError as error:  # what a reader of JSON lets pass
-        raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
-
-
-def _refuse_packed(table: Path) -> None:
-    """Raise a UserError for an archive under the name of a table: `datasets` would unpack it, however large it gets."""
-    from datasets.utils.extract import Extractor
-
-    try:
-        packed = Extractor.infer_extractor_format(table)
-    except Exception as error:  # what looks like an archive and is none
-        packed = type(error).__name__
-    if packed:
-        raise UserError(f"{table}: is packed ({packed}), not a table. Unpack it, and give what is inside.")
-
-
-#: a `null` that stands where no value of a list or an object does, unless a text holds it
-_LONE_NULL = re.compile(rb"(?:^|[^:,\[\s])\s*null")
-_VALUE = re.compile(r"\S")
-
-
-def _refuse_null(table: Path) -> None:
-    """Raise a UserError where `null` stands in place of a row: the process would end there, in Arrow's reader of JSON."""
-    with table.open("rb") as file:
-        listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        file.seek(0)
-        if not any(b"null" in line and (listed or _LONE_NULL.search(line)) for line in file):
-            return
-    text, place = table.read_text(encoding="utf-8-sig", errors="replace"), 0
-    decoder = json.JSONDecoder(parse_int=float, strict=False)
-    try:
-        for number in itertools.count(1):
-            found = _VALUE.search(text, place)
-            if found is None:
-                return
-            row, place = decoder.raw_decode(text, found.start())
-            rows = row if listed and number == 1 and isinstance(row, list) else [row]
-            if None in rows:
-                raise UserError(f"{table}: row {number + rows.index(None)} is null, not an object. Take it out.")
-    except json.JSONDecodeError:
-        return  # which the reader tells
-    except RecursionError as error:
-        raise UserError(f"{table}: lists or objects are nested too deep to be rows.") from error
-
-
 def check(
     raw: Iterable[Mapping[str, Any]],
     *,
@@ -331,14 +228,30 @@ def parse(
         question, answer, image = record.get("question"), record.get("answer"), record.get("image")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("empty question")
-    answer = answer if isinstance(answer, str) else ""
+    answer = _written(answer)
     if not answer.strip() and not unlabelled:
         raise ValueError("empty answer (of train rows the teacher can give them: data.answers: filled in the recipe)")
-    identity = str(record.get("id") or f"row-{number + 1}")
+    told = record.get("id")
+    identity = f"row-{number + 1}" if told is None or told == "" else str(told)
     folder = record.get("_folder") or HERE
     picture = _picture(image, folder, record.get("_root") or folder, allowed, {} if places is None else places)
-    task = str(record.get("task") or "")
+    task = "" if record.get("task") is None else str(record["task"])
+    if not all(map(_is_sound, (identity, question, answer, task))):
+        raise ValueError("half of a surrogate pair, which is no character, in a text")
     return Row(identity, picture, question.strip(), answer.strip(), task, allowed=allowed)
+
+
+def _written(answer: object) -> str:
+    """Return an answer as text, "" for none; whole numbers are written out, of others the form is not known any more."""
+    if answer is None or isinstance(answer, str):
+        return answer or ""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)
+    raise ValueError(f"the answer is of type {type(answer).__name__}, not text (quote it, as it is to be said)")
+
+
+def _is_sound(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= one <= "\udfff" for one in text)
 
 
 def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings, places: Places) -> Path | bytes:
@@ -366,7 +279,8 @@ def _turns(messages: object, unlabelled: bool) -> tuple[str, str]:
     if unlabelled and roles == ["user"]:
         return _text(messages[0].get("content")), ""
     if roles != ["user", "assistant"]:
-        raise ValueError(f"messages must be one user and one assistant turn, not {str(roles)[:100]}")
+        hint = "; put what the system turn says before the question" if "system" in roles else ""
+        raise ValueError(f"messages must be one user and one assistant turn, not {str(roles)[:100]}{hint}")
     return _text(messages[0].get("content")), _text(messages[1].get("content"))
 
 

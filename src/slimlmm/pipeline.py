@@ -115,12 +115,15 @@ def _prepared(
         notes=tuple(splits.notes),
     )
     identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
+    note = ""
     if wanted != "given":
         check(loaded, recipe.stages, recipe.tensor_parallel)
         file = file_of(folder.open(identity, given), loaded, rows["train"])
-        rows["train"] = labelled(loaded, rows["train"], file, tell, every=wanted == "teacher")
+        others, every = rows["validation"] + rows["test"], wanted == "teacher"
+        rows["train"], note = labelled(loaded, rows["train"], others, file, tell, every=every)
     # what a choice of sizes finds is kept in the folder
     stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
+    told = (*told, *filter(None, [note]))
     check(loaded, stages, recipe.tensor_parallel)
     for note in (*splits.notes, *told, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)

@@ -16,10 +16,11 @@ from slimlmm.checkdata.kinds import Pad
 from slimlmm.checkdata.look import Look
 from slimlmm.checkdata.reading import Reading, read
 from slimlmm.checkdata.record import CheckData, Lengths, Model
-from slimlmm.data import SPLITS, told
+from slimlmm.data import told
 from slimlmm.measure import environment
 from slimlmm.pictures import MAX_PIXELS, USUAL, PictureSettings
 from slimlmm.progress import Quiet, Reporter
+from slimlmm.tables import SPLITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.pictures import USUAL, PictureError, PictureSettings
 from slimlmm.progress import Reporter
+from slimlmm.tables import records_of, tables_of
 
 #: rows between two words about progress
 BUNDLE = 4096
@@ -54,9 +55,9 @@ def read(source: Path, pad: Pad, tell: Reporter, allowed: PictureSettings = USUA
     found = Reading(data.root_of(source))
     known: dict[str, int] = {}
     rows = 0
-    for split, tables in data.tables_of(source).items():
+    for split, parts in tables_of(source).items():
         before = len(found.entries)
-        for table in tables:
+        for table in parts:
             rows += _read_table(table, split, found, known, pad, tell, allowed)
         tell.say(f"read {split}", rows=len(found.entries) - before)
     pad.among("unreadable row", rows)
@@ -79,7 +80,7 @@ def _read_table(
     """Read the rows of one file; return how many records it holds."""
     count, lines, file = 0, _lines(table), str(table)
     places: data.Places = {}
-    for number, record in enumerate(data.records_of(table, found.root)):
+    for number, record in enumerate(records_of(table, found.root)):
         count, line = number + 1, lines[number] if number < len(lines) else number + 1
         if count % BUNDLE == 0 and lines:
             tell.step(f"reading {split}", count, len(lines))

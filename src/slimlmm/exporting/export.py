@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, TorchAoConfig
 from transformers.utils import logging
 
-from slimlmm import __version__, checkpoint, data, measure
+from slimlmm import __version__, checkpoint, data, measure, tables
 from slimlmm.checkpoint import MARKER, Loaded
 from slimlmm.collate import Prompter
 from slimlmm.data import Row
@@ -67,8 +67,8 @@ def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
     libraries = (TORCHAO,) if order.target == TORCHAO else RUNTIMES[order.target].libraries
     for name in libraries:
         needed(name)
-    if order.split not in data.SPLITS:
-        raise UserError(f"--split {order.split!r}: known: {', '.join(data.SPLITS)}.")
+    if order.split not in tables.SPLITS:
+        raise UserError(f"--split {order.split!r}: known: {', '.join(tables.SPLITS)}.")
     checkpoint.refuse_foreign(order.out.expanduser().absolute())
     if order.threads:
         torch.set_num_threads(order.threads)
