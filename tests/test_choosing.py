@@ -134,6 +134,11 @@ def test_a_search_recovers_its_shapes_and_a_run_takes_the_best_and_keeps_it(fold
     for one in kept["candidates"]:
         assert one["parameters"] <= whole / 1.05
         assert one["row_visits"] > 0
+    took = choosing.spent(tmp_path)
+    assert took.row_visits == sum(one["row_visits"] for one in kept["candidates"])
+    assert took.flops == pytest.approx(sum(one["flops"] for one in kept["candidates"]))
+    assert took.flops > 0
+    assert took.seconds > sum(one["seconds"] for one in kept["candidates"])
     reached = {name: size for stage in first for turn in stage.rounds for name, size in turn.sizes.items()}
     assert reached.items() <= kept["sizes"].items()
     assert not (tmp_path / "sizes").exists()

@@ -1,8 +1,11 @@
 """Sizes that are cut one after another: in an order that works, to the sizes that were asked for, or refused."""
 
-import pytest
+import io
 
-from slimlmm import commands, evaluate
+import pytest
+from rich.console import Console
+
+from slimlmm import commands, evaluate, report
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.inspection import sizes_of
@@ -61,3 +64,15 @@ def test_odd_words_of_set_are_told():
         sizes_of(["text.ffn=²"], anatomy)
     with pytest.raises(UserError, match=r"text\.ffn is given twice"):
         sizes_of(["text.ffn=10", "text.ffn=20"], anatomy)
+
+
+def test_a_task_that_looks_like_markup_is_shown_as_it_is():
+    score = evaluate.score([1, 1, 1, 0, 0, 0], list("aaabbb")).model_dump()
+    found = {"model": "[/m]", "split": "test", "tasks": {"a[/b]": score, "[bold]x": score}, "overall": score}
+    text = io.StringIO()
+    Console(file=text, width=100).print(commands.accuracy_table(found))
+    assert all(part in text.getvalue() for part in ("[/m]: exact match", " a[/b] ", " [bold]x "))
+    told = report.Table(head=("a",), rows=(("[/b]",),)).rich("[/t]")
+    Console(file=text, width=100).print(told)
+    assert "[/b]" in text.getvalue()
+    assert "[/t]" in text.getvalue()

@@ -46,7 +46,7 @@ def test_a_control_is_trained_as_its_like_but_for_what_fresh_weights_cannot_have
     )
     fresh = {"freeze": (), "learning_rate": controls.RATE, "validate_every": None}
     assert controls._training("random-init", last) == last.model_copy(update=fresh)
-    alone = {"losses": {"cross_entropy": 1.0}, "teachers": {"first": 1.0}, "own_answers": 0.0}
+    alone = {"losses": {"cross_entropy": 1.0}, **controls.NO_TEACHER}
     assert controls._training("scratch", last) == last.model_copy(update={**fresh, **alone})
 
 

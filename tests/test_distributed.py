@@ -25,7 +25,7 @@ LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1, "answ
 
 def trained(folder, out):
     """Train on the rows of a folder, save the weights, return what the training told."""
-    rows = data.load(folder, seed=0).train
+    rows = data.load(folder).train
     model, processor = tiny(NAME, 3)
     cache = TeacherCache(tiny(NAME)[0], Collator(processor, packed=True), out / "cache")
     settings = Training(

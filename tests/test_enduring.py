@@ -35,10 +35,14 @@ def test_what_succeeds_is_left_alone():
 def test_a_loss_that_is_no_number_begins_again_at_half_the_rate_twice_and_is_then_refused():
     found, said, resets = run(LossError("nan at step 2."), LossError("inf at step 1."))
     assert (found.learning_rate, resets) == (2e-4, 2)
-    assert said == [
-        "nan at step 2. It begins again at train.learning_rate=0.0004",
-        "inf at step 1. It begins again at train.learning_rate=0.0002",
-    ]
+    assert (
+        found.remarks
+        == said
+        == [
+            "nan at step 2. It begins again at train.learning_rate=0.0004",
+            "inf at step 1. It begins again at train.learning_rate=0.0002",
+        ]
+    )
     with pytest.raises(LossError, match=r"inf\. Tried at 0.0008 and down to 0.0002\."):
         run(*[LossError("inf.")] * 3)
 

@@ -1,5 +1,7 @@
 """Fine-tuning that was killed goes on where it was, to the same bytes, and never on what is another's."""
 
+import math
+
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -43,7 +45,7 @@ def tuned(teacher, ads, out, recipe=TRAININGS, dies_after=None, tell=None, seed=
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving.Saver, "on_step_end", dying)
         found = finetuning.finetune(
-            str(teacher), ads, out, recipe=path, epochs=1, seed=seed, tell=tell or Recorder(), save_every=0.0
+            str(teacher), ads, out, recipe=path, epochs=None, seed=seed, tell=tell or Recorder(), save_every=0.0
         )
     return found, load_file(out / "model.safetensors"), made
 
@@ -92,3 +94,14 @@ def test_a_loss_that_is_no_number_begins_again_lower_and_is_refused(teacher, ads
         tuned(teacher, ads, tmp_path / "out", [TRAININGS[0] | {"learning_rate": 1e30, "log_every": 1}], tell=told)
     assert sum("fine-tuning 1/1: " in text for text in told.said) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("epochs", [0, -1, math.nan, math.inf])
+def test_passes_are_more_than_none(epochs, rows):
+    with pytest.raises(UserError, match="give a number above 0"):
+        finetuning.trainings(None, rows.train, epochs)
+
+
+def test_passes_beside_a_recipe_are_refused(rows, tmp_path):
+    with pytest.raises(UserError, match="--epochs 50 has no effect beside --recipe"):
+        finetuning.trainings(tmp_path / "r.yaml", rows.train, 50)

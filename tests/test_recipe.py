@@ -77,3 +77,15 @@ def test_a_schedule_that_is_written_out_asks_for_nothing_in_vain_and_is_read_aga
 def test_an_order_that_names_a_level_twice_or_none_is_refused(order):
     with pytest.raises(UserError, match="blocks, inner and width, each once"):
         recipe.parse({"shrink": 18, "order": order}, "r.yaml")
+
+
+def test_settings_of_a_training_without_what_they_are_for_are_in_vain():
+    train = {"steps": 2, "own_temperature": 0.7, "stop_after": 9, "temperature": 2.0, "losses": {"cross_entropy": 1.0}}
+    stages = [{"name": "inner", "rounds": [{"sizes": {"text.ffn": 8}, "train": train}]}]
+    told = recipe.parse({"stages": stages}, "r.yaml").unheard()
+    assert [one.partition(":")[0] for one in told] == [
+        f"stages.inner.rounds.0.train.0.{name}" for name in ("own_temperature", "stop_after", "temperature")
+    ]
+    heard = train | {"losses": {"forward_kl": 1.0}, "validate_every": 1, "own_answers": 0.5}
+    stages[0]["rounds"][0]["train"] = heard
+    assert recipe.parse({"stages": stages}, "r.yaml").unheard() == []

@@ -181,7 +181,7 @@ def answered(task: Task, rows: int) -> Evaluation:
     path = task.out / "answers.json"
     if not path.exists():
         student = checkpoint.load(task.student)
-        test = data.sample(data.load(task.data, seed=task.seed).need("test", task.data), rows, task.seed)
+        test = data.sample(data.load(task.data).need("test", task.data), rows, task.seed)
         with Lines() as tell:
             answers = evaluate(
                 student.model,

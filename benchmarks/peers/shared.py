@@ -66,7 +66,7 @@ class Round(Record):
 
 def train_rows(task: Task) -> list[Row]:
     """Return the train rows of the data folder, all arms the same."""
-    return data.load(task.data, seed=task.seed).need("train", task.data)
+    return data.load(task.data).need("train", task.data)
 
 
 def scaled(recipe: Recipe, rows: Sequence[Row], visits: int) -> Recipe:

@@ -31,6 +31,7 @@ from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, SizesBy
 from slimlmm.resizing import predict_parameters
+from slimlmm.results import Spent
 from slimlmm.runfolder import RunFolder
 from slimlmm.sensitivity import Curve, curves
 from slimlmm.stopping import validation_loss
@@ -54,6 +55,7 @@ class Tried:
     accuracy: float
     n: int
     row_visits: int
+    flops: float | None
     seconds: float
 
 
@@ -87,11 +89,23 @@ class Choice:
         return told | {"curves": found, "candidates": tried}
 
 
+class Recovered(BaseModel):
+    """What a shape of a search took."""
+
+    row_visits: int
+    flops: float | None = None
+
+
 class Chosen(BaseModel):
     """What is read back of that."""
 
     sizes: dict[str, int]
     note: str = ""
+    seconds: float = 0.0
+    candidates: tuple[Recovered, ...] = ()
+
+
+CHOSEN = TypeAdapter(Chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +254,7 @@ def tried_shape(
         accuracy=done.record.after_recovery.accuracy,
         n=done.record.after_recovery.n,
         row_visits=done.record.row_visits or 0,
+        flops=done.record.flops,
         seconds=time.perf_counter() - began,
     )
 
@@ -267,6 +282,23 @@ def sizes_for_run(
         if not record.exists():
             place.mkdir(exist_ok=True)
             ground = lambda: ground_of(loaded, rows, recipe, place, tell, kept)  # noqa: E731 - only where it is needed
-            write_json(record, chosen(space, budget, recipe.sizes_by, ground).record())
+            began = time.perf_counter()
+            found = chosen(space, budget, recipe.sizes_by, ground).record()
+            write_json(record, found | {"seconds": time.perf_counter() - began})
             shutil.rmtree(place)
-        return read_json(TypeAdapter(Chosen), record)
+        return read_json(CHOSEN, record)
+
+
+def spent(folder: Path) -> Spent:
+    """Return what choosing the sizes of a run took, of the last process that was at it."""
+    record = folder / "sizes.json"
+    if not record.exists():
+        return Spent()
+    found = read_json(CHOSEN, record)
+    flops = [one.flops for one in found.candidates]
+    known = [one for one in flops if one is not None]
+    return Spent(
+        seconds=found.seconds,
+        row_visits=sum(one.row_visits for one in found.candidates),
+        flops=sum(known) if len(known) == len(flops) else None,
+    )

@@ -177,7 +177,9 @@ def finetune(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML list of trainings (see docs/recipes.md).")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the train rows, when there is no recipe.")] = 3.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the train rows without a recipe; 3 by default.")
+    ] = None,
     pictures_from: picture_options.From = None,
     max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     seed: Seed = 0,

@@ -194,7 +194,7 @@ def evaluate(
     """Evaluate one model, or two on the same rows, on a split of the data."""
     if split not in tables.SPLITS:
         raise UserError(f"--split {split!r}: known: {', '.join(tables.SPLITS)}.")
-    splits = data.load(source, seed=seed, allowed=allowed)
+    splits = data.load(source, allowed=allowed)
     for note in splits.notes:
         tell.say(note)
     rows = data.sample(splits.need(split, source), count, seed)
@@ -273,12 +273,12 @@ def study_plan(found: dict[str, Any]) -> Table:
 
 def accuracy_table(found: dict[str, Any]) -> Table:
     """Return the terminal view of `evaluate`."""
-    table = Table(title=f"{found['model']}: exact match on {found['split']}, per cent")
+    table = Table(title=escape(f"{found['model']}: exact match on {found['split']}, per cent"))
     for head in ("task", "n", "accuracy", "± s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
         table.add_column(head, justify="left" if head == "task" else "right")
     for task, told in [*found["tasks"].items(), ("all", found["overall"])]:
         score = evaluation.Score.model_validate(told)
-        cells = [task, str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
+        cells = [escape(task), str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
         if "effect" in found:
             other = found["other"]["overall"] if task == "all" else found["other"]["tasks"][task]
             drop = found["effect"]["drop"] if task == "all" else found["effect"]["drop_tasks"][task]
@@ -336,7 +336,7 @@ def bench_table(found: dict[str, Any]) -> Table:
     table = Table(title="measured on this machine")
     table.add_column("figure")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     table.add_column("ratio", justify="right")
     sides = ("first", "second")[: len(names)]
 

@@ -38,7 +38,12 @@ DESCRIPTIONS = {
 #: what `random-units` changes in every round
 AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": ()}
 #: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
-NO_TEACHER: dict[str, Any] = {"teachers": {"first": 1.0}, "own_answers": 0.0}
+NO_TEACHER: dict[str, Any] = {
+    "teachers": {"first": 1.0},
+    "own_answers": 0.0,
+    "own_temperature": 1.0,
+    "temperature": 1.0,
+}
 #: peak learning rate from random weights
 RATE = 1e-3
 
@@ -144,7 +149,7 @@ def _rows(
     """Return train and test rows as that run had them, with the answers that it has from the teacher."""
     used, seed = settings.data, settings.seed
     bare = used.answers != "given"
-    splits = data.load(source, max_bad_share=used.max_bad_share, seed=seed, unlabelled=bare, allowed=used.pictures)
+    splits = data.load(source, max_bad_share=used.max_bad_share, unlabelled=bare, allowed=used.pictures)
     rows = splits.need("train", source)
     if bare:
         loaded = checkpoint.load(model, device=usual_device())

@@ -80,7 +80,6 @@ def load(
     source: Path | str,
     *,
     max_bad_share: float = 0.01,
-    seed: int = 0,
     unlabelled: bool = False,
     allowed: PictureSettings = USUAL,
 ) -> Splits:
@@ -89,7 +88,6 @@ def load(
     Args:
         source: a folder with ``train/validation/test`` files or sub-folders, a ``datasets`` folder, or one file (= train).
         max_bad_share: the share of rows in [0, 1] that may be skipped as broken before the run is refused.
-        seed: of the split into train and validation.
         unlabelled: whether train rows may lack an answer (it is then empty); those never go to validation.
         allowed: which pictures are read and decoded; a row with another is broken.
 
@@ -113,21 +111,24 @@ def load(
     if not (splits.train or splits.validation or splits.test):
         raise UserError(f"{source}: no rows found in any split.")
     if splits.train and not splits.validation:
-        _split_validation_off(splits, seed)
+        _split_validation_off(splits)
     return splits
 
 
-def _split_validation_off(splits: Splits, seed: int) -> None:
-    """Move about a tenth of the train pictures (with all their rows) to validation, and say so."""
+def _split_validation_off(splits: Splits) -> None:
+    """Move about a tenth of the train pictures (with all their rows) to validation, and say so.
+
+    Always the same ones, so that no other seed takes for validation what a run has trained on.
+    """
     pictures = sorted(
         {row.picture_key() for row in splits.train} - {row.picture_key() for row in splits.train if not row.answer}
     )
-    random.Random(seed).shuffle(pictures)
+    random.Random(0).shuffle(pictures)
     taken = set(pictures[: max(1, int(len(pictures) * VALIDATION_SHARE))]) if len(pictures) > 1 else set()
     splits.validation = [row for row in splits.train if row.picture_key() in taken]
     splits.train = [row for row in splits.train if row.picture_key() not in taken]
     splits.notes.append(
-        f"no validation split: {len(splits.validation)} rows ({len(taken)} pictures) were split off train (seed {seed})"
+        f"no validation split: {len(splits.validation)} rows ({len(taken)} pictures) were split off train"
     )
 
 

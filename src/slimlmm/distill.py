@@ -75,6 +75,7 @@ class TrainResult(BaseModel):
     history: list[dict[str, float]]
     looks: list[tuple[int, float]]
     kept_step: int
+    remarks: list[str] = []
 
     @property
     def first_loss(self) -> float | None:

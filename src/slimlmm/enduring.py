@@ -21,7 +21,7 @@ def enduring(
     reset: Callable[[], None],
     say: Callable[[str], None],
 ) -> TrainResult:
-    """Return what `make` gives; `reset` puts the weights back before it is made again.
+    """Return what `make` gives, with what had to be changed as remarks; `reset` puts the weights back before it is made again.
 
     A loss that is no number: again from the start of the training at half of the learning rate, `HALVINGS` times at most. Out of
     memory: again with half of the pictures at once (of an odd number the next part it divides into), down to one picture.
@@ -30,15 +30,16 @@ def enduring(
         LossError: the loss is no number at the lowest rate either.
         UserError: one picture at a time is too much for the memory.
     """
-    asked, rate = settings, settings.learning_rate
+    asked, rate, remarks = settings, settings.learning_rate, list[str]()
     while True:
         try:
-            return make(settings)
+            done = make(settings)
+            return done.model_copy(update={"remarks": remarks}) if remarks else done
         except LossError as error:
             lower = settings.learning_rate / 2
             if lower < rate / 2**HALVINGS:
                 raise LossError(f"{error} Tried at {rate:g} and down to {settings.learning_rate:g}.") from error
-            say(f"{error} It begins again at train.learning_rate={lower:g}")
+            remarks.append(f"{error} It begins again at train.learning_rate={lower:g}")
             settings = settings.model_copy(update={"learning_rate": lower})
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not _memory(error):
@@ -50,8 +51,9 @@ def enduring(
                     f"or a larger machine. The recipe has train.pictures_per_step={asked.pictures_per_step}."
                 ) from error
             parts = next(part for part in range(2, at_once + 1) if at_once % part == 0)
-            say(f"out of memory with {at_once} pictures at once; it begins again with {at_once // parts}")
+            remarks.append(f"out of memory with {at_once} pictures at once; it begins again with {at_once // parts}")
             settings = settings.model_copy(update={"accumulate": parts * settings.accumulate})
+        say(remarks[-1])
         reset()
 
 

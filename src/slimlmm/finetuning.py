@@ -30,10 +30,17 @@ from slimlmm.teacher import weights_fingerprint
 
 #: validation rows that are looked at before and after
 LOOKED_AT = 500
+#: passes over the train rows where nothing else is said
+EPOCHS = 3.0
 
 
-def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float) -> list[Training]:
+def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float | None) -> list[Training]:
     """Return the trainings of a YAML list, or one that passes `epochs` times over the rows."""
+    if path is not None and epochs is not None:
+        raise UserError(f"--epochs {epochs:g} has no effect beside --recipe {path}, which says steps; leave one out.")
+    epochs = EPOCHS if epochs is None else epochs
+    if not 0 < epochs < math.inf:
+        raise UserError(f"--epochs {epochs:g}: give a number above 0.")
     if path is None:
         pictures = len(data.by_picture(rows, 16))
         steps = math.ceil(epochs * pictures / 16)
@@ -52,7 +59,7 @@ def finetune(
     out: Path,
     *,
     recipe: Path | None,
-    epochs: float,
+    epochs: float | None,
     seed: int,
     tell: Reporter,
     allowed: PictureSettings = USUAL,
@@ -66,7 +73,7 @@ def finetune(
     """
     checkpoint.refuse_foreign(out.expanduser().absolute())
     loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
-    splits = data.load(source, seed=seed, allowed=allowed)
+    splits = data.load(source, allowed=allowed)
     for note in splits.notes:
         tell.say(note)
     rows = splits.need("train", source)

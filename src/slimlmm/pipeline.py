@@ -100,7 +100,6 @@ def _prepared(
     splits = data.load(
         source,
         max_bad_share=share,
-        seed=recipe.seed,
         unlabelled=wanted != "given",
         allowed=recipe.data.pictures,
     )
@@ -343,6 +342,6 @@ def _finish(
         latency=latency,
         throughput=throughput,
         ratios=ratios,
-        totals=results.totals(rounds, sum(one.seconds for one in evaluations)),
-        notes=(*job.notes, *(results.told(one) for one in missed), *short),
+        totals=results.totals(rounds, sum(one.seconds for one in evaluations), choosing.spent(job.folder.path)),
+        notes=(*job.notes, *(results.told(one) for one in missed), *results.remarks(rounds), *short),
     )

@@ -225,7 +225,6 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
         splits = data.load(
             source,
             max_bad_share=used.max_bad_share,
-            seed=settings.seed,
             unlabelled=used.answers != "given",
             allowed=used.pictures,
         )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -96,7 +97,7 @@ class Live:
 
     def say(self, text: str, **facts: Any) -> None:
         """Print the event above the bar."""
-        self.console.print(f"{text}{'  ' if facts else ''}[dim]{_figures(facts)}[/dim]", highlight=False)
+        self.console.print(f"{escape(text)}{'  ' if facts else ''}[dim]{_figures(facts)}[/dim]", highlight=False)
 
     def step(self, what: str, done: float, total: float, **facts: Any) -> None:
         """Move the bar of this work; a new piece of work replaces the last one."""

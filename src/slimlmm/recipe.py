@@ -162,6 +162,20 @@ class Training(Settings):
             raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
         return self
 
+    def unheard(self) -> list[str]:
+        """Return what is asked for in vain."""
+        needed = {
+            "own_temperature": (self.own_answers > 0, "own_answers"),
+            "stop_after": (self.validate_every is not None, "validate_every"),
+            "temperature": (bool(DIVERGENCES & set(self.losses)), "a divergence among the losses"),
+        }
+        fields = type(self).model_fields
+        return [
+            f"{name}: {getattr(self, name)} has no effect without {what}; leave it out."
+            for name, (there, what) in needed.items()
+            if not there and getattr(self, name) != fields[name].default
+        ]
+
     @property
     def sees_pictures_alone(self) -> bool:
         """Tell whether its losses look no further than what enters the language model."""
@@ -369,7 +383,7 @@ class Recipe(Settings):
         return self.model_copy(update={"stages": stages} | {key: _default(key) for key in SCHEDULED})
 
     def unheard(self) -> list[str]:
-        """Return what is asked for in vain: keys of the default schedule beside stages, of the promise where there is none.
+        """Return what is asked for in vain: keys of the default schedule beside stages, of a promise that is none, of trainings.
 
         No part of validation: files that a run has written have to be read again.
         """
@@ -380,6 +394,12 @@ class Recipe(Settings):
             f"{key}: {value!r} has no effect where {why}; leave it out."
             for key, value, why in told
             if value != _default(key)
+        ] + [
+            f"stages.{stage.name}.rounds.{index}.train.{number}.{vain}"
+            for stage in self.stages
+            for index, turn in enumerate(stage.rounds)
+            for number, one in enumerate(turn.train)
+            for vain in one.unheard()
         ]
 
     @field_validator("multiples", mode="before")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jinja2
 from rich import box
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from slimlmm.evaluate import Interval, Score
@@ -38,12 +39,12 @@ class Table:
 
     def rich(self, title: str, columns: Sequence[str] = ()) -> RichTable:
         """Return the table for the terminal, with all columns or only these (80 characters hold few)."""
-        shown = RichTable(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = RichTable(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         picked = [index for index, name in enumerate(self.head) if name in (columns or self.head)]
         for index in picked:
             shown.add_column(self.head[index], justify="left" if index < self.left else "right")
         for row in self.rows:
-            shown.add_row(*(row[index] for index in picked))
+            shown.add_row(*(escape(row[index]) for index in picked))
         return shown
 
     def markdown(self) -> str:
@@ -191,7 +192,7 @@ def provenance_table(results: Results) -> Table:
         ("remote code", results.remote_code or NOTHING),
         ("data hash", data.fingerprint or NOTHING),
         ("seed", str(results.seed)),
-        ("run took", duration(totals.seconds) if totals else NOTHING),
+        ("choice of sizes, rounds and tests took", duration(totals.seconds) if totals else NOTHING),
         ("row visits", f"{totals.row_visits:,}" if totals else NOTHING),
         ("training FLOPs", quantity(totals.flops if totals else None)),
         ("machine", ", ".join(part for part in (*machine, environment.gpu) if part)),
@@ -312,8 +313,9 @@ def _pair(a: Model, b: Model | None, name: str) -> tuple[str, str]:
 
 def _flops_label(model: Model) -> str:
     """Return what the FLOPs are of."""
-    tokens = model.flops_answer_tokens
-    return f"FLOPs, {tokens}-token answer" if tokens else "FLOPs per answer"
+    tokens, prompt = model.flops_answer_tokens, model.flops_prompt_tokens
+    after = f" after a prompt of {prompt}" if prompt else ""
+    return f"FLOPs, {tokens}-token answer{after}" if tokens else "FLOPs per answer"
 
 
 def _peak(model: Model | None) -> int | None:

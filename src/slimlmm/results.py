@@ -77,7 +77,15 @@ class Model(Record):
         description="Floating-point operations per answer (multiply-add = 2), see `flops_answer_tokens`.",
     )
     flops_answer_tokens: int | None = Field(None, description="Answer tokens that `flops` was counted with.")
+    flops_prompt_tokens: int | None = Field(None, description="Tokens of the prompt, with its picture, before them.")
     memory: Memory | None = Field(None, description="Peak of a new process that loads it and answers one row.")
+
+
+class Look(Record):
+    """A look at validation rows during a training."""
+
+    step: int = Field(description="Optimizer steps made by then.")
+    loss: float = Field(description="Cross-entropy per answer token.")
 
 
 class Round(Record):
@@ -107,6 +115,16 @@ class Round(Record):
     row_visits: int = Field(0, description="Rows seen in training; a row seen twice counts twice.")
     seconds: float = Field(description="Wall time of the round in seconds, evaluation included.")
     flops: float | None = Field(None, description="Floating-point operations of the training.")
+    looks: tuple[Look, ...] = Field(
+        (), description="What the last training saw of validation rows, where it looks at them."
+    )
+    kept_step: int | None = Field(
+        None,
+        description="Step of the last training whose weights stayed, where it looks; `losses` are those of its end.",
+    )
+    remarks: tuple[str, ...] = Field(
+        (), description="Trainings that were made again, at half of the rate or with fewer pictures at once, and why."
+    )
 
     @model_validator(mode="after")
     def _same_axes(self) -> Self:
@@ -164,11 +182,15 @@ class Control(Record):
 
 
 class Totals(Record):
-    """What the run cost, sums over the rounds and the evaluations."""
+    """What the run cost, sums over the choice of sizes, the rounds and the evaluations of test rows."""
 
-    seconds: float = Field(description="Wall time in seconds, without interruptions.")
+    seconds: float = Field(
+        description="Wall time of these in seconds, without interruptions; reading data, checks and timing are not in it."
+    )
     row_visits: int = Field(description="Rows seen in training; a row seen twice counts twice.")
     flops: float | None = Field(None, description="Floating-point operations of training; null if any round lacks it.")
+    choice_seconds: float = Field(0.0, description="Of the seconds, those of choosing sizes by running the model.")
+    choice_row_visits: int = Field(0, description="Of the row visits, those of shapes that a search recovered.")
 
 
 class Results(File):
@@ -247,6 +269,11 @@ def told(missed: Round) -> str:
     )
 
 
+def remarks(rounds: Sequence[Round]) -> list[str]:
+    """Return the notes on trainings that were made again."""
+    return [f"Round {one.number} {one.stage}.{one.round}: {remark}" for one in rounds for remark in one.remarks]
+
+
 def ratios(
     teacher: Model, student: Model, latency: Comparison | None = None, throughput: Comparison | None = None
 ) -> Ratios:
@@ -269,14 +296,25 @@ def ratios(
     )
 
 
-def totals(rounds: Sequence[Round], evaluation_seconds: float = 0.0) -> Totals:
-    """Sum what the rounds cost; FLOPs are null if a trained round lacks them."""
-    trained = [one.flops for one in rounds if one.steps]
+class Spent(Record):
+    """What choosing sizes took, by running the model."""
+
+    seconds: float = 0.0
+    row_visits: int = 0
+    flops: float | None = 0.0
+
+
+def totals(rounds: Sequence[Round], evaluation_seconds: float = 0.0, choice: Spent | None = None) -> Totals:
+    """Sum what the choice of sizes and the rounds cost; FLOPs are null if a trained round lacks them."""
+    choice = choice or Spent()
+    trained = [choice.flops, *(one.flops for one in rounds if one.steps)]
     known = [flops for flops in trained if flops is not None]
     return Totals(
-        seconds=sum(one.seconds for one in rounds) + evaluation_seconds,
-        row_visits=sum(one.row_visits for one in rounds),
+        seconds=choice.seconds + sum(one.seconds for one in rounds) + evaluation_seconds,
+        row_visits=choice.row_visits + sum(one.row_visits for one in rounds),
         flops=sum(known) if len(known) == len(trained) else None,
+        choice_seconds=choice.seconds,
+        choice_row_visits=choice.row_visits,
     )
 
 

@@ -228,7 +228,11 @@ def _criterion(turn: Round, axis: str) -> str:
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
     """Return the sums over a round's trainings and the last losses."""
     last = trained[-1].history[-1] if trained and trained[-1].history else {}
+    looks = trained[-1].looks if trained else []
     return {
+        "looks": tuple(results.Look(step=step, loss=loss) for step, loss in looks),
+        "kept_step": trained[-1].kept_step if looks else None,
+        "remarks": tuple(remark for one in trained for remark in one.remarks),
         "losses": {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")},
         "steps": sum(one.steps for one in trained),
         "row_visits": sum(one.row_visits for one in trained),

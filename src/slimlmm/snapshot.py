@@ -56,7 +56,7 @@ def model_record(
     side: checkpoint.Loaded, evaluation: Evaluation | None, rows: Sequence[Row], *, memory: bool = True
 ) -> results.Model:
     """Return the record of one model; `memory` is that of a new process which loads the folder and answers one row."""
-    limit = answer_limit(side.processor, rows)
+    limit, prompt = answer_limit(side.processor, rows), encode(side.processor, rows[:1])
     return results.Model(
         name=side.path.name,
         model_type=side.model.config.model_type,
@@ -65,7 +65,8 @@ def model_record(
         parameters=measure.parameters(side.model),
         disk_bytes=measure.disk_bytes(side.path),
         accuracy=evaluation.summary if evaluation else None,
-        flops=measure.flops(side.model, side.processor, encode(side.processor, rows[:1]), ANSWER_TOKENS),
+        flops=measure.flops(side.model, side.processor, prompt, ANSWER_TOKENS),
         flops_answer_tokens=ANSWER_TOKENS,
+        flops_prompt_tokens=prompt["input_ids"].shape[1],
         memory=measure.answering_memory(side.path, rows[0], max_new_tokens=limit) if memory else None,
     )

@@ -266,7 +266,6 @@ def _rows(study: Study) -> dict[str, list[data.Row]]:
     splits = data.load(
         study.data,
         max_bad_share=settings.max_bad_share,
-        seed=study.seeds[0],
         unlabelled=settings.answers != "given",
         allowed=settings.pictures,
     )

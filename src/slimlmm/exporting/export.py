@@ -75,7 +75,7 @@ def export(model: str, source: Path, order: Order, tell: Reporter) -> Manifest:
     loaded = checkpoint.load_to_answer(model, device="cpu")  # graphs are traced there
     if order.target != TORCHAO:
         graphs.refuse(loaded.model, model, order.target)
-    splits = data.load(source, seed=order.seed, allowed=order.allowed)
+    splits = data.load(source, allowed=order.allowed)
     rows = data.sample(splits.need(order.split, source), order.rows, order.seed)
     write = _torchao if order.target == TORCHAO else _graphs
     with whole(order.out) as folder:
