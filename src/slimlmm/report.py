@@ -314,8 +314,9 @@ def _pair(a: Model, b: Model | None, name: str) -> tuple[str, str]:
 def _flops_label(model: Model) -> str:
     """Return what the FLOPs are of."""
     tokens, prompt = model.flops_answer_tokens, model.flops_prompt_tokens
-    after = f" after a prompt of {prompt}" if prompt else ""
-    return f"FLOPs, {tokens}-token answer{after}" if tokens else "FLOPs per answer"
+    if tokens and prompt:
+        return f"FLOPs, {prompt} tokens in, {tokens} out"
+    return f"FLOPs, {tokens}-token answer" if tokens else "FLOPs per answer"
 
 
 def _peak(model: Model | None) -> int | None:
