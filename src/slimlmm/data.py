@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from slimlmm.pictures import USUAL, PictureError, PictureSettings
 from slimlmm.tables import records_of, tables_of
 
 VALIDATION_SHARE = 0.1
+#: half of a pair, which JSON can spell and no file can hold
+SURROGATE = re.compile("[\ud800-\udfff]")
 HERE = Path()
 #: row visits of a training step over so many pictures, with at most so many questions about each
 StepRows = Callable[[int, int], float]
@@ -237,7 +240,7 @@ def parse(
     folder = record.get("_folder") or HERE
     picture = _picture(image, folder, record.get("_root") or folder, allowed, {} if places is None else places)
     task = "" if record.get("task") is None else str(record["task"])
-    if not all(map(_is_sound, (identity, question, answer, task))):
+    if any(map(SURROGATE.search, (identity, question, answer, task))):
         raise ValueError("half of a surrogate pair, which is no character, in a text")
     return Row(identity, picture, question.strip(), answer.strip(), task, allowed=allowed)
 
@@ -249,10 +252,6 @@ def _written(answer: object) -> str:
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)
     raise ValueError(f"the answer is of type {type(answer).__name__}, not text (quote it, as it is to be said)")
-
-
-def _is_sound(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= one <= "\udfff" for one in text)
 
 
 def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings, places: Places) -> Path | bytes:
