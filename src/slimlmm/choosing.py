@@ -277,7 +277,7 @@ def sizes_for_run(
     if recipe.sizes_by == "shares":
         return Chosen(sizes=by_shares)
     with TemporaryDirectory() as scratch:
-        place = Path(scratch) if folder is None else folder() / "sizes"
+        place = (Path(scratch) if folder is None else folder()) / "sizes"
         record = place.with_suffix(".json")
         if not record.exists():
             place.mkdir(exist_ok=True)
