@@ -34,7 +34,12 @@ def planned(ads, tmp_path_factory):
     checkpoint.save(*tiny("llava-dinov2-llama"), folder)
     base = {"shrink": 4, "row_visits": 24_000, "sizes_by": "shares"}
     raw = {"model": str(folder), "data": str(ads), "base": base, "sweeps": SWEEPS, "shrinks": [2, 4, 1000]}
-    return study.plan(studies.parse({**raw, "arms": {"lone": {"train": {"learning_rate": 1e-5}}}}, "study"))
+    return study.plan(
+        studies.parse(
+            {**raw, "arms": {"lone": {"train": {"learning_rate": 1e-5}}, "hot": {"train": {"temperature": 2.0}}}},
+            "study",
+        )
+    )
 
 
 def test_all_problems_at_once_with_their_paths():
@@ -140,7 +145,7 @@ def test_every_sweep_makes_its_arms(planned):
     ):
         assert part <= names
     assert [group.title for group in planned.groups][-1] == "Other arms"
-    assert planned.groups[-1].arms == ("base", "lone")
+    assert planned.groups[-1].arms == ("base", "lone", "hot")
 
 
 def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
@@ -163,6 +168,12 @@ def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
         "criterion-taylor",
         "losses-margin",
     ]
+
+
+def test_a_key_for_all_trainings_is_set_where_it_has_an_effect(planned):
+    trainings = [one for stage in planned.recipes["hot"].stages for turn in stage.rounds for one in turn.train]
+    assert {one.temperature for one in trainings if "forward_kl" in one.losses} == {2.0}
+    assert {one.temperature for one in trainings if "forward_kl" not in one.losses} == {1.0}
 
 
 def test_orders_end_at_one_size_after_equal_row_visits(planned):

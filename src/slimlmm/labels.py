@@ -60,8 +60,8 @@ def labelled(
                 write_json(path, known)
             tell.step("the teacher answers", start + len(part), len(missing))
     said = {id(row): known[keys[id(row)]] for row in asked}
-    found = [replace(row, answer=said.get(id(row), row.answer) or "") for row in rows]
-    found = [row for row in found if row.answer]
+    answered = (replace(row, answer=said[id(row)] or "") if id(row) in said else row for row in rows)
+    found = [row for row in answered if row.answer]
     cut, empty = sum(text is None for text in said.values()), sum(text == "" for text in said.values())
     told = f"{empty} of {len(asked)} answers of the teacher are empty, {cut} go on beyond {limit} tokens"
     if not found:

@@ -162,19 +162,24 @@ class Training(Settings):
             raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
         return self
 
-    def unheard(self) -> list[str]:
-        """Return what is asked for in vain."""
+    def unheard(self) -> dict[str, str]:
+        """Return what is asked for in vain, and what it would need."""
         needed = {
             "own_temperature": (self.own_answers > 0, "own_answers"),
             "stop_after": (self.validate_every is not None, "validate_every"),
             "temperature": (bool(DIVERGENCES & set(self.losses)), "a divergence among the losses"),
         }
         fields = type(self).model_fields
-        return [
-            f"{name}: {getattr(self, name)} has no effect without {what}; leave it out."
+        return {
+            name: what
             for name, (there, what) in needed.items()
             if not there and getattr(self, name) != fields[name].default
-        ]
+        }
+
+    def heard(self) -> Training:
+        """Return it without what is asked for in vain."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in self.unheard()})
 
     @property
     def sees_pictures_alone(self) -> bool:
@@ -395,11 +400,12 @@ class Recipe(Settings):
             for key, value, why in told
             if value != _default(key)
         ] + [
-            f"stages.{stage.name}.rounds.{index}.train.{number}.{vain}"
+            f"stages.{stage.name}.rounds.{index}.train.{number}.{name}: {getattr(one, name)} has no effect without {what}; "
+            "leave it out."
             for stage in self.stages
             for index, turn in enumerate(stage.rounds)
             for number, one in enumerate(turn.train)
-            for vain in one.unheard()
+            for name, what in one.unheard().items()
         ]
 
     @field_validator("multiples", mode="before")
