@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -50,6 +51,26 @@ def test_rows_of_all_kinds_are_written_and_a_bad_one_costs_no_other(where):
         question = sqlalchemy.select(ANSWERS.c.question).where(ANSWERS.c.id == "odd")
         assert connection.execute(question).scalar_one() == "a?bc"
         assert connection.execute(sqlalchemy.select(EVENTS.c.detail)).scalar_one() == {"rule": "latency", "p": 0.01}
+    database.dispose()
+
+
+def test_who_leaves_while_a_row_is_written_or_waits_does_not_end_the_writer(tmp_path, monkeypatch):
+    store, may, insert = Store(str(tmp_path / "store.sqlite")), threading.Event(), Store._insert
+    monkeypatch.setattr(Store, "_insert", lambda self, rows: (may.wait(10), insert(self, rows))[1])
+
+    async def work():
+        leaving = [asyncio.create_task(store.add(ANSWERS, answer(name))) for name in ("writing", "waiting", "no time")]
+        await asyncio.sleep(0.1)  # the first is being written by now
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        may.set()
+        return await asyncio.wait_for(store.add(ANSWERS, answer("next")), 10)
+
+    assert asyncio.run(work())
+    store.close()
+    database = opened(store.where)
+    assert count(database, ANSWERS) == 4
     database.dispose()
 
 

@@ -197,6 +197,8 @@ class Store:
                     self._waiting.put(None)
                     break
                 held.append(one)
+            for _, _, done in held:  # whoever waits may leave until here; the row is written all the same
+                done.set_running_or_notify_cancel()
             self._commit(held)
             if self.retention_days is not None and time.monotonic() - swept > SWEEP_S:
                 self._sweep(time.time() - self.retention_days * DAY_S)
@@ -212,10 +214,12 @@ class Store:
                     self._commit([one])
                 return
             self.failed += 1
-            held[0][2].set_exception(error)
+            if not held[0][2].cancelled():
+                held[0][2].set_exception(error)
             return
         for _, _, done in held:
-            done.set_result(None)
+            if not done.cancelled():
+                done.set_result(None)
 
     def _insert(self, rows: Iterable[tuple[Table, Mapping[str, Any]]]) -> None:
         with self.database.begin() as connection:
