@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from slimlmm import surgery
 from slimlmm.anatomy import describe
-from slimlmm.axes import Anatomy, Keep
+from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.forward import output_of
@@ -93,7 +93,7 @@ def greedy_bridged(
         found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}))
         for gap in found:
             if (gap.first, gap.last) not in patches:
-                patches[gap.first, gap.last] = _patch(model, (axis, layers), gap, calibration.fit, memory)
+                patches[gap.first, gap.last] = _patch(model, anatomy.axis(axis), gap, calibration.fit, memory)
         with ExitStack() as stack:
             for gap in found:
                 stack.enter_context(_put_back(gap.writer))
@@ -107,13 +107,10 @@ def greedy_bridged(
     return greedily(group, keep, cost)
 
 
-def _patch(
-    model: PreTrainedModel, where: tuple[str, str], gap: Gap, batches: Sequence[Batch], memory: Memory
-) -> Patch | None:
+def _patch(model: PreTrainedModel, axis: Axis, gap: Gap, batches: Sequence[Batch], memory: Memory) -> Patch | None:
     """Return the parameters of the gap's writer once it is bridged, None where it cannot be; the model stays as it is."""
-    axis, layers = where
-    before, after = (f"{layers}.{number}" for number in (gap.first - 1, gap.last))
-    text = axis.startswith("text.")
+    before, after = (f"{axis.layers}.{number}" for number in (gap.first - 1, gap.last))
+    text = axis.name.startswith("text.")
     moments = partial(_moments, model, gap.writer, (before, after), batches, memory, text=text)
     with _put_back(gap.writer):
         done = mend(model, model.get_submodule(before), gap.writer, batches, moments)
@@ -147,9 +144,9 @@ def bridged(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, bat
     diag(1/g) c for the ridge regression d ~ A h + c (`moments.predict`; the ridge of least held-out error), g [H] being what
     the block makes of its writer's output on the way to the stream (layer scale, else 1).
     """
-    layers, memory = anatomy.axis(axis).layers, Memory(())
+    found, memory = anatomy.axis(axis), Memory(())
     # all of the model as it is: patched, it would add twice what the blocks add that still run
-    patches = [(gap, _patch(model, (axis, layers), gap, batches, memory)) for gap in gaps(model, anatomy, axis, keep)]
+    patches = [(gap, _patch(model, found, gap, batches, memory)) for gap in gaps(model, anatomy, axis, keep)]
     for gap, patch in patches:
         _put(gap.writer, patch)
     return [gap for gap, patch in patches if patch]
@@ -262,10 +259,14 @@ def _moments(
             behind_BTH = stream(output_of(model, after, batch))
             if behind_BTH.shape != seen["stream"].shape:
                 raise NoBridgeError("a block of the gap changes the number of tokens")
-            added_BTH = behind_BTH - seen["stream"]
-            mask = fitting(real_tokens(batch), added_BTH) if text else None
-            moments.add(torch.cat((seen["neurons"].reshape(*added_BTH.shape[:-1], -1), added_BTH), -1), mask)
+            count(moments, seen["neurons"], behind_BTH - seen["stream"], batch, text=text)
     return moments
+
+
+def count(moments: Moments, neurons: Tensor, lacking_BTH: Tensor, batch: Batch, *, text: bool) -> None:
+    """Let (h, d) count, what enters a writer and what the stream lacks; of the `text` tower not at padding."""
+    mask = fitting(real_tokens(batch), lacking_BTH) if text else None
+    moments.add(torch.cat((neurons.reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1), mask)
 
 
 @torch.no_grad()

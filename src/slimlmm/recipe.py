@@ -162,7 +162,7 @@ class Training(Settings):
             raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
         return self
 
-    def unheard(self) -> dict[str, str]:
+    def vain(self) -> dict[str, str]:
         """Return what is asked for in vain, and what it would need."""
         needed = {
             "own_temperature": (self.own_answers > 0, "own_answers"),
@@ -179,7 +179,7 @@ class Training(Settings):
     def heard(self) -> Training:
         """Return it without what is asked for in vain."""
         fields = type(self).model_fields
-        return self.model_copy(update={name: fields[name].default for name in self.unheard()})
+        return self.model_copy(update={name: fields[name].default for name in self.vain()})
 
     @property
     def sees_pictures_alone(self) -> bool:
@@ -405,7 +405,7 @@ class Recipe(Settings):
             for stage in self.stages
             for index, turn in enumerate(stage.rounds)
             for number, one in enumerate(turn.train)
-            for name, what in one.unheard().items()
+            for name, what in one.vain().items()
         ]
 
     @field_validator("multiples", mode="before")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
-from slimlmm.bridging import NoBridgeError, mend, read_blocks, stream, writer_of
+from slimlmm.bridging import NoBridgeError, count, mend, read_blocks, stream, writer_of
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch, fitting, real_tokens
+from slimlmm.collate import Batch
 from slimlmm.forward import output_of
 from slimlmm.importance import Loss, at_least_one, evaluating
 from slimlmm.moments import Moments, products_of
@@ -132,7 +132,5 @@ def _lacking(
         handle.remove()
         if wanted_BTH.shape != found_BTH.shape:
             raise NoBridgeError("tokens are merged between the block and the one whose stream it should have")
-        lacking_BTH = wanted_BTH - found_BTH
-        mask = fitting(real_tokens(batch), lacking_BTH) if text else None
-        moments.add(torch.cat((neurons[0].reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1), mask)
+        count(moments, neurons[0], wanted_BTH - found_BTH, batch, text=text)
     return moments

@@ -169,9 +169,7 @@ class _Planner:
         def trained(one: Training) -> Training:
             shape = one.pictures_per_step, one.questions_per_picture
             meant = full(*shape) if full else self._rows_a_step(planned, one)
-            new = Training.model_validate(
-                {**one.model_dump(), **keys}
-            ).heard()  # keys are for all trainings, of any losses
+            new = Training.model_validate({**one.model_dump(), **keys}).heard()  # a key may be nothing to its losses
             return new.model_copy(update={"steps": max(1, round(one.steps * meant / self._rows_a_step(whole, new)))})
 
         return sweeps.each(stages, lambda turn: turn, trained)
