@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimlmm import plan, recipe
+from slimlmm import plan, recipe, staging
 from slimlmm.anatomy import describe
 from slimlmm.checkpoint import load_config
 from slimlmm.demo import bundled
@@ -51,7 +51,7 @@ def test_the_plan_can_be_split(devices):
     grid = Grid(tensor_parallel=devices)
     sizes = plan.sizes_for(config, 3, predict_parameters(config, {}), grid=grid)
     assert unsplittable(resized(config, sizes), devices) == []
-    for stage in plan.stages_for(config, sizes, row_visits=1000, grid=grid):
+    for stage in staging.stages_for(config, sizes, row_visits=1000, grid=grid):
         for turn in stage.rounds:
             assert unsplittable(resized(config, turn.sizes), devices) == []
 
@@ -64,9 +64,9 @@ def test_heads_that_no_size_can_split_are_refused_with_the_numbers():
 
 def test_stages_that_devices_cannot_split_are_refused():
     stages = (Stage(name="inner", rounds=(Round(sizes={"text.ffn": 1023}),)),)
-    plan.check_stages(real(), stages)
+    staging.check_stages(real(), stages)
     with pytest.raises(UserError, match="1023 neurons cannot be shared by 2 devices"):
-        plan.check_stages(real(), stages, 2)
+        staging.check_stages(real(), stages, 2)
 
 
 def test_a_schedule_goes_through_widths_that_the_config_accepts():
@@ -77,7 +77,7 @@ def test_a_schedule_goes_through_widths_that_the_config_accepts():
     sizes = plan.sizes_for(config, 18, whole, {"vocab": 1092}, grid)
     assert (sizes["text.width"], sizes["vision.width"], sizes["text.ffn"], sizes["text.blocks"]) == (126, 96, 448, 2)
     order = ("inner", "width", "blocks")
-    stages = plan.stages_for(
+    stages = staging.stages_for(
         config, sizes, row_visits=600_000, a_step=lambda pictures, _: 10 * pictures, order=order, grid=grid
     )
     widths = [turn.sizes["text.width"] for stage in stages for turn in stage.rounds if "text.width" in turn.sizes]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import stay_in_this_process
-from slimlmm import pipeline, plan, recipe
+from slimlmm import pipeline, recipe, staging
 from slimlmm.errors import UserError
 from tiny import tiny_config
 
@@ -183,9 +183,9 @@ def test_blocks_are_counted_without_the_dead_ones_that_go_first():
     config, lossless = tiny_config("llava-clip-llama"), {"name": "l", "rounds": [{"drop": ["dead_blocks"]}]}
     stages = [lossless, {"name": "b", "rounds": [{"sizes": {"vision.blocks": 3, "text.blocks": 2}}]}]
     with pytest.raises(UserError, match=r"vision.blocks=3: the axis has 2 by then; give 1 to 2") as caught:
-        plan.check_stages(config, recipe.parse({"stages": stages}, "test").stages)
+        staging.check_stages(config, recipe.parse({"stages": stages}, "test").stages)
     assert str(caught.value).count("stages.") == 1
-    plan.check_stages(config, recipe.parse({"stages": stages[1:]}, "test").stages)
+    staging.check_stages(config, recipe.parse({"stages": stages[1:]}, "test").stages)
 
 
 def test_shrink_alone_makes_a_schedule_that_reaches_it(teacher, ads, tmp_path):

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from slimlmm import data, plan
+from slimlmm import plan
 from slimlmm.anatomy import describe
 from slimlmm.checkpoint import load_config
-from slimlmm.data import Row
 from slimlmm.demo import bundled
 from slimlmm.errors import UserError
 from slimlmm.grid import Grid
@@ -49,11 +48,6 @@ CHOSEN = {
 }
 
 
-def ten_each(pictures, questions):
-    """Ten rows a picture."""
-    return 10 * pictures
-
-
 @pytest.mark.parametrize(("name", "shrink"), CHOSEN)
 def test_the_same_shrink_gives_the_same_sizes(name, shrink):
     teacher = name == "teacher"
@@ -80,90 +74,12 @@ def test_an_unreachable_budget_says_how_far_one_can_go():
         plan.sizes_for(model.config, 10_000, model.num_parameters())
 
 
-def test_default_schedule_goes_lossless_blocks_inner_width_and_ends_at_the_final_sizes():
-    model, _ = tiny("llava-dinov2-llama")
-    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=10_000, a_step=ten_each)
-    names = [stage.name for stage in stages]
-    assert names == [name for name in ("lossless", "blocks", "inner", "width") if name in names]
-    reached = {name: axis.size for name, axis in describe(model.config).axes.items()}
-    turns = [turn for stage in stages for turn in stage.rounds if turn.sizes]
-    for turn in turns:
-        assert all(reached[name] / 3 <= size < reached[name] for name, size in turn.sizes.items())
-        reached |= turn.sizes
-    assert {name: reached[name] for name in sizes} == sizes
-    visits = [10 * pictures(turn) for turn in turns]
-    assert visits == sorted(visits)
-    assert sum(visits) == pytest.approx(10_000, rel=0.1)
-
-
-@pytest.mark.parametrize("each", [1, 1.4, 2.5, 16, 17, 24, 40])
-@pytest.mark.parametrize("count", [20, 2000])
-def test_the_steps_make_the_row_visits_that_were_asked_for(each, count):
-    config = tiny_config("llava-dinov2-llama")
-    sizes = plan.sizes_for(config, 4, predict_parameters(config, {}))
-    held = [int(each * (n + 1)) - int(each * n) for n in range(count)]
-    rows = [Row(str(n), b"%d" % n, "q", "a", "t") for n, many in enumerate(held) for _ in range(many)]
-    stages = plan.stages_for(config, sizes, row_visits=400_000, a_step=data.rows_a_step(rows))
-    made = 0
-    for one in (one for stage in stages for turn in stage.rounds for one in turn.train):
-        groups = data.by_picture(rows, one.questions_per_picture)
-        made += one.steps * len(rows) / -(-len(groups) // one.pictures_per_step)  # an epoch visits all rows
-    assert made == pytest.approx(400_000, rel=0.01)
-
-
-def pictures(turn):
-    return sum(training.steps * training.pictures_per_step for training in turn.train)
-
-
-def test_every_round_teaches_the_picture_first_without_the_language_model():
-    model, _ = tiny("llava-dinov2-llama")
-    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=100_000, a_step=ten_each)
-    for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
-        states, answers = turn.train
-        assert set(states.losses) == {"picture_states"}
-        assert "text" in states.freeze
-        assert set(answers.losses) == {"cross_entropy", "forward_kl", "pairwise_margin", "picture_states"}
-        spent = states.steps * states.pictures_per_step
-        assert spent / pictures(turn) == pytest.approx(plan.STATES_SHARE, abs=0.1)
-
-
 def test_key_value_groups_go_least():
     model, _ = tiny("llava-dinov2-llama")
     fine = Grid(multiples={"width": 1, "ffn": 1})
     sizes = plan.sizes_for(model.config, 4, model.num_parameters(), grid=fine)
     left = {name: size / describe(model.config).axis(name).size for name, size in sizes.items()}
     assert left["text.kv_groups"] > left["text.ffn"] > left["text.width"]
-
-
-@pytest.mark.parametrize("order", [("inner", "width", "blocks"), ("width", "blocks", "inner")])
-def test_levels_go_in_the_order_that_was_asked_for(order):
-    model, _ = tiny("llava-dinov2-llama")
-    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=10_000, a_step=ten_each, order=order)
-    assert [stage.name for stage in stages] == ["lossless", *order]
-    config = model.config
-    for stage in stages:
-        for turn in stage.rounds:
-            for name, size in turn.sizes.items():
-                assert size < describe(config).axis(name).size
-                config = resized(config, {name: size})
-    reached = describe(config).sizes
-    assert {name: reached[name] for name in sizes} == plan.follow_width(describe(model.config), sizes, sizes)
-
-
-def test_the_last_shape_gets_its_share_of_the_compute():
-    model, _ = tiny("llava-dinov2-llama")
-    sizes = plan.sizes_for(model.config, 4, model.num_parameters())
-    stages = plan.stages_for(model.config, sizes, row_visits=1_000_000, a_step=ten_each)
-    reached, work = {}, []
-    for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
-        reached |= turn.sizes
-        stated = plan.follow_width(describe(model.config), reached, reached)
-        work.append(pictures(turn) * predict_parameters(model.config, stated))
-    assert work[-1] / sum(work) == pytest.approx(plan.LAST_SHARE, rel=0.02)
-    assert work[:-1] == pytest.approx([work[0]] * len(work[:-1]), rel=0.05)
 
 
 def test_choose_takes_the_best_units_in_order():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from slimlmm import budget, checkpoint, commands, data, plan, planning, recipe, surgery, vocab
+from slimlmm import budget, checkpoint, commands, data, plan, planning, recipe, staging, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import Stopwatch, quantity
 from slimlmm.collate import texts_of
@@ -136,7 +136,7 @@ def test_the_recipe_is_one_that_compress_takes_and_says_what_was_printed(folder,
     assert sum(one["row_visits"] for one in found["rounds"]) == pytest.approx(5000, rel=0.02)
     assert read.unheard() == []
     assert read.shrink is None
-    plan.check_stages(checkpoint.load_config(folder), read.stages)
+    staging.check_stages(checkpoint.load_config(folder), read.stages)
 
 
 @pytest.mark.parametrize("order", [["width", "inner", "blocks"], ["inner", "blocks"]])

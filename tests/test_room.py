@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import stay_in_this_process
-from slimlmm import checkpoint, pipeline, plan, recipe, room, runfolder
+from slimlmm import checkpoint, pipeline, recipe, room, runfolder, staging
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.demo import bundled
@@ -83,7 +83,7 @@ def whole(teacher, ads, tmp_path_factory):
 def test_recipes_that_come_along_are_told_what_they_take(model, file):
     path = bundled("demo.yaml") if file == "demo" else Path(__file__).parents[1] / "benchmarks" / f"{file}.yaml"
     config, wanted = checkpoint.load_config(bundled(model)), recipe.read(path)
-    plan.check_stages(config, wanted.stages)
+    staging.check_stages(config, wanted.stages)
     need = room.need_of(config, wanted.stages, 2, 0, Keeping())
     for turn in (turn for stage in wanted.stages for turn in stage.rounds):
         for axis, size in turn.sizes.items():

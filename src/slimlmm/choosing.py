@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel
 
-from slimlmm import checkpoint, data, plan, rounds, surgery, sweeps, vocab
+from slimlmm import checkpoint, data, plan, rounds, staging, surgery, sweeps, vocab
 from slimlmm.allocation import Market, Sizes, least_loss, trades
 from slimlmm.budget import Budget
 from slimlmm.collate import Collator, texts_of
@@ -226,7 +226,7 @@ def tried_shape(
     """Cut to a shape at once and recover it for `search_row_visits` with the losses of the default schedule, as a round does."""
     (name, sizes), (number, of), job = shape, place, ground.job
     began, recipe = time.perf_counter(), job.recipe
-    planned = plan.stages_for(
+    planned = staging.stages_for(
         space.config,
         sizes,
         row_visits=recipe.search_row_visits,

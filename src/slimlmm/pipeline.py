@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, vocab
+from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, staging, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import by_shrink
 from slimlmm.collate import Collator, texts_of
@@ -146,10 +146,10 @@ def _refuse_vain(recipe: Recipe, rows: Sequence[data.Row]) -> None:
 
 
 def check(loaded: checkpoint.Loaded, stages: Sequence[Stage], tensor_parallel: int) -> None:
-    """Refuse stages that cannot be carried out on this model, all problems at once (`plan.check_stages`)."""
+    """Refuse stages that cannot be carried out on this model, all problems at once (`staging.check_stages`)."""
     config, asked = loaded.model.config, any("unused_tokens" in turn.drop for stage in stages for turn in stage.rounds)
     whole = vocab.refusal(config, loaded.model.generation_config, loaded.processor) if asked else ""
-    plan.check_stages(config, stages, tensor_parallel, whole=whole)
+    staging.check_stages(config, stages, tensor_parallel, whole=whole)
 
 
 def _hand_over(job: Job, kept: Done | None, stored: torch.dtype) -> None:
@@ -205,7 +205,7 @@ def schedule(
     space = plan.space_of(living, grid, recipe.order)
     budget = by_shrink(living, recipe.shrink, predict_parameters(config, {}))
     final = choosing.sizes_for_run(space, budget, loaded, rows, recipe, folder, tell or Quiet(), kept)
-    stages = plan.stages_for(
+    stages = staging.stages_for(
         living,
         final.sizes,
         row_visits=recipe.row_visits,

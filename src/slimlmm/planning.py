@@ -31,16 +31,11 @@ from slimlmm.grid import Grid
 from slimlmm.inspection import dtype_of, sizes_of
 from slimlmm.lossless import Lossless, living_blocks, lossless_of
 from slimlmm.measure import environment
-from slimlmm.plan import (
-    Space,
-    check_stages,
-    one_row_each,
-    space_of,
-    stages_for,
-)
+from slimlmm.plan import Space, space_of
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, SizesBy, Stage
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
+from slimlmm.staging import check_stages, one_row_each, stages_for
 from slimlmm.surgery import new_config
 from slimlmm.teacher import config_fingerprint
 from slimlmm.tree import human, plain, ratio

@@ -1,0 +1,190 @@
+"""Sizes -> rounds with their trainings: the default schedule; and what a list of stages asks for that cannot be carried out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slimlmm import vocab
+from slimlmm.anatomy import describe
+from slimlmm.axes import Anatomy
+from slimlmm.data import StepRows
+from slimlmm.deployable import unsplittable
+from slimlmm.errors import UserError
+from slimlmm.grid import Grid
+from slimlmm.lossless import living_blocks
+from slimlmm.plan import follow_width
+from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
+from slimlmm.resizing import predict_parameters, resized
+from slimlmm.selfcheck import shallow
+
+#: most that one round may divide the parameters by
+ROUND_RATIO = 2.5
+#: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
+LAST_SHARE = 0.75
+#: share of a round's row visits that stop at the language model
+STATES_SHARE = 0.5
+#: peak learning rate of the first round, and how many times higher it ends
+FIRST_RATE, RATE_RISE = 1e-4, 6
+
+
+def one_row_each(pictures: int, questions: int) -> float:
+    """Return the row visits of a step where every picture has one row and there are more pictures than a step takes."""
+    return float(pictures)
+
+
+def stages_for(
+    config: Any,
+    final: Mapping[str, int],
+    *,
+    row_visits: int,
+    a_step: StepRows = one_row_each,
+    order: Sequence[Level] = LEVELS,
+    grid: Grid | None = None,
+    drops: tuple[Drop, ...] = DROPS,
+) -> tuple[Stage, ...]:
+    """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
+
+    Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
+    shared, not visits: a visit of a small shape is cheap, so the last one gets most of them.
+    """
+    anatomy = describe(config)
+    start = {name: anatomy.axis(name).size for name in final}
+    current = dict(start)
+    plans: list[tuple[str, dict[str, int], dict[str, int]]] = []  # level, sizes at the first width, at that round's
+    for level in order:
+        for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}, grid):
+            plans.append((level, sizes, follow_width(anatomy, sizes, current)))
+            current |= sizes
+    if not plans:
+        raise UserError("no axis has to be cut for that; ask for a smaller model.")
+    visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
+    stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
+    for level in order:
+        rounds = [
+            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share, a_step))
+            for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
+            if name == level
+        ]
+        stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
+    return tuple(stages)
+
+
+def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_visits: int) -> list[float]:
+    """Return each round's row visits: equal row visits x parameters for all but the last, which gets `LAST_SHARE`."""
+    current, weights = dict(start), []
+    for index, sizes in enumerate(cuts, 1):
+        current |= sizes
+        share = LAST_SHARE if index == len(cuts) else (1 - LAST_SHARE) / (len(cuts) - 1)
+        weights.append(share / _count(config, current))
+    return [row_visits * weight / sum(weights) for weight in weights]
+
+
+def _trainings(anatomy: Anatomy, progress: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
+    """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
+
+    A picture costs far less where the language model does not run, and says more: one state a picture token. Smaller shapes
+    bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
+    """
+    pictures, questions = 8 if progress < 0.7 else 16, Training.model_fields["questions_per_picture"].default
+
+    def training(share: float, pictures: int, **more: Any) -> Training:
+        return Training(
+            steps=max(1, round(row_visits * share / a_step(pictures, questions))),
+            pictures_per_step=pictures,
+            learning_rate=FIRST_RATE * RATE_RISE**progress,
+            warmup=0.1,
+            **more,
+        )
+
+    if anatomy.axes["text.blocks"].refusal:
+        return (training(1.0, pictures),)
+    states = {"picture_states": 1.0}
+    return (
+        training(STATES_SHARE, 2 * pictures, losses=states, freeze=("patch_embedding", "text")),
+        training(1 - STATES_SHARE, pictures, losses=Training.model_fields["losses"].default | states),
+    )
+
+
+def _steps(
+    config: Any, current: Mapping[str, int], final: Mapping[str, int], grid: Grid | None
+) -> list[dict[str, int]]:
+    """Split one level's cut geometrically, in legal sizes; no round more than halves an axis (where its sizes allow)."""
+    if all(current[name] == size for name, size in final.items()):
+        return []
+    anatomy = describe(config)
+    ratio = _count(config, current) / _count(config, {**current, **final})
+    steepest = max(current[name] / size for name, size in final.items())
+    count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)), math.ceil(math.log2(steepest) - 1e-9))
+    steps: list[dict[str, int]] = []
+    last = dict(current)
+    legal = {name: (grid or Grid()).sizes(config, anatomy.axis(name)) for name in final}
+    for index in range(1, count + 1):
+        sizes: dict[str, int] = {}
+        for name, size in final.items():
+            wanted = current[name] * (size / current[name]) ** (index / count)
+            choices = [c for c in legal[name] if size <= c < last[name]] if index < count else []
+            near = sorted(choices, key=lambda c: abs(math.log(c / wanted)))
+            sizes |= _accepted(config, last | sizes, name, [*near, size])
+        sizes = {name: size for name, size in sizes.items() if size < last[name]}
+        if sizes:
+            last |= sizes
+            steps.append(sizes)
+    return steps
+
+
+def _accepted(config: Any, others: Mapping[str, int], name: str, choices: Sequence[int]) -> dict[str, int]:
+    """Return the first size of the axis that the stock config accepts beside the others (heads divide the width, for one)."""
+    anatomy = describe(config)
+    for size in choices:
+        whole = {**others, name: size}
+        try:
+            resized(config, follow_width(anatomy, whole, whole))
+        except UserError:
+            continue
+        return {name: size}
+    return {name: choices[-1]}
+
+
+def _count(config: Any, sizes: Mapping[str, int]) -> int:
+    return predict_parameters(config, follow_width(describe(config), sizes, sizes))
+
+
+def check_stages(config: Any, stages: Sequence[Stage], tensor_parallel: int = 1, *, whole: str = "") -> None:
+    """Refuse what cannot be carried out, all at once, before anything runs.
+
+    That is axes and sizes that the config cannot say or the devices cannot split, and unused tokens where the vocabulary has to
+    stay `whole`, for this reason. Lossless cuts come before all others: what they leave is the teacher.
+    """
+    anatomy, problems, living = describe(config), [], living_blocks(config)
+    blocks = {name: axis.size for name, axis in anatomy.axes.items() if axis.kind == "blocks"}
+    config = shallow(config)  # sizes other than those of blocks do not depend on the depth
+    turns = [(stage.name, number, turn) for stage in stages for number, turn in enumerate(stage.rounds)]
+    cuts = False
+    for stage, number, turn in turns:
+        cuts = cuts or not turn.drop
+        if turn.drop and (cuts or turn.sizes):
+            late = "drop comes before all other rounds and without sizes, for what it leaves is the teacher"
+            problems.append(f"stages.{stage}.rounds.{number}: {late}; move it to a round of its own at the start.")
+        if whole and "unused_tokens" in turn.drop:
+            problems.append(f"stages.{stage}.rounds.{number}.drop: {vocab.KeptWholeError(whole)}")
+        blocks |= {name: min(size, blocks[name]) for name, size in living.items() if "dead_blocks" in turn.drop}
+        for name, size in turn.sizes.items():
+            try:
+                if anatomy.axis(name).kind == "tokens":
+                    raise UserError(
+                        f"{name} changes the prompt, and the teacher would read another one than the student: "
+                        f"cut it first (slimlmm cut MODEL --set {name}={size}) and compress what comes out."
+                    )
+                if name not in blocks:
+                    config = resized(config, {name: size})
+                elif not 0 < size <= blocks[name]:
+                    raise UserError(f"{name}={size}: the axis has {blocks[name]} by then; give 1 to {blocks[name]}.")
+                else:
+                    blocks[name] = size
+            except UserError as error:
+                problems.append(f"stages.{stage}.rounds.{number}.sizes: {error}")
+    problems += unsplittable(config, tensor_parallel)
+    if problems:
+        raise UserError("the recipe cannot be carried out:\n  " + "\n  ".join(problems))
