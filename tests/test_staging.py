@@ -2,8 +2,11 @@ import pytest
 
 from slimlmm import data, plan, staging
 from slimlmm.anatomy import describe
+from slimlmm.checkpoint import load_config
 from slimlmm.data import Row
-from slimlmm.resizing import predict_parameters, resized
+from slimlmm.demo import bundled
+from slimlmm.errors import UserError
+from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from tiny import tiny, tiny_config
 
 
@@ -88,3 +91,60 @@ def test_the_last_shape_gets_its_share_of_the_compute():
         work.append(pictures(turn) * predict_parameters(model.config, stated))
     assert work[-1] / sum(work) == pytest.approx(staging.LAST_SHARE, rel=0.02)
     assert work[:-1] == pytest.approx([work[0]] * len(work[:-1]), rel=0.05)
+
+
+def teacher():
+    """The bundled teacher without its unused tokens, and sizes of it at 18x."""
+    config = resized(load_config(bundled("teacher")), {"vocab": 1092})
+    return config, plan.sizes_for(config, 18, predict_parameters(config, {}))
+
+
+def turns_of(config, sizes, row_visits):
+    stages = staging.stages_for(config, sizes, row_visits=row_visits, a_step=ten_each)
+    return [turn for stage in stages for turn in stage.rounds if turn.sizes]
+
+
+def test_rounds_are_joined_as_far_as_answers_need_for_their_least_steps():
+    config, sizes = teacher()
+    levels = {describe(config).axis(name).kind for name, size in sizes.items() if size < describe(config).sizes[name]}
+    counts = []
+    for row_visits in (5_000, 50_000, 500_000, 5_000_000):
+        turns = turns_of(config, sizes, row_visits)
+        counts.append(len(turns))
+        least = min(turn.train[-1].steps for turn in turns)
+        assert least >= staging.LEAST_STEPS or len(turns) == len(levels)
+        assert sum(10 * pictures(turn) for turn in turns) == pytest.approx(row_visits, rel=0.1)
+    assert counts == sorted(counts)
+    assert counts[0] == len(levels) < counts[-1]
+
+
+def test_with_visits_enough_no_round_cuts_more_than_its_ratios():
+    config, sizes = teacher()
+    left, reached = predict_parameters(config, {}), describe(config).sizes
+    for turn in turns_of(config, sizes, 50_000_000):
+        for name, size in turn.sizes.items():
+            assert reached[name] / size <= 1.6 * staging.AXIS_RATIO  # legal sizes lie apart
+        config = cut_in_turn(config, turn.sizes)
+        reached = describe(config).sizes
+        assert left / predict_parameters(config, {}) <= 1.3 * staging.ROUND_RATIO
+        left = predict_parameters(config, {})
+
+
+def test_rates_rise_with_what_was_cut_and_end():
+    config, sizes = teacher()
+    whole, rates = predict_parameters(config, {}), []
+    for turn in turns_of(config, sizes, 5_000_000):
+        config = cut_in_turn(config, turn.sizes)
+        states, answers = turn.train
+        ratio = whole / predict_parameters(config, {})
+        assert answers.learning_rate == pytest.approx(min(6e-4, 1e-4 * ratio**0.6), rel=0.05)
+        assert states.learning_rate == pytest.approx(staging.STATES_RATE * answers.learning_rate, rel=0.05)
+        rates.append(answers.learning_rate)
+    assert rates == sorted(rates)
+    assert rates[-1] > 5 * staging.FIRST_RATE
+
+
+def test_a_schedule_that_cuts_nothing_is_refused():
+    config, _ = teacher()
+    with pytest.raises(UserError, match="no axis has to be cut"):
+        staging.stages_for(config, describe(config).sizes, row_visits=1000)

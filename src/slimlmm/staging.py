@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slimlmm import vocab
@@ -19,19 +21,35 @@ from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
 
-#: most that one round may divide the parameters by
-ROUND_RATIO = 2.5
+#: most that one round may divide the parameters by, and most that it may divide an axis by
+ROUND_RATIO, AXIS_RATIO = 2.5, 2.0
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
 LAST_SHARE = 0.75
 #: share of a round's row visits that stop at the language model
-STATES_SHARE = 0.5
-#: peak learning rate of the first round, and how many times higher it ends
-FIRST_RATE, RATE_RISE = 1e-4, 6
+STATES_SHARE = 0.25
+#: steps that the training of answers needs; where row visits are too few for that, rounds are joined
+LEAST_STEPS = 20
+#: peak learning rate of answers for a whole model, the power of whole / left parameters that it grows by, and where that ends
+FIRST_RATE, RATE_POWER, MOST_RATE = 1e-4, 0.6, 6e-4
+#: ratio of parameters from which a step takes twice the pictures
+MANY_RATIO = 6.0
+#: how many times the rate of answers the states of pictures bear
+STATES_RATE = 2.5
 
 
 def one_row_each(pictures: int, questions: int) -> float:
     """Return the row visits of a step where every picture has one row and there are more pictures than a step takes."""
     return float(pictures)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """What a round cuts: sizes that hold at the first width, the same `stated` at that round's, and the parameters it leaves."""
+
+    level: Level
+    sizes: dict[str, int]
+    stated: dict[str, int]
+    parameters: int
 
 
 def stages_for(
@@ -47,79 +65,104 @@ def stages_for(
     """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
     Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
-    shared, not visits: a visit of a small shape is cheap, so the last one gets most of them.
+    shared, not visits: a visit of a small shape is cheap, so the last one gets most of them. Where that leaves a training
+    of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes.
     """
-    anatomy = describe(config)
-    start = {name: anatomy.axis(name).size for name in final}
-    current = dict(start)
-    plans: list[tuple[str, dict[str, int], dict[str, int]]] = []  # level, sizes at the first width, at that round's
-    for level in order:
-        for sizes in _steps(config, current, {n: s for n, s in final.items() if anatomy.axis(n).kind == level}, grid):
-            plans.append((level, sizes, follow_width(anatomy, sizes, current)))
-            current |= sizes
-    if not plans:
-        raise UserError("no axis has to be cut for that; ask for a smaller model.")
-    visits = _visits(config, start, [sizes for _, sizes, _ in plans], row_visits)
+    anatomy, whole = describe(config), _count(config, {})
+    levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).kind == level} for level in order}
+    planned = _planned(config, levels, row_visits, a_step, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
         rounds = [
-            Round(sizes=stated, train=_trainings(anatomy, index / len(plans), share, a_step))
-            for index, ((name, _, stated), share) in enumerate(zip(plans, visits, strict=True))
-            if name == level
+            Round(sizes=cut.stated, train=_trainings(anatomy, whole / cut.parameters, visits, a_step))
+            for cut, visits in planned
+            if cut.level == level
         ]
         stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
     return tuple(stages)
 
 
-def _visits(config: Any, start: dict[str, int], cuts: list[dict[str, int]], row_visits: int) -> list[float]:
+def _planned(
+    config: Any, levels: Mapping[Level, Mapping[str, int]], row_visits: int, a_step: StepRows, grid: Grid
+) -> list[tuple[_Cut, float]]:
+    """Return the cuts, with the row visits of each: as few joined as leaves answers their least steps."""
+    anatomy, whole = describe(config), _count(config, {})
+    for joined in itertools.count(1):
+        cuts = _cuts(config, levels, grid, joined)
+        if not cuts:
+            raise UserError("no axis has to be cut for that; ask for a smaller model.")
+        planned = list(zip(cuts, _visits(cuts, row_visits), strict=True))
+        trained = [_trainings(anatomy, whole / cut.parameters, visits, a_step)[-1] for cut, visits in planned]
+        if min(one.steps for one in trained) >= LEAST_STEPS or len(cuts) == len({cut.level for cut in cuts}):
+            break
+    return planned
+
+
+def _cuts(config: Any, levels: Mapping[Level, Mapping[str, int]], grid: Grid, joined: int) -> list[_Cut]:
+    """Return the rounds of every level in turn, `joined` of those that `ROUND_RATIO` asks for made one."""
+    anatomy = describe(config)
+    current = {name: anatomy.axis(name).size for final in levels.values() for name in final}
+    cuts: list[_Cut] = []
+    for level, final in levels.items():
+        for sizes in _steps(config, current, final, grid, joined):
+            stated = follow_width(anatomy, sizes, current)
+            current |= sizes
+            cuts.append(_Cut(level=level, sizes=sizes, stated=stated, parameters=_count(config, current)))
+    return cuts
+
+
+def _visits(cuts: Sequence[_Cut], row_visits: int) -> list[float]:
     """Return each round's row visits: equal row visits x parameters for all but the last, which gets `LAST_SHARE`."""
-    current, weights = dict(start), []
-    for index, sizes in enumerate(cuts, 1):
-        current |= sizes
-        share = LAST_SHARE if index == len(cuts) else (1 - LAST_SHARE) / (len(cuts) - 1)
-        weights.append(share / _count(config, current))
+    shares = [(1 - LAST_SHARE) / (len(cuts) - 1)] * (len(cuts) - 1) if len(cuts) > 1 else []
+    weights = [share / cut.parameters for share, cut in zip([*shares, LAST_SHARE], cuts, strict=True)]
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _trainings(anatomy: Anatomy, progress: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
+def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
-    A picture costs far less where the language model does not run, and says more: one state a picture token. Smaller shapes
-    bear, and need, a higher learning rate; a nearly whole model is damaged by one (docs/lab-notes.md).
+    A picture costs far less where the language model does not run, and says more: one state a picture token. The further a model
+    is cut (`ratio`: whole / left parameters), the higher a learning rate it bears and needs; a nearly whole one is damaged by it:
+    rate = FIRST_RATE ratio^RATE_POWER, at most MOST_RATE, and STATES_RATE times that for states (docs/lab-notes.md).
     """
-    pictures, questions = 8 if progress < 0.7 else 16, Training.model_fields["questions_per_picture"].default
+    pictures, questions = 8 if ratio < MANY_RATIO else 16, Training.model_fields["questions_per_picture"].default
+    rate = min(MOST_RATE, FIRST_RATE * ratio**RATE_POWER)
 
-    def training(share: float, pictures: int, **more: Any) -> Training:
+    def training(share: float, pictures: int, rate: float, **more: Any) -> Training:
         return Training(
             steps=max(1, round(row_visits * share / a_step(pictures, questions))),
             pictures_per_step=pictures,
-            learning_rate=FIRST_RATE * RATE_RISE**progress,
+            learning_rate=float(f"{rate:.2g}"),
             warmup=0.1,
             **more,
         )
 
     if anatomy.axes["text.blocks"].refusal:
-        return (training(1.0, pictures),)
+        return (training(1.0, pictures, rate),)
     states = {"picture_states": 1.0}
     return (
-        training(STATES_SHARE, 2 * pictures, losses=states, freeze=("patch_embedding", "text")),
-        training(1 - STATES_SHARE, pictures, losses=Training.model_fields["losses"].default | states),
+        training(STATES_SHARE, 2 * pictures, STATES_RATE * rate, losses=states, freeze=("patch_embedding", "text")),
+        training(1 - STATES_SHARE, pictures, rate, losses=Training.model_fields["losses"].default | states),
     )
 
 
 def _steps(
-    config: Any, current: Mapping[str, int], final: Mapping[str, int], grid: Grid | None
+    config: Any, current: Mapping[str, int], final: Mapping[str, int], grid: Grid, joined: int
 ) -> list[dict[str, int]]:
-    """Split one level's cut geometrically, in legal sizes; no round more than halves an axis (where its sizes allow)."""
+    """Split one level's cut geometrically, in legal sizes, into rounds of at most `ROUND_RATIO`, none more than halving an axis.
+
+    That is where sizes allow; of these rounds `joined` are made one.
+    """
     if all(current[name] == size for name, size in final.items()):
         return []
     anatomy = describe(config)
     ratio = _count(config, current) / _count(config, {**current, **final})
     steepest = max(current[name] / size for name, size in final.items())
-    count = max(1, math.ceil(math.log(ratio) / math.log(ROUND_RATIO)), math.ceil(math.log2(steepest) - 1e-9))
+    rounds = max(math.log(ratio) / math.log(ROUND_RATIO), math.log(steepest) / math.log(AXIS_RATIO) - 1e-9)
+    count = max(1, math.ceil(math.ceil(rounds) / joined))
     steps: list[dict[str, int]] = []
     last = dict(current)
-    legal = {name: (grid or Grid()).sizes(config, anatomy.axis(name)) for name in final}
+    legal = {name: grid.sizes(config, anatomy.axis(name)) for name in final}
     for index in range(1, count + 1):
         sizes: dict[str, int] = {}
         for name, size in final.items():
