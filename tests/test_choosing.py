@@ -193,6 +193,10 @@ def test_shares_run_no_model():
         raise AssertionError("the model was asked for")
 
     assert choosing.chosen(space, allowed, "shares", ground).sizes == plan.sizes_within(space, allowed)
+    fixes = {"text.width": 24, "vision.width": 16}
+    space = plan.space_of(space.config, levels=("width",), fixes=fixes)
+    allowed = budget.by_shrink(space.config, 1.1, predict_parameters(space.config, {}))
+    assert choosing.chosen(space, allowed, "importance", ground).sizes == fixes  # nothing is left to choose
 
 
 def test_what_cannot_be_done_is_refused(folder, ads, rows, tmp_path):

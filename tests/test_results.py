@@ -186,7 +186,9 @@ def test_a_shrink_that_was_missed_is_told_with_both_numbers():
     asked = recipe.Recipe(shrink=4.0)
     assert rs.short_of(asked, 4.0, []) == rs.short_of(recipe.Recipe(), 2.0, []) == []
     (note,) = rs.short_of(asked, 3.9381, [])
-    assert note.startswith("4 times fewer parameters were asked for, 3.938 times fewer are left: blocks differ in size")
+    assert note.startswith(
+        "4 times fewer parameters were asked for, 3.938 times fewer are left: cuts that were planned"
+    )
     missed = rs.Round(number=1, stage="x", round=1, before={}, after={}, parameters_before=2, parameters=1, seconds=0)
     assert "the promise was missed" in rs.short_of(asked, 3.0, [missed])[0]
 

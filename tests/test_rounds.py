@@ -136,6 +136,20 @@ def test_and_where_half_misses_too_the_run_stops_at_the_smallest_model_that_kept
     assert same(weights(out / "final"), weights(out / "stages" / "02-inner.1" / "model"))
 
 
+def test_a_width_that_half_of_a_cut_leaves_impossible_becomes_the_next_smaller_one(teacher, ads, tmp_path, missing):
+    missing("inner.1 recovered", "inner.1 recovered further")
+    train = {"steps": 1, "pictures_per_step": 4}
+    stages = [
+        STAGES[0],
+        {"name": "inner", "rounds": [{"sizes": {"text.kv_groups": 1}, "train": train}]},
+        {"name": "width", "rounds": [{"sizes": {"text.width": 30}, "train": train}]},
+    ]
+    found = pipeline.run(teacher, ads, tmp_path / "run", recipe.parse({**PROMISING, "stages": stages}, "test"))
+    assert [(one.half, one.kept_promise) for one in found.rounds[1:]] == [(False, False), (True, True), (False, True)]
+    assert (found.student.sizes["text.kv_groups"], found.student.sizes["text.width"]) == (2, 24)
+    assert "Round 3 width.1: text.width=30 is not possible any more; 24 is taken" in found.notes
+
+
 def test_a_run_stopped_between_attempts_resumes_to_the_same_weights(teacher, ads, rolled_back, tmp_path, missing):
     missing(*MISSED)
     out = tmp_path / "run"

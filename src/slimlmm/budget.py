@@ -22,7 +22,7 @@ from slimlmm.costs import PICTURE, Answer, generate
 from slimlmm.errors import UserError
 from slimlmm.families import stock_class
 from slimlmm.prompts import picture_prompt
-from slimlmm.resizing import predict_parameters, resized, shapes_at
+from slimlmm.resizing import most_parameters, predict_parameters, resized, shapes_at
 
 Cost = Callable[[Mapping[str, int]], float]
 #: what letters behind a number multiply it by, by option
@@ -75,10 +75,15 @@ def by_shrink(config: Any, shrink: float, whole: int) -> Budget:
     return Budget(
         asked=f"--shrink {shrink:g}",
         limit=whole / shrink,
-        cost=lambda sizes: predict_parameters(config, sizes),
+        cost=lambda sizes: most_parameters(config, sizes),
         said=lambda count: f"{count:,.0f} parameters ({whole / count:.1f}x)",
-        again=lambda count: f"--shrink {math.floor(10 * whole / count) / 10:g} or less",
+        again=lambda count: _shrink_again(whole / count),
     )
+
+
+def _shrink_again(ratio: float) -> str:
+    """Return what to ask for where a model can be shrunk by `ratio` at most."""
+    return f"--shrink {math.floor(10 * ratio) / 10:g} or less" if ratio >= 1.1 else "smaller or fewer --floor and --fix"
 
 
 def by_parameters(config: Any, limit: float, asked: str) -> Budget:
@@ -86,7 +91,7 @@ def by_parameters(config: Any, limit: float, asked: str) -> Budget:
     return Budget(
         asked=asked,
         limit=limit,
-        cost=lambda sizes: predict_parameters(config, sizes),
+        cost=lambda sizes: most_parameters(config, sizes),
         said=lambda count: f"{count:,.0f} parameters",
         again=lambda count: f"--parameters {count:.0f} or more",
     )
@@ -97,7 +102,7 @@ def by_bytes(config: Any, limit: float, asked: str, each: int) -> Budget:
     return Budget(
         asked=asked,
         limit=limit,
-        cost=lambda sizes: predict_parameters(config, sizes) * each,
+        cost=lambda sizes: most_parameters(config, sizes) * each,
         said=lambda count: f"{count:,.0f} bytes",
         again=lambda count: f"--bytes {count:.0f} or more",
     )

@@ -30,10 +30,10 @@ from slimlmm.lossless import lossless_of
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, SizesBy
-from slimlmm.resizing import predict_parameters
+from slimlmm.resizing import most_parameters
 from slimlmm.results import Spent
 from slimlmm.runfolder import RunFolder
-from slimlmm.sensitivity import Curve, curves
+from slimlmm.sensitivity import Curve, curves, movable
 from slimlmm.stopping import validation_loss
 from slimlmm.teacher import TeacherCache
 
@@ -161,7 +161,7 @@ def chosen(
         UntriedError: what an axis loses cannot be measured, and that was asked for.
     """
     by_shares = (plan.sizes_within if measured is None else lambda *of: plan.scaled_within(*of)[1])(space, budget)
-    if by == "shares" or space.whole(by_shares):
+    if by == "shares" or space.whole(by_shares) or not movable(space):
         return Choice(by="shares", sizes=by_shares)
     try:
         return _tried(space, budget, ground(), by_shares, search=by == "search", measured=measured)
@@ -248,7 +248,7 @@ def tried_shape(
     return Tried(
         name=name,
         sizes=sizes,
-        parameters=predict_parameters(space.config, space.stated(sizes)),
+        parameters=most_parameters(space.config, space.stated(sizes)),
         predicted=predicted,
         loss=loss,
         accuracy=done.record.after_recovery.accuracy,

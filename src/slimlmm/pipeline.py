@@ -258,9 +258,12 @@ def _walked(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
         if job.teacher is None and not turn.drop:
             job.teacher = handed
         sizes = plan.restated(describe(handed.config), turn.sizes, planned)
+        sizes, told = plan.carried(handed.config, sizes, Grid.of(job.recipe))
         restated, place = turn.model_copy(update={"sizes": sizes}), Place(number, len(turns), name, index)
+        for line in told:
+            job.tell.say(f"{place}: {line}")
         for one in attempts(job, handed, restated, place):
-            records.append(one.record)
+            records.append(one.record.model_copy(update={"remarks": (*told, *one.record.remarks)}))
             kept = one if one.record.kept_promise else kept
         job.folder.forget_previous()
         if not records[-1].kept_promise:

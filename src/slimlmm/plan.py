@@ -21,7 +21,7 @@ from slimlmm.resizing import resized
 Choices = Mapping[str, list[int]]
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
 #: lose most, least (docs/lab-notes.md)
-SHARES = {"blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
+SHARES = {"blocks": 0.22, "decoder_blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
 #: halvings of the interval in which the scale of all axes is sought
 BISECTIONS = 30
 
@@ -218,13 +218,16 @@ def follow_width(anatomy: Anatomy, sizes: Mapping[str, int], widths: Mapping[str
 
 
 def _fit(space: Space, sizes: dict[str, int]) -> dict[str, int]:
-    """Lower widths, then groups, until the stock config accepts all sizes at once (heads must divide the width, for one)."""
+    """Lower widths, then groups, until the stock config accepts all sizes at once (heads must divide the width, for one).
+
+    Where groups may not be lowered (`least`) that can end at a width too small for their heads; a larger one is taken then.
+    """
     sizes = dict(sizes)
     for _ in range(64):
         try:
             space.check(sizes)
         except UserError:
-            lowered = _lowered(space, sizes)
+            lowered = _lowered(space, sizes) or _widened(space, sizes)
             if not lowered:
                 raise
             sizes |= lowered
@@ -239,6 +242,17 @@ def _lowered(space: Space, sizes: Mapping[str, int]) -> dict[str, int]:
         for legal in (space.choices.get(name, ()), space.axes[name].choices() if name in space.axes else ()):
             if smaller := [size for size in legal if space.least.get(name, 0) <= size < sizes[name]]:
                 return {name: smaller[-1]}
+    return {}
+
+
+def _widened(space: Space, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the least larger width that the stock config takes beside the others; nothing where none is."""
+    for width in (one for one in space.choices.get("text.width", ()) if one > sizes["text.width"]):
+        try:
+            space.check({**sizes, "text.width": width})
+        except UserError:
+            continue
+        return {"text.width": width}
     return {}
 
 
@@ -305,6 +319,36 @@ def restated(anatomy: Anatomy, sizes: Mapping[str, int], planned: Mapping[str, i
             size = size // planned[width.name] * width.size
         stated[name] = size
     return stated
+
+
+def carried(config: Any, sizes: Mapping[str, int], grid: Grid) -> tuple[dict[str, int], list[str]]:
+    """Return a round's sizes as a model takes them that is not the one they were planned for, and what is other than planned.
+
+    Other blocks stayed than were counted on, or half of an earlier cut was made. An axis that is gone (dense neurons where blocks
+    of experts stayed) falls away; a size that the config does not take (heads divide the width) becomes the next smaller one that
+    it does, else the next larger one.
+    """
+    taken: dict[str, int] = {}
+    told: list[str] = []
+    for name, wanted in sizes.items():
+        try:
+            axis = describe(config).axis(name)
+        except UserError as error:
+            told.append(f"{name}={wanted} falls away: {error}")
+            continue
+        legal = (grid.sizes(config, axis), axis.choices())
+        less = [size for sizes in legal for size in reversed(sizes) if size < wanted]
+        more = [size for sizes in legal for size in sizes if wanted < size < axis.size]
+        for size in (wanted, *less, *more):
+            try:
+                config = resized(config, {name: size})
+            except UserError:
+                continue
+            taken[name] = size
+            break
+        if taken.get(name) != wanted:
+            told.append(f"{name}={wanted} is not possible any more; {taken.get(name, 'nothing')} is taken")
+    return taken, told
 
 
 def choose(scores: Mapping[str, torch.Tensor], anatomy: Anatomy, axis: str, size: int) -> Keep:

@@ -34,7 +34,7 @@ from slimlmm.measure import environment
 from slimlmm.plan import Space, space_of
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, SizesBy, Stage
-from slimlmm.resizing import cut_in_turn, predict_parameters, resized
+from slimlmm.resizing import cut_in_turn, most_parameters, predict_parameters, resized
 from slimlmm.staging import check_stages, one_row_each, stages_for
 from slimlmm.surgery import new_config
 from slimlmm.teacher import config_fingerprint
@@ -179,9 +179,25 @@ def _schedule(start: _Start, space: Space, choice: Choice, settings: Recipe, out
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
-        "notes": [*told, *grid.notes(start.living), *_followers(stages, space.stated(sizes))],
+        "notes": [
+            *told,
+            *grid.notes(start.living),
+            *_followers(stages, space.stated(sizes)),
+            *_unequal(start, space.stated(sizes)),
+        ],
         "out": None if out is None else str(out),
     }
+
+
+def _unequal(start: _Start, stated: Mapping[str, int]) -> list[str]:
+    """Say what parameters are counted with where blocks differ in size."""
+    most, first = most_parameters(start.living, stated), predict_parameters(start.living, stated)
+    if most == first:
+        return []
+    return [
+        f"blocks differ in size, and which of them stay is chosen in the run: {most:,} parameters are with the largest that may; "
+        f"the rounds, FLOPs and times above are with the first, {first:,}."
+    ]
 
 
 def _asked(asked: Mapping[str, float | str | None], settings: Recipe, recipe: Path | None) -> tuple[str, float]:
@@ -324,7 +340,7 @@ def _costs(
 ) -> dict[str, dict[str, Any]]:
     """Return what the model costs now and planned, and how many times less."""
     size = dtype_of(start.config).itemsize
-    counts = predict_parameters(start.config, {}), predict_parameters(start.living, stated)
+    counts = predict_parameters(start.config, {}), most_parameters(start.living, stated)
     flops = budgets.flops_at(start.config, start.now, {}), budgets.flops_at(start.living, start.then, stated)
     pairs: dict[str, tuple[float | None, float | None]] = {
         "parameters": counts,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from slimlmm.anatomy import describe
@@ -238,3 +239,40 @@ def predict_parameters(
     """Return the exact number of parameters (tied ones once) of `config` at these sizes, from its shapes (`shapes_at`)."""
     shapes = shapes_at(config, sizes, keep_blocks)
     return sum(math.prod(shapes[name]) for name in skeleton(config).weights if name in shapes)
+
+
+def most_parameters(config: Any, sizes: Mapping[str, int]) -> int:
+    """Return how many parameters `config` has at most at these sizes, whichever blocks stay: where the largest do.
+
+    Blocks of different kinds differ in size (a dense FFN beside experts, attention beside convolutions), and which of them stay
+    is chosen by what they are worth.
+    """
+    anatomy = describe(config)
+    cut = [name for name in sizes if anatomy.axis(name).kind == "blocks" and sizes[name] < anatomy.axis(name).size]
+    if all(_alike(config, anatomy.axis(name)) for name in cut):
+        return predict_parameters(config, sizes)
+    shapes = shapes_at(config, {name: size for name, size in sizes.items() if name not in cut})
+    keep = {}
+    for name in cut:
+        axis = anatomy.axis(name)
+        (group,) = axis.groups
+        counts = [sum(map(math.prod, unit)) for unit in _units(axis, shapes)]
+        keep[name] = group.best(torch.tensor(counts, dtype=torch.float64), group.kept(sizes[name])).tolist()
+    return predict_parameters(config, sizes, keep)
+
+
+def _alike(config: Any, axis: Axis) -> bool:
+    """Tell whether the blocks of an axis all hold tensors of the same shapes."""
+    first, *others = (sorted(unit) for unit in _units(axis, skeleton(config).shapes))
+    return all(unit == first for unit in others)
+
+
+def _units(axis: Axis, shapes: Mapping[str, tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of the tensors of every unit of an axis of blocks."""
+    (group,) = axis.groups
+    units: list[list[tuple[int, ...]]] = [[] for _ in range(group.units)]
+    for name, shape in shapes.items():
+        if name.startswith(f"{axis.layers}."):
+            layer = int(name.removeprefix(f"{axis.layers}.").partition(".")[0])
+            units[layer // group.stride].append(shape)
+    return units

@@ -123,7 +123,9 @@ class Round(Record):
         description="Step of the last training whose weights stayed, where it looks; `losses` are those of its end.",
     )
     remarks: tuple[str, ...] = Field(
-        (), description="Trainings that were made again, at half of the rate or with fewer pictures at once, and why."
+        (),
+        description="Sizes that were planned and not possible any more; trainings that were made again, at half of the rate or "
+        "with fewer pictures at once, and why.",
     )
 
     @model_validator(mode="after")
@@ -256,7 +258,7 @@ def short_of(recipe: Recipe, reached: float, missed: Sequence[Round]) -> list[st
     """Return the note on a `shrink` that the default schedule was made for and the parameters fall short of; none otherwise."""
     if recipe.stages or recipe.shrink is None or reached >= recipe.shrink:
         return []
-    why = "the promise was missed" if missed else "blocks differ in size, and smaller ones went than were counted on"
+    why = "the promise was missed" if missed else "cuts that were planned were not possible any more"
     return [f"{recipe.shrink:g} times fewer parameters were asked for, {reached:.4g} times fewer are left: {why}."]
 
 
@@ -270,7 +272,7 @@ def told(missed: Round) -> str:
 
 
 def remarks(rounds: Sequence[Round]) -> list[str]:
-    """Return the notes on trainings that were made again."""
+    """Return the notes on sizes that were not possible any more and on trainings that were made again."""
     return [f"Round {one.number} {one.stage}.{one.round}: {remark}" for one in rounds for remark in one.remarks]
 
 
