@@ -187,6 +187,7 @@ def test_rows_that_the_teacher_will_label_are_planned_with(folder, ads, tmp_path
     (tmp_path / "in.yaml").write_text("data: {answers: filled}\nshrink: 2\n")
     found = planning.plan(folder, {}, recipe=tmp_path / "in.yaml", source=tmp_path / "bare")
     assert found["costs"]["parameters"]["ratio"] >= 2
+    assert any("answers are not made yet" in note for note in found["notes"])
 
 
 def test_given_and_least_sizes_are_kept(folder):
