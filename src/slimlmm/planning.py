@@ -245,7 +245,10 @@ def _start(model: str, source: Path | None, settings: Recipe, trust_remote_code:
             living = new_config(config, describe(config).axis("vocab"), len(kept), {"vocab": torch.tensor(kept)})
         a_step, notes = data.rows_a_step(data.sample(train, used.train_rows, settings.seed)), splits.notes
         if lossless.tokens is not None and used.answers != "given":
-            notes = [*notes, "the teacher's answers are not made yet; the run keeps what tokens they add to the vocabulary"]
+            notes = [
+                *notes,
+                "the teacher's answers are not made yet; the run keeps what tokens they add to the vocabulary",
+            ]
         rows = {"train": train, "validation": validation}
     if lossless.blocks:
         living = resized(living, lossless.blocks)
