@@ -46,6 +46,8 @@ def test_a_control_is_trained_as_its_like_but_for_what_fresh_weights_cannot_have
     )
     fresh = {"freeze": (), "learning_rate": controls.RATE, "validate_every": None}
     assert controls._training("random-init", last) == last.model_copy(update=fresh)
+    still = last.model_copy(update={"vision_rate": 0.0})
+    assert controls._training("random-init", still).vision_rate == 1.0
     alone = {"losses": {"cross_entropy": 1.0}, **controls.NO_TEACHER}
     assert controls._training("scratch", last) == last.model_copy(update={**fresh, **alone})
 

@@ -1,16 +1,18 @@
 """Learning from the student's own answers: on policy, judged by the teacher, and nothing else than before where not wanted."""
 
 import copy
+import io
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import Trainer
 
 from slimlmm import own
 from slimlmm.collate import IGNORE, Collator
-from slimlmm.data import by_picture
+from slimlmm.data import Row, by_picture
 from slimlmm.distill import DistillTrainer, train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import answer, answer_limit, encode
@@ -56,6 +58,23 @@ def written(student, processor, groups, temperature=1.0):
     rows = [row for group in groups for row in group]
     answers = iter(own.sampled(student, processor, rows, own.sampling(student, processor, rows, temperature)))
     return [[replace(row, tokens=next(answers)) for row in group] for group in groups]
+
+
+@pytest.mark.parametrize("setting", [{"no_repeat_ngram_size": 1}, {"min_p": 1.0}, {"typical_p": 0.1}])
+def test_nothing_that_the_checkpoint_would_rather_not_say_is_left_out(setting):
+    model, processor = tiny("llava-dinov2-llama")
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(picture, "PNG")
+    rows = [Row("1", picture.getvalue(), "what?", "yes")]
+
+    def written():
+        drawing = own.sampling(model, processor, rows, 1.0) | {"max_new_tokens": 6}
+        torch.manual_seed(0)
+        return answer(model, processor, rows, 6), [own.sampled(model, processor, rows, drawing) for _ in range(3)]
+
+    before = written()
+    model.generation_config.update(**setting)
+    assert written() == before
 
 
 def test_where_no_picture_is_drawn_the_training_is_the_same_to_the_bit(tmp_path, rows, taught, monkeypatch):

@@ -209,3 +209,16 @@ def test_the_teacher_is_asked_about_as_many_rows_as_the_recipe_says(teacher, ads
     pipeline.run(teacher, ads, tmp_path / "run", recipe.parse(raw, "test"))
     keys = [key for path in (tmp_path / "run" / "cache").glob("*.safetensors") for key in load_file(path)]
     assert len(keys) == 20
+
+
+def test_a_run_goes_on_by_the_schedule_that_it_began_with(teacher, ads, tmp_path, monkeypatch):
+    raw = {name: value for name, value in RAW.items() if name != "stages"}
+    asked = recipe.parse({**raw, "shrink": 2, "sizes_by": "shares", "row_visits": 200}, "test")
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(teacher, ads, out, asked, tell=Recorder(stop_at="round 3/"))
+    planned = (out / "recipe.yaml").read_text()
+    monkeypatch.setattr(staging, "FIRST_RATE", 5e-5)
+    found = pipeline.run(teacher, ads, out, asked)
+    assert (out / "recipe.yaml").read_text() == planned
+    assert "which this version would plan otherwise" in " ".join(found.notes)

@@ -182,6 +182,17 @@ def test_effect_is_paired_and_per_task():
     assert effect.agreement == pytest.approx(26 / 30)
 
 
+def test_rows_without_a_task_are_not_judged_as_one():
+    found = rs.effect(graded(28), graded(24), samples=200)
+    nameless = found.model_copy(update={"drop_tasks": {"": found.drop}})
+    assert rs.promise(nameless, recipe.Recipe(max_drop=5.0)).tasks == {}
+
+
+def test_a_look_that_gave_no_number_is_null():
+    look = rs.Look(step=3, loss=float("nan"))
+    assert rs.Look.model_validate_json(look.model_dump_json()).loss is None
+
+
 def test_a_shrink_that_was_missed_is_told_with_both_numbers():
     asked = recipe.Recipe(shrink=4.0)
     assert rs.short_of(asked, 4.0, []) == rs.short_of(recipe.Recipe(), 2.0, []) == []

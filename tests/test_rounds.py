@@ -69,6 +69,34 @@ def same(one, other):
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_promise_in_tenths_is_kept_exactly():
+    told = SimpleNamespace(correct=1400, n=1500)
+    job = SimpleNamespace(
+        recipe=recipe.Recipe(max_drop=4.6),
+        teacher_validation=SimpleNamespace(summary=SimpleNamespace(overall=told)),
+    )
+    assert [rounds._promise(job, SimpleNamespace(correct=1400 - lost, n=1500)) for lost in (69, 70)] == [True, False]
+
+
+def test_half_of_a_cut_can_be_shared_by_the_devices_too():
+    config = tiny_config("llava-dinov2-llama")
+    axis = describe(config).axis("text.ffn")
+    odd = Grid(multiples={"ffn": 1}, tensor_parallel=2)
+    for wanted in range(axis.size - 8, axis.size - 1):
+        assert all(size % 2 == 0 for size in plan.halved(config, {"text.ffn": wanted}, odd).values())
+    taken, _ = plan.carried(config, {"text.kv_groups": 2}, Grid(tensor_parallel=2))
+    assert taken == {"text.kv_groups": 2}
+
+
+def test_multiples_are_heard_where_a_promise_may_halve_a_cut():
+    asked = recipe.Recipe(shrink=2.0, max_drop=1.0, multiples={"ffn": 128})
+    stages = recipe.parse({"stages": STAGES}, "test").stages
+    assert asked.resolved(stages).multiples == asked.multiples
+    assert asked.resolved(stages).unheard() == []
+    unpromised = asked.model_copy(update={"max_drop": None})
+    assert unpromised.resolved(stages).multiples == recipe.Recipe().multiples
+
+
 @pytest.mark.parametrize(("correct", "kept"), [(446, True), (445, False)])
 def test_a_promise_is_kept_to_the_last_row(correct, kept):
     told = SimpleNamespace(correct=466, n=500)

@@ -116,10 +116,11 @@ def untrained(
 def _training(kind: Untrained, last: Training) -> Training:
     """Return the training from random weights beside that of the last shape, but for its steps.
 
-    All is as there but what fresh weights cannot have: frozen parts (they would stay at random), the rate of weights that are
-    trained already, a stop before all row visits are made. From scratch there is no teacher either.
+    All is as there but what fresh weights cannot have: frozen parts and a tower without a rate (both would stay at random), the
+    rate of weights that are trained already, a stop before all row visits are made. From scratch there is no teacher either.
     """
     fresh: dict[str, Any] = {"freeze": (), "learning_rate": RATE, "validate_every": None}
+    fresh |= {} if last.vision_rate else {"vision_rate": 1.0}
     alone: dict[str, Any] = {"losses": {"cross_entropy": 1.0}, **NO_TEACHER} if kind == "scratch" else {}
     return Training.model_validate({**last.model_dump(), **fresh, **alone})
 

@@ -25,8 +25,7 @@ from slimlmm.recipe import Training
 from slimlmm.runfolder import RunFolder, held
 from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.settings import read_yaml
-from slimlmm.snapshot import evaluated
-from slimlmm.teacher import weights_fingerprint
+from slimlmm.snapshot import evaluated, identity_of
 
 #: validation rows that are looked at before and after
 LOOKED_AT = 500
@@ -80,8 +79,7 @@ def finetune(
     validation = data.sample(splits.need("validation", source), LOOKED_AT, seed)
     phases = trainings(recipe, rows, epochs)
     told = json.dumps([one.model_dump(mode="json") for one in phases])
-    hashes = weights_fingerprint(loaded.model), data.fingerprint([*rows, *validation])
-    identity = {"model": hashes[0], "data": hashes[1], "trainings": told, "seed": seed}
+    identity = identity_of(loaded, {"train": rows, "validation": validation}) | {"trainings": told, "seed": seed}
     place = out.expanduser().absolute().with_name(f".{out.name}.training")
     folder = RunFolder(place)
     with held(place, identity):
@@ -98,8 +96,8 @@ def finetune(
         "seconds": sum(one.seconds for one in done),
         "flops": sum(one.flops for one in done),
         "seed": seed,
-        "model_fingerprint": hashes[0],
-        "rows_fingerprint": hashes[1],
+        "model_fingerprint": identity["model"],
+        "rows_fingerprint": identity["data"],
         "environment": measure.environment().model_dump(),
     }
 

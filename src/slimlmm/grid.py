@@ -40,7 +40,7 @@ class Grid:
             UserError: no size at all can be split over the devices; the message has the numbers.
         """
         floor = min(FLOORS.get(axis.kind, 1), axis.size if axis.kind == "blocks" else axis.size // 8)
-        legal = [size for size in axis.choices() if size >= floor and self._splits(config, axis, size)]
+        legal = [size for size in axis.choices() if size >= floor and self.splits(config, axis, size)]
         if not legal:
             raise UserError(f"tensor_parallel {self.tensor_parallel}: {self._why(config, axis)}")
         step = self._step(axis, legal)
@@ -72,7 +72,7 @@ class Grid:
                 return step
         return 1
 
-    def _splits(self, config: Any, axis: Axis, size: int) -> bool:
+    def splits(self, config: Any, axis: Axis, size: int) -> bool:
         """Tell whether the devices can share an axis of this size: FFN neurons evenly, heads and groups as `deployable` says."""
         n = self.tensor_parallel
         if n == 1 or axis.kind not in ("inner", "width"):

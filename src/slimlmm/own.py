@@ -26,6 +26,16 @@ from slimlmm.recipe import Training
 
 #: rows that answer at once
 ROWS_A_CALL = 64
+#: how tokens are drawn: from all of softmax(logits / temperature), whatever the checkpoint would rather leave out
+DRAWN: dict[str, Any] = {
+    "do_sample": True,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 
 
 def groups_as_they_are(groups: list[list[Row]]) -> list[list[Row]]:
@@ -111,7 +121,7 @@ def sampling(model: PreTrainedModel, processor: Any, rows: Sequence[Row], temper
     spoken = {token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids}
     special = {*tokenizer.all_special_ids, picture_token(processor)}
     settings |= {"eos_token_id": sorted(ends), "suppress_tokens": sorted(special - ends - spoken)}
-    return settings | ({"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {})
+    return settings | (DRAWN | {"temperature": temperature} if temperature else {})
 
 
 def sampled(

@@ -23,15 +23,14 @@ from slimlmm.labels import file_of, labelled
 from slimlmm.lossless import Lossless, lossless_of
 from slimlmm.measure import compare, environment
 from slimlmm.progress import Quiet, Reporter
-from slimlmm.recipe import Recipe, Stage, dump
+from slimlmm.recipe import Recipe, Stage, dump, read
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import Results
 from slimlmm.room import KEEPING, Keeping
 from slimlmm.rounds import attempts
 from slimlmm.runfolder import RunFolder, release
 from slimlmm.selfcheck import self_check
-from slimlmm.snapshot import evaluated, model_record
-from slimlmm.teacher import weights_fingerprint
+from slimlmm.snapshot import evaluated, identity_of, model_record
 
 
 def run(
@@ -107,13 +106,13 @@ def _prepared(
     everything = [row for part in rows.values() for row in part]
     if not (folder.path / "run.json").exists():  # a run that was begun goes on as it began
         _refuse_vain(recipe, everything)
+    identity = identity_of(loaded, rows) | {"recipe": dump(recipe)}
     facts = results.Dataset(
         name=str(source),
-        fingerprint=data.fingerprint(everything),
+        fingerprint=identity["data"],
         rows={name: len(part) for name, part in rows.items()},
         notes=tuple(splits.notes),
     )
-    identity = {"model": weights_fingerprint(loaded.model), "data": facts.fingerprint, "recipe": dump(recipe)}
     note = ""
     if wanted != "given":
         check(loaded, recipe.stages, recipe.tensor_parallel)
@@ -124,9 +123,11 @@ def _prepared(
     stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
     told = (*told, *filter(None, [note]))
     check(loaded, stages, recipe.tensor_parallel)
+    folder.open(identity, given)
+    if (kept := folder.recipe) is not None and (before := read(kept).stages) != stages:
+        told, stages = (*told, f"the rounds are those of {kept}, which this version would plan otherwise"), before
     for note in (*splits.notes, *told, *([] if recipe.stages else Grid.of(recipe).notes(loaded.model.config))):
         tell.say(note)
-    folder.open(identity, given)
     folder.keep_recipe(dump(recipe.resolved(stages)))
     test = data.sample(rows["test"], recipe.data.test_rows, recipe.seed)
     job = job_of(folder, recipe, rows, tell)

@@ -294,7 +294,7 @@ def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
         planned[name] = wanted
         middle = math.sqrt(axis.size * size)
         between = [n for n in grid.sizes(config, axis) if size < n < axis.size]
-        between = between or [n for n in axis.choices() if size < n < axis.size]
+        between = between or [n for n in axis.choices() if size < n < axis.size and grid.splits(config, axis, n)]
         for found in sorted(between, key=lambda n: abs(math.log(n / middle))):
             try:
                 config = resized(config, {name: found})
@@ -336,7 +336,7 @@ def carried(config: Any, sizes: Mapping[str, int], grid: Grid) -> tuple[dict[str
         except UserError as error:
             told.append(f"{name}={wanted} falls away: {error}")
             continue
-        legal = (grid.sizes(config, axis), axis.choices())
+        legal = (grid.sizes(config, axis), [size for size in axis.choices() if grid.splits(config, axis, size)])
         less = [size for sizes in legal for size in reversed(sizes) if size < wanted]
         more = [size for sizes in legal for size in sizes if wanted < size < axis.size]
         for size in (wanted, *less, *more):

@@ -173,18 +173,14 @@ def _schedule(start: _Start, space: Space, choice: Choice, settings: Recipe, out
         drops=start.lossless.drops,
     )
     check_stages(start.config, stages, settings.tensor_parallel)
-    warnings = refuse_unsplittable(start.living, space.stated(sizes), settings.tensor_parallel)
+    stated = space.stated(sizes)
+    warnings = refuse_unsplittable(start.living, stated, settings.tensor_parallel)
     if out is not None:
         _write(out, settings.resolved(stages))
     return {
         "rounds": _rounds(start, stages),
         "warnings": warnings,
-        "notes": [
-            *told,
-            *grid.notes(start.living),
-            *_followers(stages, space.stated(sizes)),
-            *_unequal(start, space.stated(sizes)),
-        ],
+        "notes": [*told, *grid.notes(start.living), *_followers(stages, stated), *_unequal(start, stated)],
         "out": None if out is None else str(out),
     }
 

@@ -166,7 +166,8 @@ class Training(Settings):
         """Return what is asked for in vain, and what it would need."""
         needed = {
             "own_temperature": (self.own_answers > 0, "own_answers"),
-            "stop_after": (self.validate_every is not None, "validate_every"),
+            "validate_every": (not self.sees_pictures_alone, "a loss that looks at answers"),
+            "stop_after": (self.validate_every is not None and not self.sees_pictures_alone, "validate_every"),
             "temperature": (bool(DIVERGENCES & set(self.losses)), "a divergence among the losses"),
         }
         fields = type(self).model_fields
@@ -178,8 +179,7 @@ class Training(Settings):
 
     def heard(self) -> Training:
         """Return it without what is asked for in vain."""
-        fields = type(self).model_fields
-        return self.model_copy(update={name: fields[name].default for name in self.vain()})
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.vain()})
 
     @property
     def sees_pictures_alone(self) -> bool:
@@ -372,27 +372,27 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _heard(self) -> Recipe:
         """Refuse settings of ways to choose sizes that are not taken."""
-        needs = {
-            "curve_rows": (None, "importance", "search"),
-            "search_candidates": ("search",),
-            "search_row_visits": ("search",),
-        }
-        fields = type(self).model_fields
+        search = ("search",)
+        needs = {"curve_rows": (None, "importance", *search), "search_candidates": search, "search_row_visits": search}
         for name, ways in needs.items():
-            if self.sizes_by not in ways and getattr(self, name) != fields[name].default:
+            if self.sizes_by not in ways and getattr(self, name) != _default(name):
                 raise ValueError(f"{name} has no effect with sizes_by: {self.sizes_by}")
         return self
 
     def resolved(self, stages: tuple[Stage, ...]) -> Recipe:
         """Return the recipe with these stages, the keys that led to them as if nobody had set them."""
-        return self.model_copy(update={"stages": stages} | {key: _default(key) for key in SCHEDULED})
+        return self.model_copy(update={"stages": stages} | {key: _default(key) for key in self._spent()})
+
+    def _spent(self) -> list[str]:
+        """Return the keys that stages have no use for: a promise may halve a cut, to sizes that keep to multiples."""
+        return [key for key in SCHEDULED if key != "multiples" or self.max_drop is None]
 
     def unheard(self) -> list[str]:
         """Return what is asked for in vain: keys of the default schedule beside stages, of a promise that is none, of trainings.
 
         No part of validation: files that a run has written have to be read again.
         """
-        vain = dict.fromkeys(SCHEDULED, "stages are listed") if self.stages else {}
+        vain = dict.fromkeys(self._spent(), "stages are listed") if self.stages else {}
         vain |= dict.fromkeys(PROMISED, "there is no max_drop") if self.max_drop is None else {}
         told = ((key, getattr(self, key), why) for key, why in vain.items())
         return [

@@ -7,12 +7,13 @@ Its documentation ``docs/results-schema.md`` is `schema_page`, generated from th
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agreement, drop
@@ -85,7 +86,12 @@ class Look(Record):
     """A look at validation rows during a training."""
 
     step: int = Field(description="Optimizer steps made by then.")
-    loss: float = Field(description="Cross-entropy per answer token.")
+    loss: float | None = Field(description="Cross-entropy per answer token; null where it was no number.")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _number(cls, loss: float | None) -> float | None:
+        return loss if loss is not None and math.isfinite(loss) else None
 
 
 class Round(Record):
@@ -244,13 +250,14 @@ def promise(effect: Effect, recipe: Recipe) -> Promise | None:
         (low, high), margin = drop.ends, points / 100
         return "kept" if high <= margin else "broken" if low > margin else "undecided"
 
-    tasks = {name: drop for name, drop in effect.drop_tasks.items() if name not in recipe.spared_tasks}
+    named = {name: drop for name, drop in effect.drop_tasks.items() if name}  # rows without a task are of none
+    tasks = {name: drop for name, drop in named.items() if name not in recipe.spared_tasks}
     return Promise(
         margin=recipe.max_drop / 100,
         overall=verdict(effect.drop, recipe.max_drop),
         task_margin=recipe.max_task_drop / 100,
         tasks={name: verdict(drop, recipe.max_task_drop) for name, drop in tasks.items()},
-        spared=tuple(name for name in effect.drop_tasks if name not in tasks),
+        spared=tuple(name for name in named if name not in tasks),
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _promise(job: Job, score: Score | None) -> bool:
     assert score is not None
     assert job.teacher_validation is not None
     lost = job.teacher_validation.summary.overall.correct - score.correct
-    return 100 * lost <= job.recipe.max_drop * score.n  # counts, because 93.2 - 89.2 is more than 4.0
+    return 100 * lost <= Fraction(str(job.recipe.max_drop)) * score.n  # exact: as floats 93.2 - 89.2 is more than 4.0
 
 
 def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path) -> Done:

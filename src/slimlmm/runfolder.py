@@ -133,6 +133,12 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", text)
 
     @property
+    def recipe(self) -> Path | None:
+        """What `keep_recipe` has written down, None where nothing was yet."""
+        path = self.path / "recipe.yaml"
+        return path if path.exists() else None
+
+    @property
     def cache(self) -> Path:
         """Where the teacher's hidden states are kept."""
         return self.shared or self.path / "cache"

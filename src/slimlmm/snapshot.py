@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -50,6 +52,22 @@ def _answered(side: checkpoint.Loaded, rows: list[Row], tell: Reporter, name: st
 def key_of(side: checkpoint.Loaded, rows: Sequence[Row]) -> str:
     """Return the content hash of model, processor and rows in order."""
     return hashlib.sha256(identity(side.model, side.processor) + data.fingerprint(rows).encode()).hexdigest()[:32]
+
+
+def identity_of(side: checkpoint.Loaded, rows: Mapping[str, Sequence[data.Row]]) -> dict[str, Any]:
+    """Return what a run or a study on these splits is known by: hashes of weights, rules and rows, and where the splits end.
+
+    Rules are what the processor does to pictures and texts, and the checkpoint's settings of generation.
+    """
+    generation = side.model.generation_config.to_diff_dict() if side.model.generation_config else {}
+    generation.pop("transformers_version", None)
+    rules = identity(side.model, side.processor) + json.dumps(generation, sort_keys=True, default=str).encode()
+    return {
+        "model": weights_fingerprint(side.model),
+        "rules": hashlib.sha256(rules).hexdigest(),
+        "data": data.fingerprint([row for part in rows.values() for row in part]),
+        "rows": ", ".join(f"{len(part)} {name}" for name, part in rows.items()),
+    }
 
 
 def model_record(

@@ -24,13 +24,20 @@ from slimlmm.lessons import asked_of
 from slimlmm.lossless import Lossless
 from slimlmm.measure import environment
 from slimlmm.progress import Quiet, Reporter
-from slimlmm.recipe import Recipe, Round, Stage, Training
+from slimlmm.recipe import DIVERGENCES, Recipe, Round, Stage, Training
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
+from slimlmm.snapshot import identity_of
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
 from slimlmm.sweeps import Comparison, Subject, Wanted
-from slimlmm.teacher import weights_fingerprint
+
+
+def _with(one: Training, keys: Mapping[str, Any]) -> Training:
+    """Return a training with the keys of an arm that say something to its losses."""
+    judged = DIVERGENCES & set(keys.get("losses", one.losses))
+    heard = {key: value for key, value in keys.items() if judged or key not in ("own_answers", "own_temperature")}
+    return Training.model_validate({**one.model_dump(), **heard}).heard()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +176,15 @@ class _Planner:
         def trained(one: Training) -> Training:
             shape = one.pictures_per_step, one.questions_per_picture
             meant = full(*shape) if full else self._rows_a_step(planned, one)
-            new = Training.model_validate({**one.model_dump(), **keys}).heard()  # a key may be nothing to its losses
+            new = _with(one, keys)
             return new.model_copy(update={"steps": max(1, round(one.steps * meant / self._rows_a_step(whole, new)))})
 
-        return sweeps.each(stages, lambda turn: turn, trained)
+        def turned(turn: Round) -> Round:
+            train = tuple(map(trained, turn.train))
+            fade = round(turn.fade * train[0].steps / turn.train[0].steps) if turn.fade else 0
+            return turn.model_copy(update={"train": train, "fade": fade})
+
+        return tuple(one.model_copy(update={"rounds": tuple(map(turned, one.rounds))}) for one in stages)
 
     def _rows_a_step(self, settings: Recipe, one: Training) -> float:
         """Return the mean row visits of a step of a training, on the rows of a recipe."""
@@ -237,8 +249,7 @@ def plan(
     if vain := study.base.unheard():
         raise UserError("base: " + "\n  ".join(vain))
     rows = _rows(study)
-    everything = [row for part in rows.values() for row in part]
-    identity = {"model": weights_fingerprint(loaded.model), "data": data.fingerprint(everything)}
+    identity = identity_of(loaded, rows)
     planner = _Planner(loaded, rows, identity, out, choose, tell)
     train = rows["train"]
     pictures = len({row.picture_key() for row in train})

@@ -300,8 +300,27 @@ def pooled(
         if rows[0] != rows[1]:
             raise UserError(f"seed {seed}: the two answered different test rows ({len(rows[0])} and {len(rows[1])}).")
     right = [np.concatenate([side[seed].correct for seed in seeds]) for side in (first, second)]
-    pictures = [key for seed in seeds for key in first[seed].clusters]
+    pictures = _clusters([first[seed] for seed in seeds])
     return paired_test(right[0], right[1], pictures, samples=samples, seed=SEED)
+
+
+def _clusters(seeds: Sequence[Evaluation]) -> list[str]:
+    """Return the key of every row's picture, seed after seed; a picture that a later seed found elsewhere keeps its first key.
+
+    Data are told by what they hold, so their folder may move between seeds; rows of one id are one row then.
+    """
+    known: dict[str, str] = {}
+    found: list[str] = []
+    for seed in seeds:
+        ids = [one.id for one in seed.predictions]
+        if len(set(ids)) < len(ids):
+            found += seed.clusters
+            continue
+        moved = {key: known[name] for name, key in zip(ids, seed.clusters, strict=True) if name in known}
+        keys = [moved.get(key, key) for key in seed.clusters]
+        known |= dict(zip(ids, keys, strict=True))
+        found += keys
+    return found
 
 
 def over_seeds(differences: Sequence[float]) -> float | None:

@@ -356,9 +356,13 @@ def _rounds(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparis
 
 
 def _planners(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
+    fresh = {key: Recipe.model_fields[key].default for key in CHOOSING}  # shares hear none of the others
     made = {
-        f"sizes-by-{way}": Wanted(description=f"sizes by {way}", recipe={"sizes_by": way})
-        for way in ("shares", "importance")
+        "sizes-by-shares": Wanted(description="sizes by shares", recipe=fresh | {"sizes_by": "shares"}),
+        "sizes-by-importance": Wanted(
+            description="sizes by importance",
+            recipe=fresh | {"sizes_by": "importance", "curve_rows": study.base.curve_rows},
+        ),
     }
     return made, Comparison(title="Choice of sizes", arms=tuple(made))
 
