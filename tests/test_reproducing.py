@@ -60,7 +60,10 @@ def test_another_model_or_data_set_is_refused_by_its_hash(finished, teacher, ads
     (table,) = other.glob("test.jsonl")
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(UserError, match=r"began with something else \(data: was \w+\.\.\., now \w+\.\.\.\)"):
+    with pytest.raises(
+        UserError,
+        match=r"began with something else \(data: was \w+\.\.\., now \w+\.\.\.; rows: was .*40 test, now .*39 test\)",
+    ):
         reproduce(finished, tmp_path / "again", source=other)
 
 

@@ -32,7 +32,7 @@ def planned(ads, tmp_path_factory):
     """Every sweep over one base, planned for a tiny model."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     checkpoint.save(*tiny("llava-dinov2-llama"), folder)
-    base = {"shrink": 4, "row_visits": 24_000, "sizes_by": "shares"}
+    base = {"shrink": 4, "row_visits": 100_000, "sizes_by": "shares"}
     raw = {"model": str(folder), "data": str(ads), "base": base, "sweeps": SWEEPS, "shrinks": [2, 4, 1000]}
     return study.plan(
         studies.parse(
@@ -343,3 +343,9 @@ def test_planners_are_compared_with_the_base():
         "sizes-by-importance": {"sizes_by": "importance"},
     }
     assert group.arms == ("sizes-by-shares", "sizes-by-importance")
+    told["base"] = {"shrink": 4, "sizes_by": "search", "curve_rows": 32, "search_candidates": 3}
+    arms, _ = sweeps.expand(studies.parse(told, "s"), sweeps.Subject(9, 1, None))
+    base = Recipe.model_validate(told["base"]).model_dump(exclude_unset=True)
+    for way, rows in (("shares", 64), ("importance", 32)):
+        found = Recipe.model_validate(base | arms[f"sizes-by-{way}"].recipe)
+        assert (found.sizes_by, found.curve_rows) == (way, rows)

@@ -337,8 +337,8 @@ def carried(config: Any, sizes: Mapping[str, int], grid: Grid) -> tuple[dict[str
             told.append(f"{name}={wanted} falls away: {error}")
             continue
         legal = (grid.sizes(config, axis), [size for size in axis.choices() if grid.splits(config, axis, size)])
-        less = [size for sizes in legal for size in reversed(sizes) if size < wanted]
-        more = [size for sizes in legal for size in sizes if wanted < size < axis.size]
+        less = [size for some in legal for size in reversed(some) if size < wanted]
+        more = [size for some in legal for size in some if wanted < size < axis.size]
         for size in (wanted, *less, *more):
             try:
                 config = resized(config, {name: size})

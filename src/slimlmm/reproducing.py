@@ -111,7 +111,7 @@ def reproduce(
         raise UserError(f"--out {out} is the run itself; choose another folder.")
     torch.set_num_threads(max(1, min(first.environment.threads, os.cpu_count() or 1)))
     try:
-        claim(out, {key: signed[key] for key in ("model", "data", "recipe")}, given | {"reproduces": str(run)})
+        claim(out, {key: value for key, value in signed.items() if key != "given"}, given | {"reproduces": str(run)})
         again = pipeline.run(model, source, out, settings, trust_remote_code=trust_remote_code, tell=tell)
     except OtherRunError as error:
         raise UserError(

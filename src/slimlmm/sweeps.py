@@ -356,13 +356,15 @@ def _rounds(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparis
 
 
 def _planners(study: Study, subject: Subject) -> tuple[dict[str, Wanted], Comparison]:
-    fresh = {key: Recipe.model_fields[key].default for key in CHOOSING}  # shares hear none of the others
+    heard = {"shares": (), "importance": ("curve_rows",)}
+    defaults = {key: Recipe.model_fields[key].default for key in CHOOSING}
+    changed = {key: value for key, value in defaults.items() if getattr(study.base, key) != value}
     made = {
-        "sizes-by-shares": Wanted(description="sizes by shares", recipe=fresh | {"sizes_by": "shares"}),
-        "sizes-by-importance": Wanted(
-            description="sizes by importance",
-            recipe=fresh | {"sizes_by": "importance", "curve_rows": study.base.curve_rows},
-        ),
+        f"sizes-by-{way}": Wanted(
+            description=f"sizes by {way}",
+            recipe={key: value for key, value in changed.items() if key not in keys} | {"sizes_by": way},
+        )
+        for way, keys in heard.items()
     }
     return made, Comparison(title="Choice of sizes", arms=tuple(made))
 
