@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,15 +295,20 @@ def halved(config: Any, sizes: Mapping[str, int], grid: Grid) -> dict[str, int]:
         middle = math.sqrt(axis.size * size)
         between = [n for n in grid.sizes(config, axis) if size < n < axis.size]
         between = between or [n for n in axis.choices() if size < n < axis.size and grid.splits(config, axis, n)]
-        for found in sorted(between, key=lambda n: abs(math.log(n / middle))):
-            try:
-                config = resized(config, {name: found})
-            except UserError:
-                continue
-            half[name] = found
-            break
+        found, config = _cut_to_first(config, name, sorted(between, key=lambda n: abs(math.log(n / middle))))
+        half |= {name: found} if found else {}
     first = list(sizes)[: len(sizes) // 2]
     return half or {name: sizes[name] for name in first}
+
+
+def _cut_to_first(config: Any, name: str, sizes: Iterable[int]) -> tuple[int | None, Any]:
+    """Return the first of these sizes that the config takes, and it cut to that; None and the config as it is where none is."""
+    for size in sizes:
+        try:
+            return size, resized(config, {name: size})
+        except UserError:
+            continue
+    return None, config
 
 
 def restated(anatomy: Anatomy, sizes: Mapping[str, int], planned: Mapping[str, int]) -> dict[str, int]:
@@ -339,15 +344,10 @@ def carried(config: Any, sizes: Mapping[str, int], grid: Grid) -> tuple[dict[str
         legal = (grid.sizes(config, axis), [size for size in axis.choices() if grid.splits(config, axis, size)])
         less = [size for some in legal for size in reversed(some) if size < wanted]
         more = [size for some in legal for size in some if wanted < size < axis.size]
-        for size in (wanted, *less, *more):
-            try:
-                config = resized(config, {name: size})
-            except UserError:
-                continue
-            taken[name] = size
-            break
-        if taken.get(name) != wanted:
-            told.append(f"{name}={wanted} is not possible any more; {taken.get(name, 'nothing')} is taken")
+        found, config = _cut_to_first(config, name, (wanted, *less, *more))
+        taken |= {name: found} if found else {}
+        if found != wanted:
+            told.append(f"{name}={wanted} is not possible any more; {found or 'nothing'} is taken")
     return taken, told
 
 

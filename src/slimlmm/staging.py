@@ -44,10 +44,9 @@ def one_row_each(pictures: int, questions: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
-    """What a round cuts: sizes that hold at the first width, the same `stated` at that round's, and the parameters it leaves."""
+    """What a round cuts: sizes `stated` at its width, and the parameters it leaves."""
 
     level: Level
-    sizes: dict[str, int]
     stated: dict[str, int]
     parameters: int
 
@@ -68,32 +67,31 @@ def stages_for(
     shared, not visits: a visit of a small shape is cheap, so the last one gets most of them. Where that leaves a training
     of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes.
     """
-    anatomy, whole = describe(config), _count(config, {})
+    anatomy = describe(config)
     levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).kind == level} for level in order}
     planned = _planned(config, levels, row_visits, a_step, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
-        rounds = [
-            Round(sizes=cut.stated, train=_trainings(anatomy, whole / cut.parameters, visits, a_step))
-            for cut, visits in planned
-            if cut.level == level
-        ]
+        rounds = [turn for name, turn in planned if name == level]
         stages += [Stage(name=level, rounds=tuple(rounds))] if rounds else []
     return tuple(stages)
 
 
 def _planned(
     config: Any, levels: Mapping[Level, Mapping[str, int]], row_visits: int, a_step: StepRows, grid: Grid
-) -> list[tuple[_Cut, float]]:
-    """Return the cuts, with the row visits of each: as few joined as leaves answers their least steps."""
+) -> list[tuple[Level, Round]]:
+    """Return the rounds, each with its level: as few joined as leaves answers their least steps."""
     anatomy, whole = describe(config), _count(config, {})
     for joined in itertools.count(1):
         cuts = _cuts(config, levels, grid, joined)
         if not cuts:
             raise UserError("no axis has to be cut for that; ask for a smaller model.")
-        planned = list(zip(cuts, _visits(cuts, row_visits), strict=True))
-        trained = [_trainings(anatomy, whole / cut.parameters, visits, a_step)[-1] for cut, visits in planned]
-        if min(one.steps for one in trained) >= LEAST_STEPS or len(cuts) == len({cut.level for cut in cuts}):
+        planned = [
+            (cut.level, Round(sizes=cut.stated, train=_trainings(anatomy, whole / cut.parameters, visits, a_step)))
+            for cut, visits in zip(cuts, _visits(cuts, row_visits), strict=True)
+        ]
+        least = min(turn.train[-1].steps for _, turn in planned)
+        if least >= LEAST_STEPS or len(cuts) == len({cut.level for cut in cuts}):
             break
     return planned
 
@@ -107,7 +105,7 @@ def _cuts(config: Any, levels: Mapping[Level, Mapping[str, int]], grid: Grid, jo
         for sizes in _steps(config, current, final, grid, joined):
             stated = follow_width(anatomy, sizes, current)
             current |= sizes
-            cuts.append(_Cut(level=level, sizes=sizes, stated=stated, parameters=_count(config, current)))
+            cuts.append(_Cut(level=level, stated=stated, parameters=_count(config, current)))
     return cuts
 
 

@@ -184,7 +184,7 @@ class _Planner:
             fade = round(turn.fade * train[0].steps / turn.train[0].steps) if turn.fade else 0
             return turn.model_copy(update={"train": train, "fade": fade})
 
-        return tuple(one.model_copy(update={"rounds": tuple(map(turned, one.rounds))}) for one in stages)
+        return sweeps.each(stages, turned, lambda one: one)
 
     def _rows_a_step(self, settings: Recipe, one: Training) -> float:
         """Return the mean row visits of a step of a training, on the rows of a recipe."""
