@@ -3,12 +3,13 @@ from functools import partial
 import pytest
 import torch
 
+import tiny as tiny_models
 from pali import tiny_paligemma
-from slimlmm.collate import IGNORE, Collator, Prompter
+from slimlmm.collate import IGNORE, Collator, Prompter, texts_of
 from slimlmm.data import by_picture
 from slimlmm.distill import can_pack
 from slimlmm.forward import answer_logits, forward
-from tiny import NAMES, tiny
+from tiny import NAMES, byte_fallback_tokenizer, tiny
 
 PACKING = ("llava-clip-llama", "llava-siglip-qwen2", "llava-dinov2-llama")
 
@@ -73,6 +74,25 @@ def test_head_sees_answer_positions_only(rows):
     assert logits.shape[0] == labels.shape[0] == hidden.shape[0] == int((batch["shift_labels"] != IGNORE).sum())
     assert torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-5)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_labels_are_the_tokens_that_stand_behind_the_prompt(packed, rows, monkeypatch):
+    """Llama 2's kind of tokenizer begins a text with a space that is not there in the middle of one."""
+    monkeypatch.setattr(tiny_models, "tiny_tokenizer", lambda extra=(), image="<image>": byte_fallback_tokenizer(image))
+    _, processor = tiny("llava-dinov2-llama")
+    collator = Collator(processor, packed=packed)
+    group, prompter, tokenizer = rows.train[:2], collator.prompter, processor.tokenizer
+    labels = collator([group])["shift_labels"]
+    wanted, alone = [], []
+    for row in group:
+        prompt, answer = prompter.turns(row.question, row.answer)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer, answer)]
+        assert ids[1][: len(ids[0])] == ids[0]
+        wanted += ids[1][len(ids[0]) :]
+        alone += ids[2]
+    assert labels[labels != IGNORE].tolist() == wanted != alone
+    assert prompt + answer in texts_of(processor, group)
 
 
 def test_prompt_is_a_prefix_of_prompt_and_answer():

@@ -108,6 +108,32 @@ def test_generation_stops_at_the_end_token_and_never_samples():
     assert ev.generation_settings(model, processor, 6)["eos_token_id"] == processor.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"exponential_decay_length_penalty": (1, 5.0)},
+        {"sequence_bias": [[[60], 50.0]]},
+        {"bad_words_ids": [[i] for i in range(5, 200)]},
+        {"begin_suppress_tokens": list(range(5, 200))},
+        {"forced_eos_token_id": 2},
+        {"max_time": 1e-9},
+        {"stop_strings": ["a"]},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"no_repeat_ngram_size": 1, "min_length": 40, "guidance_scale": 3.0},
+    ],
+)
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "blip2-opt"])
+def test_nothing_but_token_ids_of_a_generation_config_is_heard(name, said):
+    model, processor = tiny(name)
+    expected = ev.evaluate(model, processor, rows_of(), max_new_tokens=6).answers
+    for part in (model, model.language_model if name == "blip2-opt" else model):
+        for key, value in said.items():
+            setattr(part.generation_config, key, value)
+    assert ev.evaluate(model, processor, rows_of(), max_new_tokens=6).answers == expected
+    assert [getattr(model.generation_config, key) for key in said] == list(said.values())
+
+
 def test_a_tokenizer_without_padding_token_is_left_as_it_was():
     model, processor = tiny("llava-dinov2-llama")
     expected = ev.evaluate(model, processor, rows_of()).answers

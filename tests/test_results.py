@@ -1,5 +1,6 @@
 """The typed record of a run: it survives the disk, refuses what it does not know, and its page is current."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from slimlmm.recipe import Recipe
 from test_evaluate import rows_of
 
 
-def graded(right: int) -> ev.Evaluation:
+def graded(right: int, *, tasks: bool = True) -> ev.Evaluation:
     """An evaluation of 30 rows, 10 pictures, two tasks, of which the first `right` are answered right."""
-    rows = rows_of(10)
+    rows = rows_of(10) if tasks else [replace(row, task="") for row in rows_of(10)]
     answers = ["food" if i < right else "wrong" for i in range(30)]
     return ev.grade(rows, answers, [row.picture_key() for row in rows], max_new_tokens=6)
 
@@ -183,9 +184,11 @@ def test_effect_is_paired_and_per_task():
 
 
 def test_rows_without_a_task_are_not_judged_as_one():
-    found = rs.effect(graded(28), graded(24), samples=200)
-    nameless = found.model_copy(update={"drop_tasks": {"": found.drop}})
-    assert rs.promise(nameless, recipe.Recipe(max_drop=5.0)).tasks == {}
+    one, other = graded(28, tasks=False), graded(24, tasks=False)
+    found = rs.effect(one, other, samples=200)
+    assert found.drop_tasks == one.summary.tasks == {}
+    assert one.summary.macro == one.accuracy
+    assert rs.promise(found, recipe.Recipe(max_drop=5.0)).tasks == {}
 
 
 def test_a_look_that_gave_no_number_is_null():

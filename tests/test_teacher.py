@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+from instruct import tiny_instructblip
 from pali import tiny_paligemma
 from slimlmm import checkpoint
+from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits
+from slimlmm.forward import answer_logits, first_text_block, states_until
+from slimlmm.half import half
 from slimlmm.teacher import TeacherCache, weights_fingerprint
 from tiny import tiny
 
@@ -57,6 +60,30 @@ def test_cached_picture_states_equal_what_enters_the_first_block(tmp_path, rows)
     again.live = None  # a call would fail
     assert torch.equal(again.pictures(batch), first.pictures(batch))
     assert torch.equal(again.of(batch), first.of(batch))
+
+
+def test_states_of_a_picture_that_is_seen_as_asked_are_those_of_the_question(tmp_path, rows):
+    model, processor = tiny_instructblip()
+    collator = Collator(processor, packed=False)
+    batch = collator([rows.train[:3]])
+    assert len({row.picture_key() for row in batch["rows"]}) == 1
+    block = first_text_block(model, describe(model.config))
+    with torch.inference_mode(), half(model.device):
+        wanted = states_until(model, block, batch).float()
+    found = TeacherCache(model, collator, tmp_path).pictures(batch).float()
+    assert torch.allclose(found, wanted, atol=1e-2 * float(wanted.abs().max()))
+    first, second = wanted.chunk(3)[:2]
+    assert float((first - second).abs().max()) > 0.05 * float(wanted.abs().max())  # the question is felt
+
+
+def test_the_teachers_distribution_sums_to_one_where_products_are_coarse(tmp_path, rows):
+    model, processor = tiny(NAME)
+    collator = Collator(processor, packed=True)
+    cache = TeacherCache(model, collator, tmp_path)
+    hidden_AH = cache.of(collator(by_picture(rows.train[:4], 16)))
+    with torch.autocast("cpu", torch.bfloat16):
+        sums_A = cache.logits(hidden_AH).log_softmax(-1).exp().sum(-1)
+    assert torch.allclose(sums_A, torch.ones_like(sums_A), atol=1e-5)
 
 
 def test_picture_states_alone_do_not_run_the_language_model(tmp_path, rows):

@@ -85,6 +85,10 @@ def test_the_previous_model_alone_teaches_as_if_it_were_the_first(both, rows, tm
 def test_what_would_change_nothing_or_is_not_there_is_refused(both, rows, tmp_path):
     for wrong, why in (
         ({"teachers": {"first": 0}}, "weights are above 0, not first: 0"),
+        (
+            {"losses": {"cross_entropy": -1.0, "forward_kl": 0.0}},
+            "weights are above 0, not cross_entropy: -1.0, forward_kl: 0.0",
+        ),
         ({"teachers": {}}, "at least 1 item"),
         ({"teachers": {"last": 1}}, "'first' or 'previous'"),
         ({"teachers": {"previous": 1}, "losses": {"cross_entropy": 1}}, "no effect on losses of labels alone"),

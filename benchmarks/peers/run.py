@@ -90,6 +90,7 @@ def measured(name: str, arguments: argparse.Namespace) -> Result:
         cache=out / "cache",
         recipe=chosen.recipe,
         row_visits=arguments.row_visits,
+        test_rows=arguments.test_rows,
         seed=arguments.seed,
         own=out / chosen.own,
     )
@@ -102,7 +103,7 @@ def measured(name: str, arguments: argparse.Namespace) -> Result:
             environment_of(chosen.environment, out / "environments") if chosen.environment else Path(sys.executable)
         )
         took.write_text(json.dumps(carried_out(task, python, arguments.timeout)))
-    answers = answered(task, arguments.test_rows)
+    answers = answered(task)
     did = Outcome.load(task.out / "outcome.json")
     own = None if name == chosen.own else Evaluation.model_validate_json((task.own / "answers.json").read_bytes())
     found = Result(
@@ -132,7 +133,7 @@ def command(arguments: argparse.Namespace) -> list[str]:
 
 
 def claimed(task: Task) -> None:
-    """Write the arm's orders down, or find the same there; an arm of another budget or seed is refused."""
+    """Write the arm's orders down, or find the same there; an arm of another budget, other rows or another seed is refused."""
     path = task.out / "task.json"
     if path.exists():
         before = Task.load(path)
@@ -176,12 +177,12 @@ def environment_of(name: str, environments: Path) -> Path:
     return python
 
 
-def answered(task: Task, rows: int) -> Evaluation:
+def answered(task: Task) -> Evaluation:
     """Return the student's answers to the test rows, given now unless they are there."""
     path = task.out / "answers.json"
     if not path.exists():
         student = checkpoint.load(task.student)
-        test = data.sample(data.load(task.data).need("test", task.data), rows, task.seed)
+        test = data.sample(data.load(task.data).need("test", task.data), task.test_rows, task.seed)
         with Lines() as tell:
             answers = evaluate(
                 student.model,

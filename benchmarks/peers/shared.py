@@ -37,6 +37,7 @@ class Task(File):
     cache: Path
     recipe: Path
     row_visits: int
+    test_rows: int
     seed: int
     own: Path
     """folder of our arm at the same target: its shapes, and its models after every round"""

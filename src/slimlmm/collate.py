@@ -6,6 +6,7 @@ Shape legend: B sequences, T tokens. ``shift_labels`` [B, T] holds at each posit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +37,42 @@ def fitting(mask_BT: Tensor | None, values: Tensor) -> Tensor | None:
     return mask_BT if mask_BT is not None and mask_BT.shape == values.shape[:-1] else None
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Which of a tower's tokens count, and which belong to one picture: what is fitted must not be judged on the same picture.
+
+    `mask` [B, T]: tokens of a text tower that are no padding; `pictures`: the key of each of B sequences, where it is known.
+    """
+
+    mask: Tensor | None = None
+    pictures: tuple[str, ...] = ()
+
+    def of(self, values: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        """Return values [B, T, N] with their weights [B, T] and how many of the first of them make one half.
+
+        Tokens of a text tower that come as [B * T, N] (OPT's FFN) are told apart by the mask. Of other [T, N] (all pictures of a
+        batch in one) it is not known which are whose, so all are on one side: 0.
+        """
+        if self.mask is not None and values.dim() == 2 and len(values) == self.mask.numel():
+            values = values.unflatten(0, self.mask.shape)
+        return values, fitting(self.mask, values), 0 if values.dim() == 2 else self._half(len(values))
+
+    def _half(self, count: int) -> int:
+        """Return where to part so many samples, nearest to the middle between two pictures; each picture has as many of them."""
+        if not self.pictures:
+            return count // 2
+        each, odd = divmod(count, len(self.pictures))
+        pairs = itertools.pairwise(self.pictures)
+        starts = [at for at, (before, here) in enumerate(pairs, 1) if before != here]
+        return 0 if odd or not starts else each * min(starts, key=lambda at: abs(2 * at - len(self.pictures)))
+
+
+def samples_of(batch: Batch, *, text: bool) -> Samples:
+    """Return what is known of a batch's samples; padding is that of the `text` tower."""
+    heads = tuple(row.picture_key() for row in batch.get("heads", ()))
+    return Samples(real_tokens(batch) if text else None, heads)
+
+
 class Prompter:
     """Texts of one processor: the prompt that generation sees, and the answer (with its end token) that follows it."""
 
@@ -46,6 +83,7 @@ class Prompter:
             raise UserError("the tokenizer has no end-of-sequence token, so answers cannot end.")
         self.turns = lru_cache(maxsize=100_000)(self._turns)
         self.ids = lru_cache(maxsize=100_000)(self._ids)
+        self.answers = lru_cache(maxsize=100_000)(self._answer)
 
     def prompt(self, question: str) -> str:
         """Return the text before the answer, the picture's placeholder included."""
@@ -53,7 +91,17 @@ class Prompter:
 
     def answer_ids(self, row: Row) -> list[int]:
         """Return the token ids of a row's answer, end token included; where a model wrote it, the very tokens that it wrote."""
-        return list(row.tokens) or self.ids(self.turns(row.question, row.answer)[1])
+        return list(row.tokens) or self.answers(row.question, row.answer)
+
+    def _answer(self, question: str, answer: str) -> list[int]:
+        """Return the token ids of an answer as they stand behind its prompt, which is what a model writes there.
+
+        By themselves they may be others: Llama 2's tokenizer puts a space before a text. Where a token would span both, those by
+        themselves are all that can follow the prompt.
+        """
+        prompt, text = self.turns(question, answer)
+        before, whole = self.ids(prompt), self._ids(prompt + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         """Return the token ids of a text; `special` lets the tokenizer add what it puts around a prompt."""
@@ -84,10 +132,14 @@ class Prompter:
 
 
 def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
-    """Return every prompt and answer of the rows as the model sees them, once."""
-    prompter = Prompter(processor)
-    pairs = {(row.question, row.answer) for row in rows}
-    return sorted({text for pair in pairs for text in prompter.turns(*pair)})
+    """Return every prompt and answer of the rows as the model sees them, once; in one where an answer is another by itself."""
+    prompter, found = Prompter(processor), set()
+    for pair in {(row.question, row.answer) for row in rows}:
+        prompt, answer = prompter.turns(*pair)
+        found |= {prompt, answer}
+        if prompter.answers(*pair) != prompter.ids(answer):
+            found.add(prompt + answer)
+    return sorted(found)
 
 
 def picture_token(processor: Any) -> int:

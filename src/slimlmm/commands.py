@@ -276,12 +276,13 @@ def accuracy_table(found: dict[str, Any]) -> Table:
     table = Table(title=escape(f"{found['model']}: exact match on {found['split']}, per cent"))
     for head in ("task", "n", "accuracy", "± s.e.") + (("other", "drop [95 %]") if "effect" in found else ()):
         table.add_column(head, justify="left" if head == "task" else "right")
-    for task, told in [*found["tasks"].items(), ("all", found["overall"])]:
+    for task in (*found["tasks"], None):  # None: all rows
+        told = found["overall"] if task is None else found["tasks"][task]
         score = evaluation.Score.model_validate(told)
-        cells = [escape(task), str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
+        cells = [escape(task or "all"), str(score.n), f"{100 * score.accuracy:.1f}", f"{100 * error(score):.1f}"]
         if "effect" in found:
-            other = found["other"]["overall"] if task == "all" else found["other"]["tasks"][task]
-            drop = found["effect"]["drop"] if task == "all" else found["effect"]["drop_tasks"][task]
+            other = found["other"]["overall"] if task is None else found["other"]["tasks"][task]
+            drop = found["effect"]["drop"] if task is None else found["effect"]["drop_tasks"][task]
             cells += [f"{100 * other['accuracy']:.1f}", evaluation.Interval.model_validate(drop).points(1)]
         table.add_row(*cells)
     return table

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slimlmm.collate import Prompter
 from slimlmm.data import Row
+from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
 from slimlmm.resampling import Pictures
 
@@ -53,8 +54,10 @@ class Accuracy(Record):
     """Exact match of one model on one split."""
 
     overall: Score = Field(description="All rows, each with the same weight.")
-    macro: float = Field(description="Mean of the tasks' accuracies, each task with the same weight, 0 to 1.")
-    tasks: dict[str, Score] = Field(description="Score per task.")
+    macro: float = Field(
+        description="Mean of the tasks' accuracies, each task with the same weight, 0 to 1; that of all rows where none has one."
+    )
+    tasks: dict[str, Score] = Field(description="Score per task; rows without one are in none.")
     max_new_tokens: int = Field(description="Answers were cut at this many tokens.")
 
 
@@ -88,7 +91,7 @@ class Prediction(Record):
     """One answered row."""
 
     id: str = Field(description="Name of the row.")
-    task: str = Field(description="Kind of question.")
+    task: str = Field(description="Kind of question; empty where the row says none.")
     picture: str = Field(description="Key of the row's picture; rows of one picture share it.")
     question: str = Field(description="Text asked.")
     expected: str = Field(description="Reference answer.")
@@ -152,33 +155,6 @@ def encode_texts(processor: Any, texts: Sequence[str], images: Sequence[Sequence
         return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
-def generation_settings(model: Any, processor: Any, max_new_tokens: int) -> dict[str, Any]:
-    """Return the arguments of plain greedy decoding; the checkpoint's sampling and penalties are overruled.
-
-    Only the token ids come from the checkpoint: end tokens from its generation config, else from its
-    tokenizer.
-    """
-    tokenizer = processor.tokenizer
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.pad_token_id
-    if pad is None and end is not None:
-        pad = end[0] if isinstance(end, list) else end
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "encoder_repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-        "min_new_tokens": 0,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    return {**greedy, "max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
-
-
 def answer(
     model: Any,
     processor: Any,
@@ -205,7 +181,8 @@ def generated(
 ) -> Tensor:
     """Return the tokens [B, T] that the model writes after each prompt, padded behind the end token."""
     batch = encode(processor, rows, pictures).to(model.device, dtype=model.dtype)
-    tokens_BT: Tensor = model.generate(**batch, **settings)
+    with nothing_else(model):
+        tokens_BT: Tensor = model.generate(**batch, **settings)
     asked = batch["input_ids"]
     length = asked.shape[1]
     if tokens_BT.shape[1] >= length and torch.equal(tokens_BT[:, :length], asked):
@@ -273,7 +250,7 @@ def grade(
     predictions = tuple(
         Prediction(
             id=str(row.id),
-            task=row.task or "all",
+            task=row.task,
             picture=key,
             question=row.question,
             expected=row.answer,
@@ -423,10 +400,11 @@ def _summary(predictions: Sequence[Prediction], max_new_tokens: int) -> Accuracy
     def scored(part: Sequence[Prediction]) -> Score:
         return score([one.correct for one in part], [one.picture for one in part])
 
-    names = sorted({one.task for one in predictions})
+    names = sorted({one.task for one in predictions} - {""})
     tasks = {name: scored([one for one in predictions if one.task == name]) for name in names}
-    macro = float(np.mean([task.accuracy for task in tasks.values()]))
-    return Accuracy(overall=scored(predictions), macro=macro, tasks=tasks, max_new_tokens=max_new_tokens)
+    overall = scored(predictions)
+    macro = float(np.mean([task.accuracy for task in tasks.values()])) if tasks else overall.accuracy
+    return Accuracy(overall=overall, macro=macro, tasks=tasks, max_new_tokens=max_new_tokens)
 
 
 def _per_cluster(values: NDArray[Any], clusters: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:

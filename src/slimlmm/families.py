@@ -435,6 +435,8 @@ def backbone_of(config: Any, tower: Tower) -> Backbone | None:
 PROMPTS: dict[str, str] = {"Blip2Processor": "Question: {question} Answer:"}
 #: processors that tell the token of a picture's places by its text alone, by class name
 PLACES_BY_TEXT = ("Blip2Processor", "InstructBlipProcessor", "JanusProcessor")
+#: processors whose models look at a picture with the question in mind (a Q-Former that reads it), by class name
+SEEN_AS_ASKED = ("InstructBlipProcessor",)
 #: what a processor's other per-token inputs are at tokens of an answer, by class name, where not 0: as generation appends them.
 #: PaliGemma's type 0 is the prompt, whose tokens see each other whole.
 ANSWER_INPUTS: dict[str, dict[str, int]] = {"PaliGemmaProcessor": {"token_type_ids": 1}}

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from slimlmm.checkpoint import Loaded
 from slimlmm.data import Row
+from slimlmm.decoding import generation_settings
 from slimlmm.errors import UserError
-from slimlmm.evaluate import answer_limit, evaluating, generated, generation_settings, one_look
+from slimlmm.evaluate import answer_limit, evaluating, generated, one_look
 from slimlmm.files import read_json, write_json
 from slimlmm.progress import Reporter
 from slimlmm.runfolder import RunFolder

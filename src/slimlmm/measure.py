@@ -30,8 +30,9 @@ from pydantic import Field
 from slimlmm.checkpoint import load
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row
+from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Record, answer, answer_limit, evaluating, generation_settings
+from slimlmm.evaluate import Record, answer, answer_limit, evaluating
 from slimlmm.parts import parts_of
 
 #: versions that decide a figure
@@ -123,7 +124,7 @@ def flops(model: Any, processor: Any, batch: Any, answer_tokens: int = 8) -> flo
     settings = generation_settings(model, processor, answer_tokens) | {"min_new_tokens": answer_tokens}
     inputs = batch.to(model.device, dtype=model.dtype)
     counter = flop_counter()
-    with evaluating(model), _frozen(model), torch.no_grad(), counter:
+    with evaluating(model), _frozen(model), nothing_else(model), torch.no_grad(), counter:
         model.generate(**inputs, **settings)
     return float(counter.get_total_flops() / len(inputs["input_ids"]))
 

@@ -19,23 +19,16 @@ from transformers import PreTrainedModel
 
 from slimlmm.collate import Batch, picture_token
 from slimlmm.data import Row
-from slimlmm.evaluate import answer_limit, evaluating, generated, generation_settings, one_look
+from slimlmm.decoding import generation_settings
+from slimlmm.evaluate import answer_limit, evaluating, generated, one_look
 from slimlmm.forward import to_device
 from slimlmm.lessons import Collate, Taught
 from slimlmm.recipe import Training
 
 #: rows that answer at once
 ROWS_A_CALL = 64
-#: how tokens are drawn: from all of softmax(logits / temperature), whatever the checkpoint would rather leave out
-DRAWN: dict[str, Any] = {
-    "do_sample": True,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
+#: how tokens are drawn: from all of softmax(logits / temperature); by itself `generate` draws from the 50 likeliest
+DRAWN: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
 def groups_as_they_are(groups: list[list[Row]]) -> list[list[Row]]:

@@ -137,12 +137,12 @@ class Training(Settings):
     )
     log_every: int = Field(20, gt=0, description="Optimizer steps between two log records.")
 
-    @field_validator("teachers")
+    @field_validator("losses", "teachers")
     @classmethod
-    def _asked(cls, teachers: dict[TeacherName, float]) -> dict[TeacherName, float]:
-        if wrong := [f"{name}: {weight}" for name, weight in teachers.items() if not 0 < weight < float("inf")]:
-            raise ValueError(f"weights are above 0, not {', '.join(wrong)}; leave out a teacher that is not asked")
-        return teachers
+    def _weighed(cls, weights: dict[str, float]) -> dict[str, float]:
+        if wrong := [f"{name}: {weight}" for name, weight in weights.items() if not 0 < weight < float("inf")]:
+            raise ValueError(f"weights are above 0, not {', '.join(wrong)}; leave out what does not count")
+        return weights
 
     @model_validator(mode="after")
     def _with_effect(self) -> Self:

@@ -250,14 +250,13 @@ def promise(effect: Effect, recipe: Recipe) -> Promise | None:
         (low, high), margin = drop.ends, points / 100
         return "kept" if high <= margin else "broken" if low > margin else "undecided"
 
-    named = {name: drop for name, drop in effect.drop_tasks.items() if name}  # rows without a task are of none
-    tasks = {name: drop for name, drop in named.items() if name not in recipe.spared_tasks}
+    tasks = {name: drop for name, drop in effect.drop_tasks.items() if name not in recipe.spared_tasks}
     return Promise(
         margin=recipe.max_drop / 100,
         overall=verdict(effect.drop, recipe.max_drop),
         task_margin=recipe.max_task_drop / 100,
         tasks={name: verdict(drop, recipe.max_task_drop) for name, drop in tasks.items()},
-        spared=tuple(name for name in named if name not in tasks),
+        spared=tuple(name for name in effect.drop_tasks if name not in tasks),
     )
 
 

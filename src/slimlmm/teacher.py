@@ -28,13 +28,13 @@ from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
-from slimlmm.families import logit_cap
+from slimlmm.families import SEEN_AS_ASKED, logit_cap
 from slimlmm.files import flush, flush_folder
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.half import half
 
 #: part of every key: raised when the same rows give other states than before, so that what an older version kept is a miss
-LAYOUT = b"2"
+LAYOUT = b"3"
 #: largest difference of logits that come back from hidden states, relative to the largest logit
 SAME = 1e-2
 #: key of a shard's hash in its metadata
@@ -118,8 +118,10 @@ class TeacherCache:
         return hashlib.sha256(self._identity + self._picture(row) + texts.encode()).hexdigest()[:32]
 
     def picture_key(self, row: Row) -> str:
-        """Return the content hash of (teacher, processor, picture bytes)."""
-        return "picture-" + hashlib.sha256(self._identity + self._picture(row)).hexdigest()[:32]
+        """Return the content hash of (teacher, processor, picture bytes), and of the prompt where that decides what is seen."""
+        prompter = self.collator.prompter
+        asked = prompter.prompt(row.question) if type(prompter.processor).__name__ in SEEN_AS_ASKED else ""
+        return "picture-" + hashlib.sha256(self._identity + self._picture(row) + asked.encode()).hexdigest()[:32]
 
     def _picture(self, row: Row) -> bytes:
         name = row.picture_key()
@@ -214,10 +216,10 @@ class TeacherCache:
         return [len(prompter.answer_ids(row)) for row in rows]
 
     def logits(self, hidden_AH: Tensor) -> Tensor:
-        """Return the teacher's logits [A, V] from cached hidden states through its frozen head."""
+        """Return the teacher's logits [A, V] from cached hidden states through its frozen head, in fp32."""
         with torch.no_grad():
             weight = self.head.weight
-            logits: Tensor = self.head(hidden_AH.to(weight.device, weight.dtype))
+            logits: Tensor = self.head(hidden_AH.to(weight.device, weight.dtype)).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def flush(self) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from slimlmm import data, measure
 from slimlmm.data import Row
+from slimlmm.decoding import generation_settings
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Evaluation, agreement, answer_limit, drop, encode, generation_settings, grade
+from slimlmm.evaluate import Evaluation, agreement, answer_limit, drop, encode, grade
 from slimlmm.exporting.manifest import Check
 from slimlmm.measure import Side
 from slimlmm.progress import Reporter

@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from slimlmm.collate import Prompter
+from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
-from slimlmm.evaluate import encode_texts, generation_settings
+from slimlmm.evaluate import encode_texts
 from slimlmm.serving.asks import Ask, Finish, Said, Token
 
 
@@ -72,12 +73,9 @@ class Answerer:
         settings = generation_settings(self.model, self.processor, max(ask.max_tokens for ask in asks))
         if first.temperature:
             settings |= {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p}
-        found = self.model.generate(
-            **batch.to(self.model.device, dtype=self.model.dtype),
-            **settings,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        settings |= {"return_dict_in_generate": True, "output_logits": True}
+        with nothing_else(self.model):
+            found = self.model.generate(**batch.to(self.model.device, dtype=self.model.dtype), **settings)
         tokens_BT = found.sequences[:, -len(found.logits) :]
         prompts = batch["attention_mask"].sum(1).tolist()
         return [
