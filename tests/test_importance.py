@@ -12,13 +12,15 @@ from slimlmm.importance import (
     CRITERIA,
     evaluating,
     forward,
-    greedy_blocks,
     mean_loss,
     normalise,
-    rank_blocks,
     score,
 )
-from tiny import NAMES, tiny, tiny_batch
+from slimlmm.prompts import picture_prompt
+from slimlmm.ranking import greedy_blocks, rank_blocks
+from slimlmm.selfcheck import random_model
+from tiny import NAMES, longer, tiny, tiny_batch
+from zoo import CONFIGS
 
 MAIN = "llava-dinov2-llama"
 
@@ -53,8 +55,37 @@ def test_taylor_is_the_derivative_of_a_gate_on_all_that_a_unit_owns(name):
             assert scores[group.name][unit] == pytest.approx(abs(change), rel=1e-2, abs=3e-4), group.name
 
 
-def finite_difference(model, group, unit, batches, step=2e-3):
-    """(L(1 + step) - L(1 - step)) / 2 step for a factor on all that `unit` owns, summed over batches."""
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+def test_a_norm_that_holds_its_factor_less_one_is_scored_by_the_factor(name):
+    model = random_model(CONFIGS[name]()).double()
+    described, prompts = anatomy.describe(model.config), [picture_prompt(model.config, seed=seed) for seed in range(2)]
+    batches = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in prompts]
+    for batch in batches:
+        batch["labels"] = batch["input_ids"]
+    group = described.axis("text.width").groups[0]
+    less_one = {
+        slot.parameter for slot in group.slots if slot.role == "affine" and "norm" in slot.parameter.rpartition(".")[0]
+    }
+    assert less_one
+    scores = score(model, described, ["text.width"], "taylor", batches, loss)
+    for unit in (1, group.units // 2):
+        change = finite_difference(model, group, unit, batches, step=5e-3, less_one=less_one)
+        assert scores[group.name][unit] == pytest.approx(abs(change), rel=3e-3, abs=1e-5)  # norms compute in float32
+    named = dict(model.named_parameters(remove_duplicate=False))
+    wanted = torch.zeros(group.units, dtype=torch.float64)
+    for slot in group.slots:
+        if slot.parameter in named:
+            values = named[slot.parameter].detach() + (slot.parameter in less_one)
+            wanted += importance.per_unit(importance.square_sums(values, slot.dim), slot, group.units).sum((0, 2))
+    found = score(model, described, ["text.width"], "magnitude")[group.name]
+    assert torch.allclose(found, wanted.sqrt(), rtol=1e-5)
+
+
+def finite_difference(model, group, unit, batches, step=2e-3, less_one=()):
+    """(L(1 + step) - L(1 - step)) / 2 step for a factor on all that `unit` owns, summed over batches.
+
+    Of parameters in `less_one` it is a factor on what they hold and one more.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     values = []
     for gate in (1 + step, 1 - step):
@@ -63,7 +94,9 @@ def finite_difference(model, group, unit, batches, step=2e-3):
             for slot in group.slots:
                 rows = slot.rows(torch.tensor([unit]), group.units)
                 parameter = named[slot.parameter]
-                parameter.index_copy_(slot.dim, rows, before[slot.parameter].index_select(slot.dim, rows) * gate)
+                more = int(slot.parameter in less_one)
+                values_here = before[slot.parameter].index_select(slot.dim, rows)
+                parameter.index_copy_(slot.dim, rows, (values_here + more) * gate - more)
         values.append(sum(float(loss(model, batch).detach()) for batch in batches))
         with torch.no_grad():
             for parameter, value in before.items():
@@ -190,6 +223,29 @@ def test_squares_are_summed_some_rows_at_a_time(monkeypatch, dim):
         assert torch.allclose(importance.square_sums(values, dim).double(), wanted, rtol=1e-6)
 
 
+def test_what_is_no_number_is_refused_and_never_chosen():
+    model, described, batches = tiny(MAIN)[0], *case(MAIN)[1:]
+    weight = model.model.language_model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    for criterion in ("taylor", "activation", "magnitude"):
+        with pytest.raises(UserError, match="scores that are no numbers"):
+            score(model, described, ["text.ffn", "text.width"], criterion, batches, loss)
+    assert mean_loss(model, batches, loss) == float("inf")
+    with pytest.raises(UserError, match="without any one of 3 blocks the loss is no number"):
+        greedy_blocks(model, described, "vision.blocks", batches, loss, keep=2)
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=2) == [0, 2]
+
+
+def test_activation_of_blocks_is_a_mean_over_tokens_that_are_no_padding():
+    model, described, batches = case(MAIN)
+    apart = [{key: value[at : at + 1] for key, value in batches[0].items()} for at in range(2)]
+    whole = score(model, described, ["text.blocks"], "activation", batches[:1])["text.blocks"]
+    assert torch.allclose(score(model, described, ["text.blocks"], "activation", apart)["text.blocks"], whole)
+    padded = score(model, described, ["text.blocks"], "activation", [longer(batches[0])])["text.blocks"]
+    assert torch.allclose(padded, whole, rtol=1e-4)
+
+
 def test_normalise_makes_groups_or_towers_comparable():
     model, described, batches = case(MAIN)
     scores = score(model, described, ["text.ffn", "vision.ffn"], "taylor", batches, loss)
@@ -200,6 +256,8 @@ def test_normalise_makes_groups_or_towers_comparable():
     assert float(text.mean()) == pytest.approx(1)
     ratio = towers["text.ffn[0]"] / scores["text.ffn[0]"]
     assert torch.allclose(ratio, (towers["text.ffn[1]"] / scores["text.ffn[1]"])[:1])
+    signed = {"text.ffn[0]": torch.tensor([-3.0, 1.0, 0.5], dtype=torch.float64)}
+    assert normalise(signed, described)["text.ffn[0]"].tolist() == pytest.approx([-2.0, 2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("name", NAMES)

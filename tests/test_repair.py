@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from slimlmm import anatomy, repair, surgery
-from slimlmm.calibration import Calibration
+from slimlmm import anatomy, data, importance, repair, surgery
+from slimlmm.calibration import Calibration, calibration_of
+from slimlmm.collate import Collator
+from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.forward import forward
 from slimlmm.importance import score
 from slimlmm.moments import Moments, predict
 from slimlmm.prompts import picture_prompt
 from slimlmm.selfcheck import random_model
-from tiny import NAMES, tiny, tiny_batch
+from tiny import NAMES, longer, tiny, tiny_batch
 from zoo import CONFIGS
 
 MAIN = "llava-dinov2-llama"
@@ -101,6 +103,75 @@ def test_the_ridge_is_chosen_by_error_on_samples_not_seen():
     best = min(tried, key=lambda prediction: prediction.error)
     assert found.ridge == best.ridge
     assert found.error <= found.plain_error
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [3, 20])
+def test_the_error_is_that_of_the_other_half_of_the_samples(bias, outputs):
+    """Against the definition, sample by sample, for consumers with fewer and with more outputs than inputs that go."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(8, 10, 12)) @ rng.normal(size=(12, 12)) + rng.normal(size=12)
+    weight, kept, dropped = rng.normal(size=(outputs, 12)), np.arange(0, 12, 2), np.arange(1, 12, 2)
+    moments = Moments(12)
+    moments.add(torch.from_numpy(values))
+    fit, held = values[4:].reshape(-1, 12), values[:4].reshape(-1, 12)
+    mean = fit.mean(0) if bias else 0.0
+    gram = (fit - mean).T @ (fit - mean) / len(fit)
+    ridge = 0.1 * np.diag(gram)[kept].mean() * np.eye(6)
+    change = gram[np.ix_(dropped, kept)] @ np.linalg.inv(gram[np.ix_(kept, kept)] + ridge)
+    missing = (held - mean)[:, dropped] - (held - mean)[:, kept] @ change.T
+    power = ((held - held.mean(0)) @ weight.T) ** 2
+    error = ((missing @ weight[:, dropped].T) ** 2).sum(1).mean() / power.sum(1).mean()
+    plain = ((held[:, dropped] @ weight[:, dropped].T) ** 2).sum(1).mean() / power.sum(1).mean()
+    torch_of = [torch.from_numpy(one) for one in (kept, dropped, weight)]
+    found = predict(moments, *torch_of, bias=bias, ridges=[0.1])
+    assert found.error == pytest.approx(error, rel=1e-9)
+    assert found.plain_error == pytest.approx(plain, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "llava-siglip-qwen2", "blip2-opt"])
+def test_no_picture_stands_on_both_sides_of_a_fit(name, rows, monkeypatch):
+    model, processor = tiny(name)
+    collator = Collator(processor, packed=can_pack(model, processor, rows.train))
+    fit = calibration_of(data.spread(rows.train, 20, 2, 1), collator, torch.device("cpu")).fit
+    assert any(len({row.picture_key() for row in batch["rows"]}) % 2 for batch in fit)  # an odd number has no middle
+    sides, real = {}, Moments._add
+    first = []
+
+    def heard(self, half, values, times):
+        first.append(self)
+        if self is first[0]:
+            sides.setdefault(half, set()).update(map(tuple, values[times > 0].tolist()))
+        real(self, half, values, times)
+
+    monkeypatch.setattr(Moments, "_add", heard)
+    repair.collect(model, anatomy.describe(model.config), "vision.ffn", fit)
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_padding_of_tokens_that_come_flat_does_not_count():
+    model, _ = tiny("blip2-opt")
+    described, batch = anatomy.describe(model.config), tiny_batch("blip2-opt", model, 3)
+    more = longer(batch)
+    scores, grams = [], []
+    for one in (batch, more):
+        scores.append(importance.score(model, described, ["text.ffn"], "activation", [one]))
+        moments = list(repair.collect(model, described, "text.ffn", [one]).consumers.values())
+        assert sorted(moments[0].count_2.tolist()) == [
+            int(batch["attention_mask"][at].sum()) for at in (slice(1), slice(1, 3))
+        ]
+        grams.append(torch.stack([found.gram() for found in moments]))
+    assert torch.allclose(*grams, rtol=1e-4, atol=1e-6)
+    assert all(torch.allclose(scores[1][name], values, rtol=1e-4) for name, values in scores[0].items())
+
+
+def test_activations_that_are_no_numbers_end_in_a_refusal():
+    moments = Moments(4)
+    moments.add(torch.full((2, 3, 4), 1e200, dtype=torch.float64))
+    with pytest.raises(UserError, match="not finite"):
+        predict(moments, torch.arange(2), torch.arange(2, 4), torch.ones(3, 4), bias=False)
 
 
 def test_weights_that_would_blow_up_take_a_larger_ridge():

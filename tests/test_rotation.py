@@ -8,9 +8,12 @@ import torch
 
 from slimlmm import anatomy, repair, surgery
 from slimlmm.forward import forward
+from slimlmm.prompts import picture_prompt
 from slimlmm.rotation import basis, rotate
+from slimlmm.selfcheck import random_model
 from slimlmm.wiring import NotRotatable, norm_of, trace
 from tiny import NAMES, tiny, tiny_batch
+from zoo import CONFIGS
 
 MAIN = "llava-dinov2-llama"
 AXES = ("text.width", "vision.width")
@@ -88,6 +91,17 @@ def test_an_untied_copy_of_a_tied_model_rotates_exactly():
     assert not stream.wiring.tied
     again = turned(free, other, "text.width", stream, other.axis("text.width").size)
     assert torch.allclose(logits(again, batches[0]), logits(model, batches[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_opening_rms_norm_is_not_taken_for_one_that_centres(seed):
+    model = random_model(CONFIGS["llava-pixtral"](), seed=seed).eval()
+    described, batches = anatomy.describe(model.config), [picture_prompt(model.config, seed=at) for at in range(6)]
+    stream = repair.collect(model, described, "vision.width", batches).stream
+    assert stream.wiring.kinds[stream.wiring.entry] == "rms"
+    again = turned(model, described, "vision.width", stream, described.axis("vision.width").size)
+    wanted = logits(model, batches[0])
+    assert float((logits(again, batches[0]) - wanted).norm() / wanted.norm()) < 0.06  # with centring .26 to .31
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from conftest import stay_in_this_process
-from slimlmm import checkpoint, data, importance, pipeline, plan, recipe, results, rounds
+from slimlmm import checkpoint, data, pipeline, plan, recipe, results, rounds
 from slimlmm.anatomy import describe
-from slimlmm.calibration import calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.evaluate import Interval, score
@@ -239,33 +238,6 @@ def test_verdicts_on_the_promise_are_those_of_a_non_inferiority_test():
     assert said.tasks == {"price": "kept", "brand": "undecided", "claim": "broken"}
     assert results.promise(change, recipe.Recipe(max_drop=0.7)).overall == "undecided"
     assert results.promise(change, recipe.Recipe()) is None
-
-
-@pytest.mark.parametrize("way", ["ablation", "taylor", "last", "random"])
-def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, rows, tmp_path):
-    loaded = checkpoint.load(teacher)
-    collator = Collator(loaded.processor, packed=True)
-    job = SimpleNamespace(
-        cache=TeacherCache(loaded.model, collator, tmp_path),
-        recipe=recipe.Recipe(shrink=2),
-    )
-    turn = recipe.Round(sizes={"vision.blocks": 2}, blocks=way)
-    by = calibration_of(rows.train[:20], collator, loaded.model.device), loss_against(job.cache)
-    kept = rounds._blocks(job, loaded.model, turn, ("vision.blocks", 2), by).tolist()
-    assert kept == sorted(set(kept))
-    assert len(kept) == 2
-    if way == "taylor":
-        anatomy = describe(loaded.model.config)
-        scores = importance.score(loaded.model, anatomy, ["vision.blocks"], "taylor", by[0].fit, by[1])["vision.blocks"]
-        assert set(kept) == set(scores.topk(2).indices.tolist())
-
-
-@pytest.mark.parametrize(
-    ("axis", "way"),
-    [("text.blocks", "last"), ("text.decoder_blocks", "last"), ("text.queries", "magnitude"), ("text.ffn", "taylor")],
-)
-def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way):
-    assert rounds._criterion(recipe.Round(blocks="last", groups="magnitude"), axis) == way
 
 
 def test_judging_blocks_leaves_no_trace_in_what_the_teacher_said(teacher, ads, tmp_path):

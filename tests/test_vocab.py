@@ -16,6 +16,7 @@ from slimlmm import checkpoint
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.surgery import cut
+from slimlmm.token_ids import referenced, renumbered
 from slimlmm.vocab import BYTES, closed_tokens, subset_tokenizer, trim
 from tiny import CORPUS, NAMES, QWEN_SPECIALS, byte_fallback_tokenizer, tiny, tiny_tokenizer
 
@@ -97,6 +98,28 @@ def test_a_model_of_a_byte_fallback_tokenizer_keeps_its_logits(tmp_path, monkeyp
     assert len(ids) < len(processor.tokenizer)
     with torch.no_grad():
         assert torch.equal(model(**x).logits[..., ids], loaded.model(**y).logits)
+
+
+def test_the_side_of_padding_is_said_where_the_class_had_it_by_default(tmp_path):
+    core = json.loads(byte_fallback_tokenizer().backend_tokenizer.to_str())["model"]
+    merges = [tuple(one.split(" ")) if isinstance(one, str) else tuple(one) for one in core["merges"]]
+    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    tokenizer = tf.GemmaTokenizer(vocab=core["vocab"], merges=merges, **ends)
+    assert (tokenizer.padding_side, tokenizer.init_kwargs.get("padding_side")) == ("left", None)
+    subset_tokenizer(tokenizer, closed_tokens(tokenizer, ["the picture"])).save_pretrained(tmp_path)
+    assert tf.AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+
+
+def test_ids_that_stand_in_pairs_are_renumbered_and_what_stands_beside_them_is_not():
+    new, said = (
+        {3: 0, 7: 1},
+        {"sequence_bias": [[[7, 3], 3.0], [[5], -7.0]], "forced_decoder_ids": [[3, 7], [7, None], [1, 5]]},
+    )
+    assert sorted(referenced(said)) == [3, 5, 5, 7, 7]
+    found = renumbered(said, new, 8)
+    assert found == {"sequence_bias": [[[1, 0], 3.0]], "forced_decoder_ids": [[3, 1], [7, None]]}
+    assert renumbered({"sequence_bias": {(7,): -1.5}}, new, 8) == {"sequence_bias": {(1,): -1.5}}
+    assert renumbered({"sequence_bias": None}, new, 8) == {"sequence_bias": None}
 
 
 def test_the_earliest_merges_fill_up():

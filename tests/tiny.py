@@ -365,6 +365,13 @@ def tiny_batch(name: str, model, n: int = 2, seed: int = 0, answer_tokens: int =
     return {key: value.to(model.device) for key, value in batch.items()}
 
 
+def longer(batch: dict[str, torch.Tensor], by: int = 5) -> dict[str, torch.Tensor]:
+    """Return the batch with so many columns of padding more."""
+    filled = {"input_ids": SPECIALS.index("<pad>"), "attention_mask": 0, "labels": -100}
+    more = {key: batch[key].new_full((len(batch[key]), by), value) for key, value in filled.items()}
+    return batch | {key: torch.cat((batch[key], value), 1) for key, value in more.items()}
+
+
 @functools.cache
 def tiny_folder(name: str, root: str) -> pathlib.Path:
     """Save tiny(name) under `root` as a plain Hugging Face folder and return it."""

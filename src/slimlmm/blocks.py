@@ -1,10 +1,15 @@
-"""What goes when blocks go: names that change, and rows that stand outside of the blocks but belong to them."""
+"""What goes when blocks go: names that change, rows that stand outside of the blocks but belong to them; and blocks left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from slimlmm.axes import Slot
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlmm.axes import Axis, Slot
 from slimlmm.probing import edited, skeleton
 from slimlmm.slots import RefusedError
 from slimlmm.views import View, block_changes
@@ -41,3 +46,35 @@ def rows_of_blocks(view: View, layers: str, kept: Sequence[int], units: int) -> 
                 raise RefusedError(f"{old} dim {dim} goes from {a} to {b} with {len(kept)} of {view.blocks} blocks")
             slots.append(Slot(parameter=old, dim=dim, role="produce", inner=a // units))
     return tuple(slots)
+
+
+def layers_of(model: PreTrainedModel, axis: Axis) -> list[list[nn.Module]]:
+    """Return the layers that make up each unit of a block axis, and none for any other axis."""
+    if not axis.layers:
+        return []
+    stride = axis.groups[0].stride
+    layers = list(model.get_submodule(axis.layers).children())
+    return [layers[start : start + stride] for start in range(0, len(layers), stride)]
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would)."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = hidden_of(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states that a layer was called with, first or by name."""
+    hidden: Tensor = (
+        args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)
+    )
+    return hidden

@@ -23,11 +23,13 @@ from transformers import PreTrainedModel
 from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Keep
+from slimlmm.blocks import skipped
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch, fitting, real_tokens
+from slimlmm.collate import Batch, samples_of
 from slimlmm.forward import output_of
-from slimlmm.importance import Loss, at_least_one, evaluating, greedily, mean_loss, skipped
+from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
 from slimlmm.moments import Moments, predict, products_of
+from slimlmm.ranking import greedily
 from slimlmm.repair import Choice, judged, linear_consumers
 from slimlmm.resizing import dead_blocks
 from slimlmm.resuming import Memory
@@ -79,7 +81,7 @@ def greedy_bridged(
 ) -> list[int]:
     """Return the `keep` units of blocks that stay when, one by one, the one that costs least once bridged is dropped; ascending.
 
-    As `importance.greedy_blocks`, but gaps are bridged before they are judged, on rows that no bridge was fitted on: the block
+    As `ranking.greedy_blocks`, but gaps are bridged before they are judged, on rows that no bridge was fitted on: the block
     whose absence hurts most may be the one that its neighbour can stand in for. One pass for each choice that is tried and two
     for each gap; weights are changed in place while a choice is judged, and put back.
     """
@@ -265,8 +267,8 @@ def _moments(
 
 def count(moments: Moments, neurons: Tensor, lacking_BTH: Tensor, batch: Batch, *, text: bool) -> None:
     """Let (h, d) count, what enters a writer and what the stream lacks; of the `text` tower not at padding."""
-    mask = fitting(real_tokens(batch), lacking_BTH) if text else None
-    moments.add(torch.cat((neurons.reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1), mask)
+    both = torch.cat((neurons.reshape(*lacking_BTH.shape[:-1], -1), lacking_BTH), -1)
+    moments.add(*samples_of(batch, text=text).of(both))
 
 
 @torch.no_grad()

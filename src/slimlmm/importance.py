@@ -1,4 +1,4 @@
-"""How much each unit matters: criteria behind one interface, and whole blocks ranked by ablation.
+"""How much each unit matters: criteria behind one interface.
 
 A criterion declares what it needs (nothing, weights, activations or a loss) and returns one score per unit
 of every group; higher means keep. A *loss* is any callable ``(model, batch) -> scalar``: cross-entropy,
@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, U units of a group.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlmm.axes import Anatomy, Axis, Group, Slot
-from slimlmm.collate import Batch, real_tokens
+from slimlmm.axes import Anatomy, Group, Slot
+from slimlmm.blocks import hidden_of, layers_of
+from slimlmm.collate import Batch, fitting, real_tokens
 from slimlmm.errors import UserError, nearest
 from slimlmm.forward import forward
+from slimlmm.norms import kind_of
 from slimlmm.resuming import Memory
 
 #: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
@@ -131,7 +134,14 @@ def score(
     task = Task(model=model, weights=weights, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
     with evaluating(model):
         found = CRITERIA[criterion].measure(task)
-    return {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
+    scores = {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
+    if wrong := [name for name, values in scores.items() if not bool(values.isfinite().all())]:
+        raise UserError(
+            f"{criterion}: {len(wrong)} of {len(scores)} groups have scores that are no numbers, {wrong[0]} first: weights of "
+            "the model are none, or what it computes overflows its number format. Mend its weights, or save it in bfloat16 or "
+            "float32."
+        )
+    return scores
 
 
 def needs_of(criterion: str) -> Needs:
@@ -142,10 +152,10 @@ def needs_of(criterion: str) -> Needs:
 
 
 def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"] = "block") -> Scores:
-    """Scale scores so that they can be compared across groups: mean 1 in every group, or in every tower.
+    """Scale scores so that they can be compared across groups: a mean size of 1 in every group, or in every tower.
 
-    ``block`` divides each group by its own mean (all groups weigh the same, as uniform sizes want it);
-    ``modality`` divides by the mean over the whole tower (the part of the axis name before the dot) and keeps
+    ``block`` divides each group by its own mean size (all groups weigh the same, as uniform sizes want it);
+    ``modality`` divides by that over the whole tower (the part of the axis name before the dot) and keeps
     differences between its layers. Scores of two towers or two axes are on different scales and compare only
     after this. Source: UKMP (AAAI 2025).
     """
@@ -156,7 +166,8 @@ def normalise(scores: Scores, anatomy: Anatomy, per: Literal["block", "modality"
     pools: dict[str, list[Tensor]] = {}
     for name, values in scores.items():
         pools.setdefault(family(name), []).append(values)
-    means = {key: torch.cat(pool).mean().clamp(min=torch.finfo(torch.float64).tiny) for key, pool in pools.items()}
+    tiny = torch.finfo(torch.float64).tiny
+    means = {key: torch.cat(pool).abs().mean().clamp(min=tiny) for key, pool in pools.items()}
     return {name: values / means[family(name)] for name, values in scores.items()}
 
 
@@ -171,12 +182,14 @@ def taylor(task: Task) -> Scores:
     eq. 8 without the square.
     """
     totals, named = _zeros(task), dict(task.model.named_parameters(remove_duplicate=False))
-    shares = {named[name]: found for name, found in _shares(task).items()}
+    by_name = _shares(task)
+    shares = {named[name]: found for name, found in by_name.items()}
+    less_one = {named[name] for name in _less_one(task, by_name)}
 
     def reduce(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        product = gradient.mul_(parameter.detach())
+        product = gradient.mul_(parameter.detach() + 1 if parameter in less_one else parameter.detach())
         sums = {dim: row_sums(product, dim) for dim in {share.dim for share in shares[parameter]}}
         for share in shares[parameter]:
             totals[share.group.name] += share.owned(sums[share.dim]).to("cpu", torch.float64)
@@ -194,9 +207,10 @@ def taylor(task: Task) -> Scores:
 
 def magnitude(task: Task) -> Scores:
     """Score by weight: the L2 norm of everything the unit owns, sqrt(sum w^2). Needs no data."""
-    totals = _zeros(task)
-    for name, shares in _shares(task).items():
-        weights = task.weights[name].detach()
+    totals, by_name = _zeros(task), _shares(task)
+    less_one = _less_one(task, by_name)
+    for name, shares in by_name.items():
+        weights = task.weights[name].detach() + (name in less_one)
         sums = {dim: square_sums(weights, dim) for dim in {share.dim for share in shares}}
         for share in shares:
             totals[share.group.name] += share.owned(sums[share.dim]).to("cpu", torch.float64)
@@ -223,6 +237,7 @@ def activation(task: Task) -> Scores:
     modules = dict(task.model.named_modules())
     mask: list[Tensor | None] = [None]
     partial: dict[tuple[str, Slot], Tensor] = {}
+    tokens = _zeros(task)
 
     def consumer(group: Group, slot: Slot) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -237,13 +252,16 @@ def activation(task: Task) -> Scores:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before, after = hidden_of(args, kwargs), output[0] if isinstance(output, tuple) else output
             change = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            squares[group.name][index] += change.mean().item()
+            weight = fitting(mask[0], before) if group.axis.startswith("text.") else None
+            weight = torch.ones_like(change) if weight is None else weight.to(change)
+            squares[group.name][index] += float((change * weight).sum())
+            tokens[group.name][index] += float(weight.sum())
 
         return hook
 
     with ExitStack() as stack, torch.no_grad():
         for group in task.groups:
-            blocks = _blocks(task.model, task.anatomy.axis(group.axis))
+            blocks = layers_of(task.model, task.anatomy.axis(group.axis))
             for index, layers in enumerate(blocks):
                 for layer in layers:
                     handle = layer.register_forward_hook(block(group, index), with_kwargs=True)
@@ -256,7 +274,7 @@ def activation(task: Task) -> Scores:
             forward(task.model, batch)
     for (name, _slot), found in partial.items():
         squares[name] += found.sqrt()
-    return squares
+    return {name: found / tokens[name].clamp(min=1) for name, found in squares.items()}
 
 
 def ablation(task: Task) -> Scores:
@@ -315,57 +333,12 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def rank_blocks(model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss) -> Tensor:
-    """Return how much the mean loss grows when each block alone is skipped; [blocks] fp64, unit of the loss.
-
-    One pass over `batches` per block. First-order Taylor ranks whole blocks badly: skipping is no small
-    change.
-    """
-    blocks = _blocks(model, anatomy.axis(axis))
-    with evaluating(model):
-        uncut = mean_loss(model, batches, loss)
-        growth = []
-        for block in blocks:
-            with skipped(block):
-                growth.append(mean_loss(model, batches, loss) - uncut)
-    return torch.tensor(growth, dtype=torch.float64)
-
-
-def greedy_blocks(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
-) -> list[int]:
-    """Return the `keep` blocks that stay when, one at a time, the one that costs least is dropped; ascending.
-
-    Each step measures every remaining block with the earlier ones already skipped: (L + keep + 1)(L - keep) /
-    2 passes for L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand
-    in for each other.
-    """
-    blocks, group = _blocks(model, anatomy.axis(axis)), anatomy.axis(axis).groups[0]
-    if not group.least <= keep <= len(blocks):
-        raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for {group.least} to {len(blocks)}.")
-
-    def cost(stays: list[int]) -> float:
-        with skipped([block for unit, each in enumerate(blocks) if unit not in stays for block in each]):
-            return mean_loss(model, batches, loss)
-
-    with evaluating(model):
-        return greedily(group, keep, cost)
-
-
-def greedily(group: Group, keep: int, cost: Callable[[list[int]], float]) -> list[int]:
-    """Return the `keep` units that stay when, one by one, the unit is dropped without which the others cost least; ascending."""
-    kept = list(range(group.units))
-    while len(kept) > keep:
-        tries = [[other for other in kept if other != unit] for unit in kept]
-        kept = min((stays for stays in tries if group.allows(stays)), key=cost)
-    return kept
-
-
 def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss) -> float:
-    """Return the mean of `loss` over batches, without gradients."""
+    """Return the mean of `loss` over batches, without gradients; infinity where it is no number: that is never the least."""
     with torch.no_grad():
         values = [float(loss(model, batch)) for batch in at_least_one(batches, "measuring the loss")]
-    return sum(values) / len(values)
+    mean = sum(values) / len(values)
+    return float("inf") if math.isnan(mean) else mean
 
 
 @contextmanager
@@ -394,38 +367,6 @@ def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Tensor]) -> I
         for parameter, flag in before:
             parameter.grad = None
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would)."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = hidden_of(args, kwargs)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
-        yield
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states that a layer was called with, first or by name."""
-    hidden: Tensor = (
-        args[0] if args else next(kwargs[key] for key in ("hidden_states", "hidden_state") if key in kwargs)
-    )
-    return hidden
-
-
-def _blocks(model: PreTrainedModel, axis: Axis) -> list[list[nn.Module]]:
-    """Return the layers that make up each unit of a block axis, and none for any other axis."""
-    if not axis.layers:
-        return []
-    stride = axis.groups[0].stride
-    layers = list(model.get_submodule(axis.layers).children())
-    return [layers[start : start + stride] for start in range(0, len(layers), stride)]
 
 
 def _linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[Slot]:
@@ -472,10 +413,18 @@ def _shares(task: Task) -> dict[str, list[Share]]:
     return shares
 
 
+def _less_one(task: Task, shares: Mapping[str, list[Share]]) -> frozenset[str]:
+    """Return the parameters that hold the factor of a norm less one (Gemma's): a unit that goes takes the whole factor along."""
+    affine = {name for name, found in shares.items() if any(one.slot and one.slot.role == "affine" for one in found)}
+    owners = {name: task.model.get_submodule(name.rpartition(".")[0]) for name in affine if name.endswith(".weight")}
+    return frozenset(name for name, module in owners.items() if kind_of(module) == "rms1")
+
+
 def _sequence_means(size_BTU: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) is one sequence."""
+    """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) is one, unless the mask has as many."""
     if size_BTU.dim() == 2:
-        size_BTU = size_BTU[None]
+        flat = mask_BT is not None and mask_BT.numel() == len(size_BTU)
+        size_BTU = size_BTU.unflatten(0, mask_BT.shape) if flat and mask_BT is not None else size_BTU[None]
     size_BTU = size_BTU.flatten(1, -2)
     if mask_BT is None or mask_BT.shape != size_BTU.shape[:2]:
         return size_BTU.mean(1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Keep
-from slimlmm.collate import Batch, fitting, real_tokens
+from slimlmm.collate import Batch, samples_of
 from slimlmm.forward import output_of
 from slimlmm.importance import at_least_one, evaluating
 from slimlmm.lowrank import Factors, fitted
@@ -175,11 +175,12 @@ def listen(model: PreTrainedModel, path: Path, batches: Sequence[Batch], *, text
         stream_BTH, heads_BTC, again = _heard(model, path, batch)
         pooled_BTKX = pooled(path, stream_BTH, again)
         lost_BTO = heads_BTC[..., dropped.to(heads_BTC.device)] @ lost.T
-        mask = fitting(real_tokens(batch), heads_BTC) if text else None
+        _, mask, first = samples_of(batch, text=text).of(heads_BTC)
         if mask is None:
             mask = torch.ones(heads_BTC.shape[:-1], dtype=torch.bool, device=heads_BTC.device)
+        mask = mask.view(heads_BTC.shape[:-1])
         _check(path, pooled_BTKX[mask], heads_BTC[mask])
-        moments.add(torch.cat((pooled_BTKX.flatten(-2), lost_BTO), -1), mask)
+        moments.add(torch.cat((pooled_BTKX.flatten(-2), lost_BTO), -1), mask, first)
     return moments
 
 

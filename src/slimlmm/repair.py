@@ -9,6 +9,7 @@ readers. `fold` returns the keep-sets to cut with, because after a rotation the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from transformers import PreTrainedModel
 from slimlmm import merging, surgery
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch, fitting, real_tokens
+from slimlmm.collate import Batch, Samples, samples_of
+from slimlmm.errors import UserError
 from slimlmm.forward import forward
 from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
 from slimlmm.merging import NotMergeableError, merge
@@ -66,7 +68,8 @@ def collect(
     modules = dict(model.named_modules())
     chosen = None if groups is None else set(groups)
     with ExitStack() as stack, evaluating(model), torch.no_grad():
-        ears = _Ears(stack, text=axis.startswith("text."))
+        ears = _Ears(stack)
+        text = axis.startswith("text.")
         for group in anatomy.axis(axis).groups:
             if chosen is not None and group.name not in chosen:
                 continue
@@ -92,17 +95,17 @@ def collect(
                 found.consumers[slot.parameter] = moments
                 ears.attach(linear, moments)
         for batch in at_least_one(batches, f"repairing {axis}"):
-            ears.mask = real_tokens(batch)
+            ears.samples = samples_of(batch, text=text)
             forward(model, batch)
     return found
 
 
 class _Ears:
-    """Hooks that feed moments with inputs of modules, until `stack` closes; `mask` is the batch's."""
+    """Hooks that feed moments with inputs of modules, until `stack` closes; `samples` are the batch's."""
 
-    def __init__(self, stack: ExitStack, *, text: bool) -> None:
-        self.stack, self.text = stack, text
-        self.mask: Tensor | None = None
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.samples = Samples()
 
     def attach(
         self, module: nn.Module, moments: Moments, view: Callable[[Tensor], Tensor] = lambda values: values
@@ -114,7 +117,8 @@ class _Ears:
             values = inputs[0].detach()
             ranks.add(values.dim())
             if values.dim() == max(ranks):
-                moments.add(view(values), fitting(self.mask, values) if self.text else None)
+                values, weight, first = self.samples.of(values)
+                moments.add(view(values), weight, first)
 
         self.stack.callback(module.register_forward_pre_hook(hear).remove)
 
@@ -234,18 +238,19 @@ def fold_best(
     calibration: Calibration,
     loss: Loss,
     ways: Collection[str] = ("refit", "rotate", "merge"),
+    first: Statistics | None = None,
 ) -> Folded:
     """Try ways to repair this cut; return the cut model of least loss on unseen rows.
 
     Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
     the embedding); dropped heads merged into kept ones. Measured, because a rotation is approximate behind tied heads and
     opening norms. A way that turns out to be impossible is left out, and the reason is told. Holds one more copy
-    and two cut models, and the moments of `in_parts`' largest part.
+    and two cut models, and the moments of `in_parts`' largest part. `first`: the `first_moments`, where they are known.
     """
     parts, fit = in_parts(model, anatomy.axis(axis)), calibration.fit
-    first = Statistics(axis=axis)
-    if {"refit", "rotate"} & set(ways):
-        first = collect(model, anatomy, axis, fit, groups=parts[0])
+    if first is None:
+        wanted = {"refit", "rotate"} & set(ways)
+        first = first_moments(model, anatomy, axis, fit) if wanted else Statistics(axis=axis)
 
     def folded(trial: PreTrainedModel, power: float | None = None) -> Keep:
         """Rotate the stream, where a power says how, and refit consumers, part by part."""
@@ -262,6 +267,11 @@ def fold_best(
     if "merge" in ways and anatomy.axis(axis).noun in merging.NOUNS:
         made.append(("merge", _merging(anatomy, axis, keep, fit)))
     return _least(model, anatomy, axis, (calibration, loss), made, first.reason)
+
+
+def first_moments(model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch]) -> Statistics:
+    """Return the moments that `fold_best` begins with: of the first of the axis' parts, which all its sizes share."""
+    return collect(model, anatomy, axis, batches, groups=in_parts(model, anatomy.axis(axis))[0])
 
 
 def _least(
@@ -289,6 +299,11 @@ def _least(
         if best is None or tries[-1].loss < best[0].loss:
             best = tries[-1], cut, kept
     assert best is not None
+    if math.isinf(best[0].loss):
+        names = ", ".join(one.name for one in tries)
+        raise UserError(
+            f"{axis}: the loss of the cut model is no number, whatever the repair ({names}), so it was not cut."
+        )
     return Folded(model=best[1], keep=best[2], tries=tries, reason=reason)
 
 

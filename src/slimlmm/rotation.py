@@ -142,6 +142,11 @@ class _Rotation:
         """The wiring of the stream."""
         return self.stream.wiring
 
+    @property
+    def _centres(self) -> bool:
+        """Whether the norm that opens the stream takes the mean away: a LayerNorm does, an RMSNorm does not."""
+        return self.wiring.kinds[self.wiring.entry] == "layer"
+
     def producers(self) -> None:
         """Multiply what writes the stream by s B, with LayerScale or the opening norm's weight folded in."""
         for slot in self.group.slots:
@@ -150,8 +155,9 @@ class _Rotation:
                 continue
             matrix = self.change * self.scale
             if slot.parameter in self.wiring.before_entry:
-                weight = self._weight(self.wiring.entry)
-                matrix = matrix * weight @ (torch.eye(len(weight), dtype=matrix.dtype) - 1 / len(weight)).to(matrix)
+                matrix = matrix * self._weight(self.wiring.entry)
+                if self._centres:
+                    matrix = matrix - matrix.mean(1, keepdim=True)
             elif name in self.wiring.scaled:
                 matrix = matrix * self._weight(self.wiring.scaled[name]) / self._scale_size(name)
             elif slot.parameter == self.wiring.tied:
@@ -193,7 +199,8 @@ class _Rotation:
                 weight.fill_(self.size_of[linear])
             elif name == self.wiring.entry:
                 opening = self.change * self._weight(name)
-                opening[: self.size] -= opening[: self.size].mean(0)
+                if self._centres:
+                    opening[: self.size] -= opening[: self.size].mean(0)
                 share = self._share(name, opening)
                 if bias is not None:
                     bias.copy_(self.scale * self.change @ bias.double())

@@ -10,16 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import bridging, checkpoint, importance, leaving, plan, repair, results, room, surgery, vocab
+from slimlmm import checkpoint, cutting, leaving, plan, results, room, surgery, vocab
 from slimlmm.anatomy import describe
-from slimlmm.axes import Keep, noun_of
-from slimlmm.calibration import Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.enduring import enduring, put_back
@@ -28,14 +23,12 @@ from slimlmm.evaluate import Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
-from slimlmm.importance import Loss
 from slimlmm.job import Done, Handed, Job, Place
 from slimlmm.journal import Journal, Parts
 from slimlmm.recipe import Round, Training
 from slimlmm.resizing import cut_in_turn, predict_parameters
 from slimlmm.runfolder import is_whole
 from slimlmm.saving import Saving
-from slimlmm.settling import settle_best
 from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
 
@@ -106,7 +99,7 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         stage=place.stage,
         round=place.index,
         half=place.half,
-        criterion=", ".join(dict.fromkeys(_criterion(turn, axis) for axis in turn.sizes)) or None,
+        criterion=", ".join(dict.fromkeys(cutting.criterion_of(turn, axis) for axis in turn.sizes)) or None,
         before={axis: before[axis] for axis in changed},
         after={axis: after[axis] for axis in changed},
         parameters_before=counted,
@@ -220,12 +213,6 @@ def _train(
     return enduring(make, settings, reset, lambda text: job.tell.say(f"{place} training {part + 1}: {text}"))
 
 
-def _criterion(turn: Round, axis: str) -> str:
-    """Return how this round chooses the units of an axis."""
-    ways = {"blocks": turn.blocks, "decoder_blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}
-    return ways.get(noun_of(axis), turn.criterion)
-
-
 def _training_facts(trained: Sequence[TrainResult]) -> dict[str, Any]:
     """Return the sums over a round's trainings and the last losses."""
     last = trained[-1].history[-1] if trained and trained[-1].history else {}
@@ -256,15 +243,16 @@ def _without(
     sizes = {axis: size for axis, size in turn.sizes.items() if size != anatomy.axis(axis).size}
     if not sizes:
         return model, []
-    by = _calibration(job, model, processor)
+    by = cutting.calibrated(job, model, processor)
     if not turn.fade:
-        return _smaller(job, model, turn, by, folder), []
+        return cutting.smaller(job, model, turn, by, folder), []
     if reason := turn.cannot_fade():  # of a recipe that another was made from
         raise UserError(f"{place}: fade={turn.fade}: {reason}.")
     keeps, gate = {}, Gate()
     for axis in cuts_in_order(anatomy, sizes):
-        scores, keeps[axis] = _choose(job, model, turn, (axis, sizes[axis]), by)
-        _written(job, (axis, anatomy.axis(axis).size, sizes[axis]), keeps[axis], scores, [], "", folder)
+        seen = cutting.sight(job, model, turn, axis, by, moments=False)
+        keeps[axis] = cutting.chosen(job, model, turn, (axis, sizes[axis]), by, seen)
+        cutting.written(job, (axis, anatomy.axis(axis).size, sizes[axis]), keeps[axis], seen.scores, folder)
     student = copy.deepcopy(model)  # the model itself may be the teacher, or what a rollback hands over
     with fading(student, anatomy, keeps, gate):
         check_cut(student, keeps, gate, by[0].judge[0])
@@ -272,134 +260,6 @@ def _without(
         span = Span(first=0, last=turn.fade, callbacks=(Ramp(gate, turn.fade),))
         trained = _train(job, student, processor, settings, (place, 0), folder, span, lambda: put_back(model, student))
     return cut_all(student, keeps), [trained]
-
-
-def _smaller(
-    job: Job, model: PreTrainedModel, turn: Round, by: tuple[Calibration, Loss], folder: Path
-) -> PreTrainedModel:
-    """Cut all axes of the round in turn, then settle the stream of the result; returns `model` itself where nothing is cut."""
-    student, kept = model, {}
-    for axis, size in turn.sizes.items():
-        found = describe(student.config).axis(axis)
-        if size == found.size:
-            continue
-        student, keep = _cut(job, student, turn, (axis, size), by, folder)
-        if found.kind == "blocks":
-            kept[axis] = found.groups[0].layers(keep[axis].tolist())
-    if student is model or "settle" not in turn.repair:
-        return student
-    student, tries = settle_best(student, model, kept, *by)
-    if tries:
-        job.tell.say("  settling", **{one.name: one.loss for one in tries})
-        write_json(folder / "settling.json", {one.name: one.loss for one in tries})
-    return student
-
-
-def _calibration(job: Job, model: PreTrainedModel, processor: Any) -> tuple[Calibration, Loss]:
-    """Return the calibration rows as batches of this model, and the loss that they are judged by; the teacher is asked now."""
-    assert job.cache is not None
-    collator = Collator(processor, packed=can_pack(model, processor, job.calibration))
-    calibration = calibration_of(job.calibration, collator, model.device)
-    for batch in (*calibration.fit, *calibration.judge):
-        job.cache.of(batch)  # now: the teacher may be the very model whose blocks are left out while they are judged
-    job.cache.flush()  # a process that goes on behind these cuts would ask rows in other company, for other last bits
-    return calibration, loss_against(job.cache)
-
-
-def trial(job: Job, model: PreTrainedModel, processor: Any, turn: Round, folder: Path) -> tuple[PreTrainedModel, float]:
-    """Make the cuts of a round with their repairs, untrained; return what comes out and its loss on rows that no fit saw."""
-    calibration, loss = by = _calibration(job, model, processor)
-    student = _smaller(job, model, turn, by, folder)
-    return student, repair.judged("", student, calibration.judge, loss).loss
-
-
-def _cut(
-    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss], folder: Path
-) -> tuple[PreTrainedModel, Keep]:
-    """Choose the units of one axis, repair, cut, and write the plan with its scores."""
-    (axis, size), (calibration, loss) = what, by
-    anatomy = describe(model.config)
-    found = anatomy.axis(axis)
-    tries: list[repair.Choice] = []
-    reason = ""
-    scores, keep = _choose(job, model, turn, what, by)
-    if found.kind == "blocks" and "bridge" in turn.repair:
-        student, tries = bridging.bridge_best(model, anatomy, axis, keep, calibration, loss)
-    elif scores and {"refit", "rotate", "merge"} & set(turn.repair):
-        done = repair.fold_best(model, anatomy, axis, keep, calibration, loss, turn.repair)
-        student, keep, tries, reason = done.model, done.keep, done.tries, done.reason
-    else:
-        student = surgery.cut(model, anatomy, axis, keep)
-    kept = {axis: keep[axis].tolist()} if found.kind == "blocks" else None  # blocks may differ in size
-    predicted = predict_parameters(model.config, {axis: size}, kept)
-    if student.num_parameters() != predicted:
-        raise UserError(
-            f"{axis}={size}: {predicted:,} parameters were predicted, {student.num_parameters():,} counted."
-        )
-    _written(job, (axis, found.size, size), keep, scores, tries, reason, folder)
-    return student, keep
-
-
-def _choose(
-    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss]
-) -> tuple[dict[str, Tensor], Keep]:
-    """Return the scores of an axis (none of blocks) and what stays of it."""
-    (axis, size), (calibration, loss) = what, by
-    anatomy = describe(model.config)
-    if anatomy.axis(axis).kind == "blocks":
-        return {}, {axis: _blocks(job, model, turn, what, by)}
-    criterion = _criterion(turn, axis)
-    batches = calibration.rank if criterion == "ablation" else calibration.fit
-    scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed)
-    return scores, plan.choose(scores, anatomy, axis, size)
-
-
-def _written(
-    job: Job,
-    what: tuple[str, int, int],
-    keep: Keep,
-    scores: dict[str, Tensor],
-    tries: list[repair.Choice],
-    reason: str,
-    folder: Path,
-) -> None:
-    """Write down what one axis loses, by which scores, and what repairs were tried."""
-    axis, before, after = what
-    if scores:
-        save_file({name: values.contiguous() for name, values in scores.items()}, folder / f"scores-{axis}.safetensors")
-    write_json(
-        folder / f"plan-{axis}.json",
-        {
-            "axis": axis,
-            "before": before,
-            "after": after,
-            "repairs_tried": {one.name: one.loss for one in tries},
-            "not_tried_because": reason or None,
-            "keep": {name: units.tolist() for name, units in keep.items()},
-        },
-    )
-    job.tell.say(f"  {axis} {before} -> {after}", **{one.name: one.loss for one in tries})
-
-
-def _blocks(
-    job: Job, model: PreTrainedModel, turn: Round, what: tuple[str, int], by: tuple[Calibration, Loss]
-) -> Tensor:
-    """Return the blocks that stay."""
-    (axis, size), (calibration, loss) = what, by
-    anatomy = describe(model.config)
-    group = anatomy.axis(axis).groups[0]
-    count = group.kept(size)
-    if turn.blocks == "last":
-        return group.first(count)
-    if turn.blocks == "taylor":
-        scores = importance.score(model, anatomy, [axis], "taylor", calibration.fit, loss)
-        return plan.choose(scores, anatomy, axis, size)[group.name]
-    if turn.blocks == "random":
-        generator = torch.Generator().manual_seed(job.recipe.seed)
-        return group.best(torch.rand(group.units, generator=generator), count)
-    if "bridge" in turn.repair:
-        return torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))
-    return torch.tensor(importance.greedy_blocks(model, anatomy, axis, calibration.judge, loss, count))
 
 
 def _score(job: Job, model: PreTrainedModel, processor: Any, what: str) -> Score:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from slimlmm import rounds
+from slimlmm.cutting import Trials
 from slimlmm.errors import UntriedError, UserError
 from slimlmm.files import read_json, write_json
 from slimlmm.job import Job
@@ -77,22 +78,24 @@ def curves(
     """
     wanted = {axis: sampled(space, axis, points) for axis in movable(space)}
     known = read_json(TypeAdapter(dict[str, float]), kept) if kept.exists() else {}
+    with TemporaryDirectory() as scratch:
+        trials = cache(
+            lambda: Trials(job, model, processor, TRIAL, Path(scratch))
+        )  # rows are read where something is tried
 
-    def loss(name: str, sizes: dict[str, int]) -> float:
-        if name not in known:
-            with TemporaryDirectory() as scratch:
-                turn = TRIAL.model_copy(update={"sizes": sizes})
-                known[name] = rounds.trial(job, model, processor, turn, Path(scratch))[1]
-            write_json(kept, known)
-        return known[name]
+        def loss(name: str, cut: tuple[str, int] | None = None) -> float:
+            if name not in known:
+                known[name] = trials().loss(*cut) if cut else trials().uncut()
+                write_json(kept, known)
+            return known[name]
 
-    found: dict[str, Curve] = {}
-    for axis, sizes in wanted.items():
-        measured = {space.axes[axis].size: 0.0}
-        for size in sizes:
-            measured[size] = loss(f"{axis}={size}", {axis: size}) - loss("uncut", {})
-            job.tell.say("tried a size", axis=axis, size=size, loss=measured[size])
-        found[axis] = Curve.through(axis, measured)
+        found: dict[str, Curve] = {}
+        for axis, sizes in wanted.items():
+            measured = {space.axes[axis].size: 0.0}
+            for size in sizes:
+                measured[size] = loss(f"{axis}={size}", (axis, size)) - loss("uncut")
+                job.tell.say("tried a size", axis=axis, size=size, loss=measured[size])
+            found[axis] = Curve.through(axis, measured)
     return found
 
 

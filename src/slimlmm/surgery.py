@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
-from slimlmm.blocks import renamed
+from slimlmm.blocks import renamed, skipped
 from slimlmm.errors import UserError
 from slimlmm.families import family_of, stock_class
-from slimlmm.importance import skipped
 from slimlmm.probing import Place
 from slimlmm.resizing import dead_blocks, resized
 from slimlmm.token_ids import new_ids, renumbered

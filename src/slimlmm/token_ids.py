@@ -11,7 +11,9 @@ from slimlmm.errors import UserError
 #: a key that ends like this holds one token id or a list of them, in any configuration or processor
 SUFFIXES = ("token_id", "token_ids", "token_index")
 #: keys of other names that do
-NAMES = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids")
+NAMES = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+#: keys of pairs of which one side holds ids: (ids, bias), as a list or a dict; (position, id)
+BIASED, FORCED = "sequence_bias", "forced_decoder_ids"
 
 
 def is_id(key: str) -> bool:
@@ -25,6 +27,12 @@ def referenced(*settings: Mapping[str, Any]) -> Iterator[int]:
         for key, value in data.items():
             if is_id(key):
                 yield from _flat(value)
+            elif key in (BIASED, FORCED):
+                yield from (one for pair in _pairs(value) for one in _flat(pair[key == FORCED]))
+
+
+def _pairs(value: Any) -> list[Any]:
+    return list(value.items() if isinstance(value, Mapping) else value or ())
 
 
 def _flat(value: Any) -> Iterator[int]:
@@ -44,7 +52,22 @@ def new_ids(kept: Iterable[int], group: Group) -> dict[int, int]:
 
 def renumbered(data: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, Any]:
     """Return `data` with its token ids renamed by `new` (old id -> new id), all other keys as they are."""
-    return {key: renumber(key, value, new, size) if is_id(key) else value for key, value in data.items()}
+
+    def changed(key: str, value: Any) -> Any:
+        if key in (BIASED, FORCED) and value:
+            return _renumbered_pairs(key, value, new, size)
+        return renumber(key, value, new, size) if is_id(key) else value
+
+    return {key: changed(key, value) for key, value in data.items()}
+
+
+def _renumbered_pairs(key: str, value: Any, new: Mapping[int, int], size: int) -> Any:
+    """Return pairs with the side of ids renamed; those of a dropped id go."""
+    stay = [pair for pair in _pairs(value) if not any(_dropped(one, new, size) for one in _flat(pair[key == FORCED]))]
+    if key == FORCED:
+        return [[place, renumber(key, token, new, size)] for place, token in stay]
+    found = [[renumber(key, ids, new, size), bias] for ids, bias in stay]
+    return {tuple(ids): bias for ids, bias in found} if isinstance(value, Mapping) else found
 
 
 def renumber(key: str, value: Any, new: Mapping[int, int], size: int) -> Any:

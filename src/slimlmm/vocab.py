@@ -165,9 +165,10 @@ def subset_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pre
     spec["padding"] = spec["truncation"] = None  # set anew at every call; they hold ids too
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _STALE}
     settings |= {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    # what the source's class has by default, the class of the trimmed one may not, so it is said in its files
+    settings |= {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
     trimmed: PreTrainedTokenizerFast = _FAST(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **settings)
     trimmed.chat_template = tokenizer.chat_template
-    trimmed.padding_side = tokenizer.padding_side
     return trimmed
 
 
