@@ -7,6 +7,7 @@ import torch
 
 from slimlmm import bridging, surgery
 from slimlmm.anatomy import describe
+from slimlmm.blocks import skipped
 from slimlmm.bridging import NoBridgeError, bridge_best, bridged, gaps, greedy_bridged
 from slimlmm.calibration import Calibration
 from slimlmm.forward import answer_logits
@@ -138,7 +139,7 @@ def test_every_cost_is_that_of_whole_passes(monkeypatch):
     config = tiny_config("llava-dinov2-llama")
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 5
     model = random_model(config)
-    batches = batches_of("llava-dinov2-llama", model, count=3)
+    batches = batches_of("llava-dinov2-llama", model, count=5)
     calibration = Calibration(fit=batches[:2], judge=batches[2:])
     for axis in ("vision.blocks", "text.blocks"):
         costs = []
@@ -153,6 +154,23 @@ def test_every_cost_is_that_of_whole_passes(monkeypatch):
             costs.append(seen)
         assert len(costs[0]) == 5 + 4 + 3
         assert costs[0] == pytest.approx(costs[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava-dinov2-llama", "qwen2_5_vl"])
+def test_a_block_left_out_alone_runs_once_and_gives_what_it_is_given(name):
+    model = random_model(tiny_config(name))
+    batches = batches_of(name, model, count=3)
+    block, ran = model.get_submodule(describe(model.config).axis("text.blocks").layers)[1], []
+    real = block.forward
+    block.forward = lambda *args, **named: ran.append(1) or real(*args, **named)
+    found = []
+    for alone in (False, True):
+        with skipped([block], alone=alone):
+            found.append(mean_loss(model, batches, loss))
+    assert found[0] == found[1]
+    assert len(ran) == 3 + 1
+    mean_loss(model, batches[:1], loss)
+    assert len(ran) == 3 + 1 + 1
 
 
 def test_all_kept_or_the_first_ones_dropped_leave_nothing_to_bridge(case):

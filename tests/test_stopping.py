@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+from slimlmm import stopping
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.distill import train
-from slimlmm.errors import UserError
+from slimlmm.errors import LossError, UserError
 from slimlmm.recipe import Training
 from slimlmm.stopping import validation_loss
 from tiny import tiny
@@ -46,6 +47,14 @@ def test_looking_does_not_change_a_training_whose_last_weights_are_best(rows, tm
     assert [step for step, _ in found.looks] == [4, 6]
     assert found.kept_step == 6
     assert all(torch.equal(plain[name], looked[name]) for name in plain)
+
+
+def test_weights_of_which_no_look_gave_a_number_are_not_handed_over(rows, tmp_path, monkeypatch):
+    model, processor = tiny("llava-dinov2-llama")
+    monkeypatch.setattr(stopping, "validation_loss", lambda *_: float("nan"))
+    settings = Training(steps=2, pictures_per_step=2, losses={"cross_entropy": 1.0}, validate_every=1)
+    with pytest.raises(LossError, match="no number at any of 2 looks"):
+        train(model, processor, rows.train, settings, tmp_path, validation=rows.validation)
 
 
 @pytest.mark.parametrize(

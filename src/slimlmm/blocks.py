@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,8 +59,12 @@ def layers_of(model: PreTrainedModel, axis: Axis) -> list[list[nn.Module]]:
 
 
 @contextmanager
-def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would)."""
+def skipped(layers: Iterable[nn.Module], *, alone: bool = False) -> Iterator[None]:
+    """Within the block these layers hand their input on unchanged (as tensor or tuple, as they would).
+
+    They run nevertheless, as others may read what they leave behind (keys of a later block), unless they stand `alone`: then
+    one that gives a tensor runs once, to show it.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = hidden_of(args, kwargs)
@@ -67,9 +72,39 @@ def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer in layers:
+            if alone:
+                stack.enter_context(forward_of(layer, _HandingOn(layer.forward)))
             handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         yield
+
+
+@dataclass(slots=True)
+class _HandingOn:
+    """The forward of a layer that is left out: it runs until it has shown that it gives a tensor, then its input is enough."""
+
+    runs: Callable[..., Any]
+    plain: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plain:
+            return hidden_of(args, kwargs)
+        output = self.runs(*args, **kwargs)
+        self.plain = isinstance(output, Tensor)
+        return output
+
+
+@contextmanager
+def forward_of(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `forward` is that of the layer."""
+    own = layer.__dict__.get("forward")
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if own is not None:
+            layer.__dict__["forward"] = own
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -100,7 +100,8 @@ def greedy_bridged(
             for gap in found:
                 stack.enter_context(_put_back(gap.writer))
                 _put(gap.writer, patches[gap.first, gap.last])
-            stack.enter_context(skipped([model.get_submodule(f"{layers}.{number}") for number in gone]))
+            left_out = [model.get_submodule(f"{layers}.{number}") for number in gone]
+            stack.enter_context(skipped(left_out, alone=bool(memory.order)))
             stack.enter_context(evaluating(model))
             first = max(0, gone[0] - 1)  # the bridge stands before the gap
             stack.enter_context(memory.resumed(model, f"{layers}.{first}"))

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
+from slimlmm.blocks import forward_of
 from slimlmm.collate import Batch
 from slimlmm.forward import forward, output_of
 
@@ -118,7 +119,7 @@ class Memory:
                 stack.callback(now.watch(model).remove)
             for name in ahead:
                 block = model.get_submodule(name)
-                stack.enter_context(_instead(block, _Handing(self, name, now, block.forward)))
+                stack.enter_context(forward_of(block, _Handing(self, name, now, block.forward)))
             yield
 
     def given(self, key: tuple[Any, ...]) -> _Given | None:
@@ -174,19 +175,6 @@ class _Handing:
 
     def __deepcopy__(self, _memo: Any) -> NoReturn:
         raise RuntimeError(f"a model is copied while {self.name} hands out what it gave; its copy would do so for good")
-
-
-@contextmanager
-def _instead(block: nn.Module, handing: _Handing) -> Iterator[None]:
-    """Within the block `handing` is the forward of a block."""
-    own = block.__dict__.get("forward")
-    block.__dict__["forward"] = handing
-    try:
-        yield
-    finally:
-        del block.__dict__["forward"]
-        if own is not None:
-            block.__dict__["forward"] = own
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimlmm.collate import Batch
+from slimlmm.errors import LossError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.losses import cross_entropy
 
@@ -66,7 +67,12 @@ class KeepBest(TrainerCallback):
         control.should_training_stop |= misses >= self.patience
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the best weights back where later steps were no better."""
+        """Put the best weights back where later steps were no better; refuse those of which no look gave a number."""
+        if self.looks and not self.kept:
+            raise LossError(
+                f"the loss on validation rows was no number at any of {len(self.looks)} looks; lower train.learning_rate in the "
+                "recipe."
+            )
         if self.best and self.kept != state.global_step:
             with torch.no_grad():
                 for name, parameter in self._trained():
