@@ -13,7 +13,10 @@ from slimlmm import evaluate as ev
 from slimlmm.collate import Prompter
 from slimlmm.data import Row
 from slimlmm.errors import UserError
+from slimlmm.prompts import picture_prompt
+from slimlmm.selfcheck import random_model
 from tiny import NAMES, tiny
+from zoo import CONFIGS
 
 QUESTIONS = (
     "What is shown?",
@@ -106,6 +109,22 @@ def test_generation_stops_at_the_end_token_and_never_samples():
     assert settings["eos_token_id"] == model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
     assert ev.generation_settings(model, processor, 6)["eos_token_id"] == processor.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava-pixtral", "llava-clip-llama"])
+@pytest.mark.parametrize("keys", [["a", "a", "a"], ["a", "b", "a", "b"]])
+def test_one_look_leaves_towers_alone_that_give_all_pictures_in_one_sequence(name, keys):
+    model = random_model(CONFIGS[name]()).eval()
+    few = {key: picture_prompt(model.config, seed=seed)["pixel_values"] for seed, key in enumerate("ab")}
+    inputs = {"pixel_values": torch.cat([few[key] for key in keys])}
+    if name != "llava-clip-llama":
+        inputs["image_sizes"] = torch.tensor([inputs["pixel_values"].shape[-2:]] * len(keys))
+    with torch.inference_mode():
+        wanted = model.model.get_image_features(**inputs).pooler_output
+        for _ in range(2):  # the second time it is known
+            with ev.one_look(model, keys):
+                found = model.model.get_image_features(**inputs).pooler_output
+            assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,12 @@ def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
     except BaseException as error:  # as for configurations; a panic of the tokenizers' library is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        lacking = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
+        if lacking:
+            return (
+                None,
+                f"no processor: it needs {lacking[1].lower()}, which is not installed; pip install {lacking[1].lower()}.",
+            )
         return None, f"no processor: {_first_line(error)}"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimlmm.data import Row
 from slimlmm.errors import UserError
-from slimlmm.families import ANSWER_INPUTS, PLACES_BY_TEXT, PROMPTS
+from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
 
 IGNORE = -100
 Batch = dict[str, Any]
@@ -79,6 +79,11 @@ class Prompter:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        if reason := NOT_ASKED.get(type(processor).__name__):
+            raise UserError(
+                f"{type(processor).__name__}: {reason}, so rows cannot be asked of its models, for training or judging; inspect, "
+                "plan without --data, and cut work."
+            )
         if self.tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so answers cannot end.")
         self.turns = lru_cache(maxsize=100_000)(self._turns)
@@ -110,7 +115,8 @@ class Prompter:
 
     def _turns(self, question: str, answer: str) -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token)."""
-        if self.processor.chat_template is None:
+        template = self.processor.chat_template or self.tokenizer.chat_template  # InstructBLIP's loads none of its own
+        if template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
             if plain is None:
                 raise UserError(
@@ -119,8 +125,8 @@ class Prompter:
             return plain.format(question=question), f" {answer}{self.tokenizer.eos_token}"
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt = self.processor.apply_chat_template([user], add_generation_prompt=True)
-        whole = self.processor.apply_chat_template([user, reply])
+        prompt = self.processor.apply_chat_template([user], chat_template=template, add_generation_prompt=True)
+        whole = self.processor.apply_chat_template([user, reply], chat_template=template)
         if not whole.startswith(prompt):
             raise UserError(
                 "the chat template does not extend its own generation prompt (the text with an answer does not start with the "
@@ -139,13 +145,21 @@ def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
         found |= {prompt, answer}
         if prompter.answers(*pair) != prompter.ids(answer):
             found.add(prompt + answer)
-    return sorted(found)
+    return sorted(found | {_around(processor, prompter, row) for row in rows[:1]})
+
+
+def _around(processor: Any, prompter: Prompter, row: Row) -> str:
+    """Return a prompt as the processor itself writes it: some put a system prompt before it (Janus), which is tokens too."""
+    inputs = processor(text=[prompter.prompt(row.question)], images=[[row.open()]], return_tensors="pt")
+    text: str = processor.tokenizer.decode(inputs["input_ids"][0])
+    return text
 
 
 def picture_token(processor: Any) -> int:
     """Return the id of the token that stands where a picture's tokens go."""
-    if type(processor).__name__ in PLACES_BY_TEXT:
-        return int(processor.tokenizer.convert_tokens_to_ids(str(processor.image_token)))
+    place = PLACES.get(type(processor).__name__)
+    if place is not None:
+        return int(processor.tokenizer.convert_tokens_to_ids(place(processor)))
     return int(processor.image_token_id)
 
 
@@ -198,7 +212,7 @@ class Collator:
         first = self._process(heads, pictures)
         keys = [key for key in first if key not in ("input_ids", "attention_mask")]
         shape = first["input_ids"].shape
-        per_token = [key for key in keys if first[key].shape == shape]
+        per_token = [key for key in keys if first[key].shape == shape or key in self.at_answers]
         whole = first if len(heads) == len(flat) else self._tokens_only(flat, heads, first, per_token)
         encoded = []
         for index, row in enumerate(flat):
@@ -244,9 +258,10 @@ class Collator:
             start = len(one.prompt) - 1
             batch["shift_labels"][index, start : start + len(one.answer)] = one.answer
             for key, values in one.per_token.items():
-                filled = batch.setdefault(key, values.new_zeros((count, length)))
+                filled = batch.setdefault(key, values.new_zeros((count, length, *values.shape[1:])))
                 filled[index, : len(values)] = values
-                filled[index, len(values) : len(values) + len(one.answer)] = self.at_answers.get(key, 0)
+                there = self.at_answers.get(key, 0)
+                filled[index, len(values) : len(values) + len(one.answer)] = values[-1] if there is None else there
         return batch
 
     def _pack(self, groups: Sequence[Sequence[Row]], encoded: list[_Encoded]) -> Batch:

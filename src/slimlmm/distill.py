@@ -37,7 +37,7 @@ from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.errors import LossError, UserError
-from slimlmm.forward import answer_logits, to_device
+from slimlmm.forward import answer_logits, refuse_encoder_decoder, to_device
 from slimlmm.half import as_it_was, trains_in_half
 from slimlmm.launchers import processes
 from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, learnt_from, look, matched_tokens
@@ -284,6 +284,7 @@ def train(
         UserError: a loss needs a teacher and there is none, or no rows.
         LossError: the loss becomes non-finite.
     """
+    refuse_encoder_decoder(model)
     demands.check(settings, rows, teacher, previous, validation, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -347,13 +348,18 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+#: towers that give all pictures of a batch in one sequence, as was seen
+_IN_ONE: WeakSet[Any] = WeakSet()
+
+
 @contextmanager
 def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
     """Let the vision tower compute each distinct picture of a batch once; `keys` [B] name the rows' pictures.
 
-    Works where all tensors that the tower gets have B as their first dimension (one picture a row): it runs
-    on the U distinct rows and its outputs [U, ...] are copied back to [B, ...]. Elsewhere (towers that take
-    the patches of all pictures as one sequence) it changes nothing.
+    Works where all tensors that the tower gets and gives have B as their first dimension (one picture a row): it
+    runs on the U distinct rows (on one twice, to see whether two come out) and its outputs [U, ...] are copied
+    back to [B, ...]. Elsewhere (towers that take or give the patches of all pictures as one sequence) it changes
+    nothing.
     """
     tower = model.get_encoder(modality="image")
     distinct = {key: position for position, key in reversed(list(enumerate(keys)))}
@@ -362,15 +368,19 @@ def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
     if tower is model or len(taken) == len(keys):
         yield
         return
-    plain = tower.forward
+    plain, few = tower.forward, taken * 2 if len(taken) == 1 else taken
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tensor.dim() == 0 or len(tensor) != len(keys) for tensor in tensors):
+        if tower in _IN_ONE or any(tensor.dim() == 0 or len(tensor) != len(keys) for tensor in tensors):
             return plain(*args, **kwargs)
-        few_args, few_kwargs = tree_map_only(Tensor, lambda tensor: tensor[taken], (args, kwargs))
+        few_args, few_kwargs = tree_map_only(Tensor, lambda tensor: tensor[few], (args, kwargs))
         found = plain(*few_args, **few_kwargs)
-        return tree_map_only(Tensor, lambda tensor: tensor[back] if len(tensor) == len(taken) else tensor, found)
+        given = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        if any(tensor.dim() == 0 or len(tensor) != len(few) for tensor in given):
+            _IN_ONE.add(tower)
+            return plain(*args, **kwargs)
+        return tree_map_only(Tensor, lambda tensor: tensor[back], found)
 
     tower.forward = forward
     try:

@@ -10,7 +10,7 @@ are right.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,7 +86,8 @@ class Family:
     `query_tokens`: axis -> (sub-config, field) of the number of learned queries, each of which becomes one placeholder, and
     what the processor calls that number. `token_parts`: more sub-configs that hold token ids. `first_position`: token id that
     positions are counted from, so that no token up to it may go. `capped`: whether logits are c tanh(x / c) of what the head
-    gives, c being `final_logit_softcapping` of the text configuration. `patches`: module path of what reads the pixels, where
+    gives, c being `final_logit_softcapping` of the text configuration. `beside`: whether pictures stand beside the text and are
+    looked at by cross-attention, so that no token has a picture's state. `patches`: module path of what reads the pixels, where
     that is no convolution. `refusals`: axis -> why it cannot be cut.
     """
 
@@ -110,6 +111,7 @@ class Family:
     token_parts: tuple[str, ...] = ()
     first_position: tuple[str, str] | None = None
     capped: bool = False
+    beside: bool = False
     patches: str = ""
     refusals: Mapping[str, str] = field(default_factory=dict)
 
@@ -319,6 +321,7 @@ FAMILIES: Mapping[str, Family] = {
         ties={"vision.width": (("vision_config", "vision_output_dim"),)},
         pieces={f"{_PROJECTOR}.weight": (1, ("1", "R"))},
         raw=(_PROJECTOR,),
+        beside=True,
     ),
     "florence2": Family(
         towers=_towers(), joint=_PROJECTOR, ties={"text.width": (("vision_config", "projection_dim"),)}
@@ -423,7 +426,12 @@ def family_of(config: Any) -> Family:
 def logit_cap(config: Any) -> float | None:
     """Return c where the model's logits are c tanh(x / c) of what its head gives, None where they are just that."""
     family = family_of(config)
-    return part_of(config, family.tower("text")).final_logit_softcapping if family.capped else None
+    if not family.capped:
+        return None
+    cap: float | None = (
+        part_of(config, family.tower("text")).to_dict().get("final_logit_softcapping")
+    )  # none in PaliGemma 1
+    return cap
 
 
 def backbone_of(config: Any, tower: Tower) -> Backbone | None:
@@ -433,10 +441,26 @@ def backbone_of(config: Any, tower: Tower) -> Backbone | None:
 
 #: prompt of processors with no chat template, by class name; they add the picture's placeholders
 PROMPTS: dict[str, str] = {"Blip2Processor": "Question: {question} Answer:"}
-#: processors that tell the token of a picture's places by its text alone, by class name
-PLACES_BY_TEXT = ("Blip2Processor", "InstructBlipProcessor", "JanusProcessor")
+#: text of the token that stands where a picture's states go, by class name, where the processor's `image_token_id` is not its id
+PLACES: dict[str, Callable[[Any], str]] = {
+    "Blip2Processor": lambda processor: str(processor.image_token),
+    "Gemma3Processor": lambda processor: str(processor.tokenizer.image_token),
+    "InstructBlipProcessor": lambda processor: str(processor.image_token),
+    "JanusProcessor": lambda processor: str(processor.image_token),
+    "Llama4Processor": lambda processor: str(processor.img_patch_token),
+    "Ovis2Processor": lambda _: "<IMG_ATOM>",
+}
+#: processors whose rows cannot be made into batches, by class name, and why
+NOT_ASKED: dict[str, str] = {
+    "GitProcessor": "no token stands where a picture goes",
+    "GotOcr2Processor": "it writes its own prompts",
+    "Kosmos2Processor": "every place of a picture has a token of its own",
+}
 #: processors whose models look at a picture with the question in mind (a Q-Former that reads it), by class name
 SEEN_AS_ASKED = ("InstructBlipProcessor",)
 #: what a processor's other per-token inputs are at tokens of an answer, by class name, where not 0: as generation appends them.
-#: PaliGemma's type 0 is the prompt, whose tokens see each other whole.
-ANSWER_INPUTS: dict[str, dict[str, int]] = {"PaliGemmaProcessor": {"token_type_ids": 1}}
+#: PaliGemma's type 0 is the prompt, whose tokens see each other whole. None: as at the prompt's last token (Mllama's see tiles).
+ANSWER_INPUTS: dict[str, dict[str, int | None]] = {
+    "MllamaProcessor": {"cross_attention_mask": None},
+    "PaliGemmaProcessor": {"token_type_ids": 1},
+}

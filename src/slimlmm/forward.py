@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch
+from slimlmm.errors import UserError
 
 NOT_INPUTS = (
     "labels",
@@ -39,8 +40,27 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
-    """Run the model on a batch as the collator made it, without a cache."""
-    return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, use_cache=False)
+    """Run the model on a batch as the collator made it, without a cache; pixels in its number format."""
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    pixels = {  # Llama 4's processor gives bfloat16
+        key: value.to(model.dtype)
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and key != "attention_mask"
+    }
+    return model(**inputs | pixels, use_cache=False)
+
+
+def refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    """Refuse a model whose answers are written by a decoder of their own: batches are one text, prompt and answer.
+
+    Raises:
+        UserError: it is one (Florence-2, BLIP-2 with T5).
+    """
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
+        raise UserError(
+            f"{model.config.model_type} with an encoder and a decoder cannot be trained or distilled; inspect, plan without "
+            "--data, cut, evaluate and bench work."
+        )
 
 
 @contextmanager

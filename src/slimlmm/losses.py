@@ -136,13 +136,13 @@ def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) 
     centred = student - shift_S
     gram = centred.T @ centred
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weight = torch.linalg.solve(gram, centred.T @ (teacher - shift_H)).T
     readout = Readout(len(shift_S), teacher)
     if not readout.spread > 0:
         raise UserError(
             f"the teacher's states at {len(teacher)} token(s) of the pictures that maps are fitted on are all the same, so "
             "there is nothing to match; leave answer_states and picture_states out, or give more rows."
         )
+    weight = torch.linalg.solve(gram, centred.T @ (teacher - shift_H)).T
     readout.weight.copy_(weight)
     readout.bias.copy_(shift_H - weight @ shift_S)
     return readout

@@ -95,10 +95,11 @@ def side_of(processor: Any) -> int:
 
 def prompt(processor: Any, asked: str, plain: Mapping[str, str]) -> str:
     """Return the text that the model sees before its answer: by the chat template, else by the class's plain form."""
-    if processor.chat_template is None:
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if template is None:
         return plain[type(processor).__name__].format(question=asked)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
-    text: str = processor.apply_chat_template([user], add_generation_prompt=True)
+    text: str = processor.apply_chat_template([user], chat_template=template, add_generation_prompt=True)
     return text
 
 

@@ -14,6 +14,7 @@ from slimlmm.axes import Anatomy
 from slimlmm.data import StepRows
 from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
+from slimlmm.families import FAMILIES
 from slimlmm.grid import Grid
 from slimlmm.lossless import living_blocks
 from slimlmm.plan import follow_width
@@ -135,7 +136,7 @@ def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRo
             **more,
         )
 
-    if anatomy.axes["text.blocks"].refusal:
+    if anatomy.axes["text.blocks"].refusal or FAMILIES[anatomy.model_type].beside:
         return (training(1.0, pictures, rate),)
     states = {"picture_states": 1.0}
     return (

@@ -30,7 +30,14 @@ from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.families import SEEN_AS_ASKED, logit_cap
 from slimlmm.files import flush, flush_folder
-from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
+from slimlmm.forward import (
+    answer_logits,
+    first_text_block,
+    refuse_encoder_decoder,
+    states_into,
+    states_until,
+    to_device,
+)
 from slimlmm.half import half
 
 #: part of every key: raised when the same rows give other states than before, so that what an older version kept is a miss
@@ -96,6 +103,7 @@ class TeacherCache:
     """Hidden states of a frozen teacher at the answer tokens of rows, kept in safetensors shards of one folder."""
 
     def __init__(self, model: PreTrainedModel, collator: Collator, folder: Path) -> None:
+        refuse_encoder_decoder(model)
         self.model = model.eval()
         self.collator = collator
         self.folder = folder

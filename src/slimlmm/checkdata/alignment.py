@@ -113,14 +113,18 @@ def _divergence(student_AV: Tensor, teacher_AV: Tensor) -> float:
 
 def _plain(loaded: Loaded, row: Row) -> Tensor:
     """Return the logits [A, V] of one row's answer, as the processor and the model's own forward give them."""
-    inputs = dict(encode(loaded.processor, [row]).to(loaded.model.device))
+    inputs = dict(encode(loaded.processor, [row]).to(loaded.model.device, dtype=loaded.model.dtype))
     asked_1T = inputs["input_ids"]
     answer_1A = torch.tensor([Prompter(loaded.processor).answer_ids(row)], device=asked_1T.device)
     known = {"attention_mask": 1} | ANSWER_INPUTS.get(type(loaded.processor).__name__, {})
     for name, value in inputs.items():
-        if value.shape == asked_1T.shape:
-            fill = answer_1A if name == "input_ids" else torch.full_like(answer_1A, known.get(name, 0))
-            inputs[name] = torch.cat((value, fill.to(value.dtype)), 1)
+        if name == "input_ids":
+            inputs[name] = torch.cat((value, answer_1A), 1)
+        elif value.shape == asked_1T.shape or name in known:
+            there = known.get(name, 0)
+            shape = (1, answer_1A.shape[1], *value.shape[2:])
+            fill = value[:, -1:].expand(shape) if there is None else value.new_full(shape, there)
+            inputs[name] = torch.cat((value, fill), 1)
     logits_TV: Tensor = loaded.model(**inputs, use_cache=False).logits[0]
     return logits_TV[asked_1T.shape[1] - 1 : -1]
 
