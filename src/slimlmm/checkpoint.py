@@ -316,8 +316,14 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
     """Put the model's weights, in place, into the number format of the files that it came from; refuse what overflows there."""
     unsaved = [(one, name, one._buffers[name]) for one in model.modules() for name in one._non_persistent_buffers_set]
+    for (
+        module,
+        name,
+        _,
+    ) in unsaved:  # no file holds them: rotary frequencies, some complex, stay as loading would make them
+        module._buffers[name] = None
     within: PreTrainedModel = nn.Module.to(model, stored)
-    for module, name, buffer in unsaved:  # no file holds them: rotary frequencies stay as loading would make them
+    for module, name, buffer in unsaved:
         module._buffers[name] = buffer
     broken = [name for name, value in within.named_parameters() if not bool(value.isfinite().all())]
     if broken:

@@ -42,12 +42,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """Run the model on a batch as the collator made it, without a cache; pixels in its number format."""
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-    pixels = {  # Llama 4's processor gives bfloat16
-        key: value.to(model.dtype)
-        for key, value in inputs.items()
+    return model(**in_format(inputs, model.dtype), use_cache=False)
+
+
+def in_format(inputs: Batch, dtype: torch.dtype) -> Batch:
+    """Return the inputs with pixels in this number format: Llama 4's processor gives bfloat16, whatever its model is."""
+    return {
+        key: value.to(dtype)
         if isinstance(value, Tensor) and value.is_floating_point() and key != "attention_mask"
+        else value
+        for key, value in inputs.items()
     }
-    return model(**inputs | pixels, use_cache=False)
 
 
 def refuse_encoder_decoder(model: PreTrainedModel) -> None:

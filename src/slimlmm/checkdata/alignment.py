@@ -23,7 +23,7 @@ from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode, evaluating
 from slimlmm.families import ANSWER_INPUTS
-from slimlmm.forward import NOT_INPUTS, answer_logits, to_device
+from slimlmm.forward import NOT_INPUTS, answer_logits, in_format, to_device
 from slimlmm.half import half, has_half
 from slimlmm.losses import cross_entropy, forward_kl
 from slimlmm.teacher import TeacherCache
@@ -181,7 +181,7 @@ def features(loaded: Loaded, batch: Batch) -> int | None:
         if name not in (*NOT_INPUTS, *TEXT_INPUTS) and value.shape != shape
     }
     try:
-        found = model.get_image_features(**pictures).pooler_output
+        found = model.get_image_features(**in_format(pictures, model.dtype)).pooler_output
     except (AttributeError, TypeError):  # a class without that method, or with other arguments
         return None
     parts = [found] if isinstance(found, Tensor) else list(found)
