@@ -3,6 +3,7 @@
 import io
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,3 +250,11 @@ def test_evaluations_of_different_rows_are_not_compared():
     with pytest.raises(UserError, match="different rows"):
         ev.agreement(one, two)
     assert one.only("task 0").summary.overall == one.summary.tasks["task 0"]
+
+
+def test_what_is_no_torch_model_is_asked_as_it_is():
+    model, processor = tiny("llava-clip-llama")
+    export = SimpleNamespace(
+        generation_config=model.generation_config, generate=model.generate, device=model.device, dtype=model.dtype
+    )
+    assert ev.answer(export, processor, rows_of()[:2], 4) == ev.answer(model, processor, rows_of()[:2], 4)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
@@ -33,9 +34,11 @@ def nothing_else(model: Any) -> Iterator[None]:
     """Within the block the model, and a language model in it, generate by what they are told and their token ids alone.
 
     Sampling, penalties, biases, bans, beams and time limits of a checkpoint are left out: `generate` would take each of them
-    where its arguments do not say otherwise.
+    where its arguments do not say otherwise. An export, which hears nothing else anyway, is left as it is.
     """
-    parts = [part for part in model.modules() if isinstance(part, GenerationMixin)]
+    parts = (
+        [part for part in model.modules() if isinstance(part, GenerationMixin)] if isinstance(model, nn.Module) else []
+    )
     before = [part.generation_config for part in parts]
     for part, told in zip(parts, before, strict=True):
         part.generation_config = GenerationConfig(**{name: getattr(told, name) for name in IDS})

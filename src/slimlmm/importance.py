@@ -210,7 +210,8 @@ def magnitude(task: Task) -> Scores:
     totals, by_name = _zeros(task), _shares(task)
     less_one = _less_one(task, by_name)
     for name, shares in by_name.items():
-        weights = task.weights[name].detach() + (name in less_one)
+        weights = task.weights[name].detach()
+        weights = weights + 1 if name in less_one else weights
         sums = {dim: square_sums(weights, dim) for dim in {share.dim for share in shares}}
         for share in shares:
             totals[share.group.name] += share.owned(sums[share.dim]).to("cpu", torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimlmm import data, measure
 from slimlmm.data import Row
-from slimlmm.decoding import generation_settings
+from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, agreement, answer_limit, drop, encode, grade
 from slimlmm.exporting.manifest import Check
@@ -58,7 +58,8 @@ def answered(side: Side, rows: Sequence[Row], limit: int, tell: Reporter, name: 
     logits = []
     for at in range(0, len(rows), BATCH):
         batch = encode(processor, rows[at : at + BATCH]).to(model.device, dtype=model.dtype)
-        found = model.generate(**batch, **settings)
+        with nothing_else(model):
+            found = model.generate(**batch, **settings)
         tokens_BT = found.sequences[:, batch["input_ids"].shape[1] :]
         texts += processor.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
         logits.append(found.logits[0].float())
