@@ -184,5 +184,7 @@ def features(loaded: Loaded, batch: Batch) -> int | None:
         found = model.get_image_features(**in_format(pictures, model.dtype)).pooler_output
     except (AttributeError, TypeError):  # a class without that method, or with other arguments
         return None
+    if found is None:  # Llama 4's gives its tokens elsewhere
+        return None
     parts = [found] if isinstance(found, Tensor) else list(found)
     return sum(part.shape[:-1].numel() for part in parts)
