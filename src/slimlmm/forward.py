@@ -42,7 +42,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """Run the model on a batch as the collator made it, without a cache; pixels in its number format."""
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-    return model(**in_format(inputs, model.dtype), use_cache=False)
+    return model(**in_format(inputs, _format_of(model)), use_cache=False)
+
+
+def _format_of(model: nn.Module) -> torch.dtype:
+    """Return the number format of the first weights, of a model or of what wraps one (DDP)."""
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def in_format(inputs: Batch, dtype: torch.dtype) -> Batch:
