@@ -223,10 +223,8 @@ def _load_processor(where: str, options: dict[str, bool]) -> tuple[Any, str]:
             raise
         lacking = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
         if lacking:
-            return (
-                None,
-                f"no processor: it needs {lacking[1].lower()}, which is not installed; pip install {lacking[1].lower()}.",
-            )
+            name = lacking[1].lower()
+            return None, f"no processor: it needs {name}, which is not installed; pip install {name}."
         return None, f"no processor: {_first_line(error)}"
 
 
@@ -316,11 +314,8 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 def as_stored(model: PreTrainedModel, stored: torch.dtype) -> PreTrainedModel:
     """Put the model's weights, in place, into the number format of the files that it came from; refuse what overflows there."""
     unsaved = [(one, name, one._buffers[name]) for one in model.modules() for name in one._non_persistent_buffers_set]
-    for (
-        module,
-        name,
-        _,
-    ) in unsaved:  # no file holds them: rotary frequencies, some complex, stay as loading would make them
+    # no file holds them: rotary frequencies, some of them complex, stay as loading would make them
+    for module, name, _ in unsaved:
         module._buffers[name] = None
     within: PreTrainedModel = nn.Module.to(model, stored)
     for module, name, buffer in unsaved:

@@ -1,5 +1,11 @@
 """The one exception that users see: what was wrong, where, the numbers, and what to do about it."""
 
+#: why what a model computes may be no numbers, and what to do about it
+NO_NUMBERS = (
+    "weights of the model are no numbers, or what it computes overflows its number format. Mend its weights, or save it in "
+    "bfloat16 or float32."
+)
+
 
 class UserError(Exception):
     """Bad input or a request that cannot be met; the command line prints it without a traceback and exits with 2."""

@@ -428,9 +428,8 @@ def logit_cap(config: Any) -> float | None:
     family = family_of(config)
     if not family.capped:
         return None
-    cap: float | None = (
-        part_of(config, family.tower("text")).to_dict().get("final_logit_softcapping")
-    )  # none in PaliGemma 1
+    text = part_of(config, family.tower("text")).to_dict()
+    cap: float | None = text.get("final_logit_softcapping")  # PaliGemma 1 has none
     return cap
 
 

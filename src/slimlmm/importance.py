@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Group, Slot
 from slimlmm.blocks import hidden_of, layers_of
-from slimlmm.collate import Batch, fitting, real_tokens
-from slimlmm.errors import UserError, nearest
+from slimlmm.collate import Batch, Samples, fitting, real_tokens
+from slimlmm.errors import NO_NUMBERS, UserError, nearest
 from slimlmm.forward import forward
 from slimlmm.norms import kind_of
 from slimlmm.resuming import Memory
@@ -137,9 +137,7 @@ def score(
     scores = {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
     if wrong := [name for name, values in scores.items() if not bool(values.isfinite().all())]:
         raise UserError(
-            f"{criterion}: {len(wrong)} of {len(scores)} groups have scores that are no numbers, {wrong[0]} first: weights of "
-            "the model are none, or what it computes overflows its number format. Mend its weights, or save it in bfloat16 or "
-            "float32."
+            f"{criterion}: {len(wrong)} of {len(scores)} groups have scores that are no numbers, {wrong[0]} first: {NO_NUMBERS}"
         )
     return scores
 
@@ -423,9 +421,9 @@ def _less_one(task: Task, shares: Mapping[str, list[Share]]) -> frozenset[str]:
 
 def _sequence_means(size_BTU: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Return the mean over the tokens of each sequence, [B, U]; [T, U] (packed pictures) is one, unless the mask has as many."""
+    size_BTU, *_ = Samples(mask_BT).of(size_BTU)
     if size_BTU.dim() == 2:
-        flat = mask_BT is not None and mask_BT.numel() == len(size_BTU)
-        size_BTU = size_BTU.unflatten(0, mask_BT.shape) if flat and mask_BT is not None else size_BTU[None]
+        size_BTU = size_BTU[None]
     size_BTU = size_BTU.flatten(1, -2)
     if mask_BT is None or mask_BT.shape != size_BTU.shape[:2]:
         return size_BTU.mean(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimlmm.errors import UserError
+from slimlmm.errors import NO_NUMBERS, UserError
 
 #: ridge strengths tried, relative to the mean of the kept diagonal of the Gram matrix
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -75,10 +75,7 @@ class Moments:
         else:
             gram, total, count = self.gram_2NN[half], self.total_2N[half], self.count_2[half]
         if not bool(gram.diagonal().isfinite().all()):
-            raise UserError(
-                "activations of the calibration rows are not finite: weights of the model are no numbers, or what it computes "
-                "overflows its number format. Mend its weights, or save it in bfloat16 or float32."
-            )
+            raise UserError(f"activations of the calibration rows are not finite: {NO_NUMBERS}")
         count = count.clamp(min=1e-300)
         return gram / count, total / count
 
