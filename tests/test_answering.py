@@ -105,10 +105,22 @@ def test_sampling_follows_the_seed_and_keeps_the_models_own_log_probabilities():
 
 def test_without_a_chat_template_a_longer_conversation_is_refused():
     model, processor = tiny("llava-dinov2-llama")
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     two = Ask(messages=[*ask().messages, *ask().messages], pictures=[picture(), picture()], max_tokens=2)
     with pytest.raises(UserError, match=r"here are 2 messages with 2 pictures"):
         Answerer(model, processor).answer([two])
+
+
+def test_a_template_that_stands_in_the_tokenizer_alone_is_read():
+    model, processor = tiny("llava-dinov2-llama")
+    said = [{"role": "assistant", "content": [{"type": "text", "text": "A car."}]}]
+    turns = [*ask().messages, *said, *ask("Whose?", pictures=0).messages]
+    long = Ask(messages=turns, pictures=[picture()], max_tokens=4)
+    known = Answerer(model, processor).prompt(long)
+    processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
+    found = Answerer(model, processor)
+    assert found.prompt(long) == known
+    assert found.answer([long])[0].tokens
 
 
 def test_a_temperature_beside_zero_is_greedy():

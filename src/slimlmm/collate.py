@@ -18,6 +18,7 @@ from torch import Tensor
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
+from slimlmm.probes import template_of
 
 IGNORE = -100
 Batch = dict[str, Any]
@@ -115,7 +116,7 @@ class Prompter:
 
     def _turns(self, question: str, answer: str) -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token)."""
-        template = self.processor.chat_template or self.tokenizer.chat_template  # InstructBLIP's loads none of its own
+        template = template_of(self.processor)
         if template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
             if plain is None:

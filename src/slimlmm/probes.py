@@ -93,9 +93,15 @@ def side_of(processor: Any) -> int:
     return USUAL
 
 
+def template_of(processor: Any) -> str | None:
+    """Return the chat template of a processor, or that of its tokenizer: some classes (InstructBLIP) load none of their own."""
+    template: str | None = processor.chat_template or processor.tokenizer.chat_template
+    return template
+
+
 def prompt(processor: Any, asked: str, plain: Mapping[str, str]) -> str:
     """Return the text that the model sees before its answer: by the chat template, else by the class's plain form."""
-    template = processor.chat_template or processor.tokenizer.chat_template
+    template = template_of(processor)
     if template is None:
         return plain[type(processor).__name__].format(question=asked)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
