@@ -28,9 +28,9 @@ from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.distill import can_pack, train
 from slimlmm.measure import environment
-from slimlmm.recipe import Training
 from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 STEPS = 12
 SETTINGS = Training(steps=STEPS, pictures_per_step=4, learning_rate=1e-5, log_every=STEPS)

@@ -45,7 +45,7 @@ from slimlmm.adreview import answers
 from slimlmm.adreview.catalogue import SYLLABLES
 from slimlmm.adreview.facts import draw
 from slimlmm.distill import train
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 from slimlmm.vocab import closed_tokens, subset_tokenizer
 
 PACKAGES = {

@@ -17,8 +17,9 @@ from slimlmm.data import by_picture
 from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits
-from slimlmm.recipe import Round, Training
+from slimlmm.recipe import Round
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler on this machine"

@@ -9,8 +9,8 @@ from slimlmm import checkpoint, controls, data, pipeline, recipe, saving
 from slimlmm.collate import Collator
 from slimlmm.distill import train
 from slimlmm.lessons import asked_of, learnt_from
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from test_pipeline import Recorder
 from test_saving import Dies
 

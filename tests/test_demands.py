@@ -7,8 +7,8 @@ import pytest
 from slimlmm import demands
 from slimlmm.errors import UserError
 from slimlmm.losses import NEEDS_TEACHER
-from slimlmm.recipe import Training
 from slimlmm.saving import Saving
+from slimlmm.trainings import Training
 
 LABELS = {"cross_entropy": 1.0}
 KL = {"forward_kl": 1.0}

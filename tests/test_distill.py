@@ -10,8 +10,8 @@ from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until
 from slimlmm.losses import DIVERGENCES, LOSSES, MATCHES, NEEDS_TEACHER
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from tiny import tiny
 from zoo.others import fast_vlm
 
@@ -67,6 +67,16 @@ def test_a_hot_training_sees_one_quadratic_in_every_divergence(tmp_path, rows, i
         ratios.append(result.history[0]["loss/forward_kl"] / result.history[0]["loss/jensen_shannon"])
     assert ratios[0] > 4.2
     assert ratios[1] == pytest.approx(4, rel=0.02)
+
+
+def test_a_training_hears_the_shapes_of_its_divergences(tmp_path, rows, itself):
+    cache, processor = itself
+    first = []
+    for k in (1, 4, 100_000):
+        losses = settings(steps=1, losses={"top_k_kl": 1.0, "forward_kl": 1.0}, top_k=k)
+        first.append(train(student_of(cache, 1.0), processor, rows.train, losses, tmp_path, teacher=cache).history[0])
+    one, four, every = (record["loss/top_k_kl"] for record in first)
+    assert 0 < one < four < every == pytest.approx(first[2]["loss/forward_kl"])
 
 
 @pytest.mark.parametrize("losses", [["answer_states"], ["answer_states", "picture_states", "cross_entropy"]])

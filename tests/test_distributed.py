@@ -13,9 +13,9 @@ from slimlmm import data
 from slimlmm.collate import Collator
 from slimlmm.distill import train
 from slimlmm.errors import UserError
-from slimlmm.recipe import Training
 from slimlmm.saving import Saving
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from test_cli import call
 from tiny import tiny
 

@@ -5,7 +5,7 @@ import torch
 
 from slimlmm.enduring import enduring
 from slimlmm.errors import LossError, UserError
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 SETTINGS = Training(steps=3, pictures_per_step=8, learning_rate=8e-4)
 

@@ -16,9 +16,10 @@ from slimlmm.errors import UserError
 from slimlmm.evaluate import score
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading, ramp
 from slimlmm.forward import answer_logits, output_of
-from slimlmm.recipe import Round, Stage, Training
+from slimlmm.recipe import Round, Stage
 from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from test_pipeline import RAW, Recorder
 from tiny import tiny
 

@@ -10,8 +10,8 @@ from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.distill import train
 from slimlmm.forward import answer_logits
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 CPU = torch.device("cpu")
 

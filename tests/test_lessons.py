@@ -12,8 +12,8 @@ from slimlmm.distill import train
 from slimlmm.forward import answer_logits
 from slimlmm.lessons import collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import TEACHER_ENTRIES, Match, Seen, combine, forward_kl
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from tiny import tiny
 
 LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "answer_states": 1.0, "picture_states": 1.0}

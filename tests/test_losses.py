@@ -24,7 +24,7 @@ from slimlmm.losses import (
     state_match,
     top_k_kl,
 )
-from slimlmm.recipe import LossName
+from slimlmm.trainings import LossName, Training
 
 A, V = 5, 11
 #: every divergence, and those with a knob at another setting; top_k_kl's k = 20 is more than V
@@ -109,6 +109,23 @@ def test_temperature_divides_logits_and_multiplies_the_loss_by_its_square(logits
     seen = Seen(student, labels, teacher, temperature=temperature)
     expected = temperature**2 * by_hand(name, student / temperature, teacher / temperature)
     assert float(combine({name: 1.0}, seen)["total"]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keys", "law"),
+    [
+        ({"losses": {"jensen_shannon": 1.0}, "jensen_shannon_beta": 0.2}, "jensen_shannon, beta .2"),
+        ({"losses": {"skew_kl": 1.0}, "skew_kl_alpha": 0.7}, "skew_kl, alpha .7"),
+        ({"losses": {"top_k_kl": 1.0}, "top_k": 4}, "top_k_kl, k 4"),
+    ],
+)
+def test_a_recipe_shapes_its_divergences(logits, keys, law):
+    student, teacher, labels = logits
+    training = Training(steps=1, **keys)
+    seen = Seen(student, labels, teacher, shapes=training.shapes)
+    assert float(combine(training.losses, seen)["total"]) == pytest.approx(by_hand(law, student, teacher), rel=1e-12)
+    assert set(Training(steps=1, **keys | {"losses": {"forward_kl": 1.0}}).vain()) == set(keys) - {"losses"}
+    assert not training.vain()
 
 
 def test_temperature_one_changes_no_bit_and_labels_know_no_temperature(logits):

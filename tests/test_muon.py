@@ -11,7 +11,7 @@ from slimlmm.distill import train
 from slimlmm.lessons import Readouts
 from slimlmm.muon import MOMENTUM, Muon, orthogonal
 from slimlmm.optimizing import optimizers
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 from tiny import tiny
 
 NAMES = ("llava-dinov2-llama", "smolvlm", "qwen2_5_vl", "blip2-opt")

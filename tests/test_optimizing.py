@@ -7,7 +7,7 @@ from slimlmm.anatomy import describe
 from slimlmm.families import family_of, stock_class
 from slimlmm.lessons import Readouts
 from slimlmm.optimizing import frozen, optimizers, parts_in
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 from tiny import tiny
 from zoo import CONFIGS
 

@@ -19,8 +19,8 @@ from slimlmm.evaluate import answer, answer_limit, encode
 from slimlmm.forward import answer_logits
 from slimlmm.lessons import collator_for, look
 from slimlmm.losses import Seen, combine, cross_entropy, forward_kl, pairwise_margin
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from tiny import tiny
 
 NAME = "llava-dinov2-llama"

@@ -239,8 +239,26 @@ def test_multiples_of_an_axis_that_there_is_not_are_refused(folder, tmp_path):
 
 
 def test_axes_that_no_round_cuts_cannot_be_given():
-    with pytest.raises(UserError, match=r"text.experts=2: no round of a plan cuts it; cut it first"):
-        plan.space_of(CONFIGS["qwen3_vl_moe"](), fixes={"text.experts": 2})
+    with pytest.raises(UserError, match=r"qformer.query_tokens=2: no round of a plan cuts it; cut it first"):
+        plan.space_of(CONFIGS["blip2-opt"](), fixes={"qformer.query_tokens": 2})
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "llama4_moe"])
+def test_whole_experts_are_cut_with_what_is_inside_of_blocks(name):
+    config = CONFIGS[name]()
+    experts = describe(config).axis("text.experts")
+    whole = predict_parameters(config, {})
+    sizes = plan.sizes_for(config, 2, whole)
+    assert experts.minimum <= sizes["text.experts"] < experts.size
+    stages = staging.stages_for(config, sizes, row_visits=4000)
+    final = config
+    for turn in (turn for stage in stages for turn in stage.rounds):
+        final = resized(final, turn.sizes)
+    assert describe(final).sizes["text.experts"] == sizes["text.experts"]
+    assert {stage.name for stage in stages for turn in stage.rounds if "text.experts" in turn.sizes} == {"inner"}
+    assert whole / predict_parameters(final, {}) >= 2
+    given = plan.space_of(config, fixes={"text.experts": experts.minimum})
+    assert given.choices["text.experts"] == [experts.minimum]
 
 
 @pytest.mark.parametrize(

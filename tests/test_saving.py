@@ -16,9 +16,9 @@ from slimlmm import checkpoint, leaving, saving
 from slimlmm.collate import Collator
 from slimlmm.distill import train
 from slimlmm.errors import UserError
-from slimlmm.recipe import Training
 from slimlmm.saving import Saving, latest
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from tiny import tiny
 
 NAME = "llava-dinov2-llama"

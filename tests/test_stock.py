@@ -13,8 +13,8 @@ from slimlmm.distill import can_pack, train
 from slimlmm.errors import UserError
 from slimlmm.families import FAMILIES
 from slimlmm.forward import answer_logits
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 from slimlmm.vocab import trim
 from stock import BUILDERS, stock
 

@@ -10,8 +10,8 @@ from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.distill import train
 from slimlmm.errors import LossError, UserError
-from slimlmm.recipe import Training
 from slimlmm.stopping import validation_loss
+from slimlmm.trainings import Training
 from tiny import tiny
 
 

@@ -8,8 +8,9 @@ import pytest
 from slimlmm import checkpoint, controls, studies, study, sweeps
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
-from slimlmm.recipe import LEVELS, Recipe, Round, Stage, Training
+from slimlmm.recipe import LEVELS, Recipe, Round, Stage
 from slimlmm.resizing import cut_in_turn
+from slimlmm.trainings import Training
 from tiny import tiny, tiny_config
 
 SWEEPS = [

@@ -14,7 +14,7 @@ from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.evaluate import grade, paired_test
 from slimlmm.measure import environment
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 from test_cli import call
 from test_pipeline import Recorder
 from tiny import tiny

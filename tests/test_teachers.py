@@ -12,8 +12,8 @@ from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits
 from slimlmm.losses import DIVERGENCES, MATCHES, Seen, combine
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache, Teachers, weights_fingerprint
+from slimlmm.trainings import Training
 from test_pipeline import Recorder
 from tiny import tiny
 

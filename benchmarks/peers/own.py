@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from slimlmm import checkpoint, pipeline
 from slimlmm.controls import RATE
 from slimlmm.progress import Lines
-from slimlmm.recipe import Recipe, Training
+from slimlmm.recipe import Recipe
 from slimlmm.results import Results
+from slimlmm.trainings import Training
 
 
 def ours(task: Task) -> Outcome:

@@ -24,8 +24,8 @@ from slimlmm import checkpoint
 from slimlmm.anatomy import describe
 from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
 from slimlmm.importance import per_unit, row_sums
-from slimlmm.recipe import Training
 from slimlmm.surgery import cut
+from slimlmm.trainings import Training
 
 STAGES = ("blocks", "inner", "width")
 #: share of the row visits and peak rate of each stage: as ours, most on the last shape and a higher rate for smaller ones

@@ -17,7 +17,7 @@ from slimlmm.collate import IGNORE, Collator
 from slimlmm.distill import can_pack
 from slimlmm.forward import NOT_INPUTS
 from slimlmm.progress import Lines
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 PRUNING = "modelopt.torch.prune.plugins.mcore_minitron"
 

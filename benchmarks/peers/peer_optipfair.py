@@ -21,8 +21,8 @@ from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row
 from slimlmm.distill import can_pack
 from slimlmm.families import stock_class
-from slimlmm.recipe import Training
 from slimlmm.resizing import predict_parameters
+from slimlmm.trainings import Training
 
 #: one of three blocks goes, and four of five FFN neurons: 16,550,208 parameters
 BLOCKS_GONE, NEURONS_GONE = 1, 80

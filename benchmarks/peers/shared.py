@@ -18,10 +18,11 @@ from slimlmm.data import Row
 from slimlmm.distill import TrainResult, can_pack, train
 from slimlmm.evaluate import Record
 from slimlmm.progress import Lines
-from slimlmm.recipe import Recipe, Stage, Training, read
+from slimlmm.recipe import Recipe, Stage, read
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.results import File
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 #: pictures in one optimizer step of the trainings that are not the recipe's
 PICTURES = 16

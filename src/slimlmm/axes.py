@@ -157,6 +157,11 @@ class Axis:
         """What is counted (`noun_of`)."""
         return noun_of(self.name)
 
+    @property
+    def level(self) -> str:
+        """The level of a plan that cuts it: its kind, and of experts, which are neurons of an FFN by the set, inner."""
+        return "inner" if self.kind == "experts" else self.kind
+
     def choices(self) -> tuple[int, ...]:
         """Return every legal size up to the current one, ascending."""
         start = -(-self.minimum // self.multiple) * self.multiple

@@ -20,7 +20,7 @@ from slimlmm.collate import Batch
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block
 from slimlmm.half import SAME, half, quick_attention
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 #: largest relative deviation of logits in bfloat16, whose steps are 2^-8: fused operations keep float32 in between
 SAME_IN_HALF = 0.05

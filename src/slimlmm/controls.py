@@ -23,11 +23,12 @@ from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.labels import file_of, labelled
 from slimlmm.lessons import Taught, asked_of, learnt_from
 from slimlmm.progress import Reporter
-from slimlmm.recipe import Recipe, Stage, Training, read
+from slimlmm.recipe import Recipe, Stage, read
 from slimlmm.results import Results
 from slimlmm.runfolder import RunFolder
 from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.teacher import TeacherCache, weights_fingerprint
+from slimlmm.trainings import SHAPES, Training
 
 Untrained = Literal["scratch", "random-init"]
 DESCRIPTIONS = {
@@ -39,10 +40,14 @@ DESCRIPTIONS = {
 AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "repair": ()}
 #: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
 NO_TEACHER: dict[str, Any] = {
-    "teachers": {"first": 1.0},
-    "own_answers": 0.0,
-    "own_temperature": 1.0,
-    "temperature": 1.0,
+    key: Training.model_fields[key].default
+    for key in (
+        "teachers",
+        "own_answers",
+        "own_temperature",
+        "temperature",
+        *(k for ks in SHAPES.values() for k in ks.values()),
+    )
 }
 #: peak learning rate from random weights
 RATE = 1e-3

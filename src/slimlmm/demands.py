@@ -9,10 +9,10 @@ from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.launchers import processes
 from slimlmm.losses import NEEDS_TEACHER
-from slimlmm.recipe import Training
 from slimlmm.saving import Saving
 from slimlmm.spans import check_schedule
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 
 def check(

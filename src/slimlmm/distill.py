@@ -51,11 +51,11 @@ from slimlmm.losses import (
 )
 from slimlmm.optimizing import frozen, optimizers, settled_statistics
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers
-from slimlmm.recipe import Training
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
 from slimlmm.spans import Span, warmup_steps
 from slimlmm.stopping import KeepBest
 from slimlmm.teacher import TeacherCache, Teachers
+from slimlmm.trainings import Training
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -128,7 +128,7 @@ class DistillTrainer(SavingTrainer):
         super().__init__(model=model, args=arguments, data_collator=collate, train_dataset=lessons.groups, **kwargs)
         demands.refuse_shards(self, settings)
         self.weights: Mapping[Any, float] = settings.losses
-        self.temperature = settings.temperature
+        self.temperature, self.shapes = settings.temperature, settings.shapes
         self.readouts = lessons.readouts
         self.held = frozen(model, settings.freeze)
         self.teachers = teachers
@@ -192,6 +192,7 @@ class DistillTrainer(SavingTrainer):
                 for name, readout in self.readouts.maps.items()
             },
             self.temperature,
+            self.shapes,
             inputs.get("taught_answers"),
             second_AV,
             self.teachers.share if self.teachers else 0.0,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.distill import TrainResult
 from slimlmm.errors import LossError, UserError
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 #: how often a training whose loss is no number begins again, at half of the rate each time
 HALVINGS = 2

@@ -21,11 +21,11 @@ from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.journal import Journal, Parts
 from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
-from slimlmm.recipe import Training
 from slimlmm.runfolder import RunFolder, held
 from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.settings import read_yaml
 from slimlmm.snapshot import evaluated, identity_of
+from slimlmm.trainings import Training
 
 #: validation rows that are looked at before and after
 LOOKED_AT = 500

@@ -19,8 +19,8 @@ from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row, sample
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.losses import MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES, Readout, fitted_readout
-from slimlmm.recipe import Training
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 #: keys of the pictures that the teacher answers about, None for all
 Taught = Collection[str] | None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,8 @@ class Seen:
     """states by the name of the loss that matches them"""
     temperature: float = 1.0
     """of the divergences"""
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """further arguments of divergences by name, such as the k of top_k_kl"""
     taught_A: Tensor | None = None
     """which answer tokens the teacher was asked about; None for all"""
     second_AV: Tensor | None = None
@@ -185,7 +187,7 @@ def _needed(value: T | None, loss: str) -> T:
 
 
 #: divergence of the student's distribution from the teacher's, by name
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
@@ -202,10 +204,11 @@ def _divergence(name: str, seen: Seen) -> Tensor:
     """
     teacher_AV, by = _needed(seen.teacher_AV, name), seen.temperature
     student_AV = seen.student_AV if seen.taught_A is None else seen.student_AV[seen.taught_A]
-    found = by * by * DIVERGENCES[name](student_AV / by, teacher_AV / by)
+    divergence = partial(DIVERGENCES[name], **seen.shapes.get(name, {}))
+    found: Tensor = by * by * divergence(student_AV / by, teacher_AV / by)
     if seen.second_AV is None:
         return found
-    second = by * by * DIVERGENCES[name](student_AV / by, seen.second_AV / by)
+    second: Tensor = by * by * divergence(student_AV / by, seen.second_AV / by)
     return (1 - seen.second_share) * found + seen.second_share * second
 
 

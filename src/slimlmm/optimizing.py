@@ -20,8 +20,8 @@ from slimlmm.half import trains_in_half
 from slimlmm.lessons import Readouts
 from slimlmm.muon import Muon
 from slimlmm.parts import parts_of
-from slimlmm.recipe import Training
 from slimlmm.spans import Span, schedule
+from slimlmm.trainings import Training
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "fused": True}
 

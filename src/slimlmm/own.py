@@ -23,7 +23,7 @@ from slimlmm.decoding import generation_settings
 from slimlmm.evaluate import answer_limit, evaluating, generated, one_look
 from slimlmm.forward import to_device
 from slimlmm.lessons import Collate, Taught
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 #: rows that answer at once
 ROWS_A_CALL = 64

@@ -20,8 +20,16 @@ from slimlmm.resizing import resized
 #: axis -> sizes that the planner may choose
 Choices = Mapping[str, list[int]]
 #: share of the (logarithmic) shrinkage that each noun carries: width most, key/value groups, which hold few parameters and
-#: lose most, least (docs/lab-notes.md)
-SHARES = {"blocks": 0.22, "decoder_blocks": 0.22, "ffn": 0.35, "expert_ffn": 0.35, "kv_groups": 0.20, "width": 0.50}
+#: lose most, least (docs/lab-notes.md); experts as much as their neurons
+SHARES = {
+    "blocks": 0.22,
+    "decoder_blocks": 0.22,
+    "ffn": 0.35,
+    "expert_ffn": 0.35,
+    "experts": 0.35,
+    "kv_groups": 0.20,
+    "width": 0.50,
+}
 #: halvings of the interval in which the scale of all axes is sought
 BISECTIONS = 30
 
@@ -91,7 +99,7 @@ def space_of(
     if problems:
         raise UserError("not possible:\n  " + "\n  ".join(problems))
     least, given = told["--floor"], told["--fix"]
-    usable = {name: axis for name, axis in anatomy.axes.items() if axis.kind in levels and not axis.refusal}
+    usable = {name: axis for name, axis in anatomy.axes.items() if axis.level in levels and not axis.refusal}
     axes = {
         name: axis for name, axis in anatomy.axes.items() if name in given or (name in usable and axis.noun in SHARES)
     }
@@ -108,7 +116,7 @@ def _wish(
     """Return a floor or a given size as the planner counts it, or refuse it."""
     name, size = wish
     axis = anatomy.axis(name)
-    if axis.kind not in levels:
+    if axis.level not in levels:
         raise UserError(f"no round of a plan cuts it; cut it first (slimlmm cut MODEL --set {name}={size}).")
     if option == "--floor" and axis.noun not in SHARES:
         raise UserError("the planner leaves this axis as it is; leave the floor out.")

@@ -25,12 +25,13 @@ from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.job import Done, Handed, Job, Place
 from slimlmm.journal import Journal, Parts
-from slimlmm.recipe import Round, Training
+from slimlmm.recipe import Round
 from slimlmm.resizing import cut_in_turn, predict_parameters
 from slimlmm.runfolder import is_whole
 from slimlmm.saving import Saving
 from slimlmm.spans import Span
 from slimlmm.teacher import TeacherCache
+from slimlmm.trainings import Training
 
 #: folder of a round in which its training writes its state
 TRAINING = "training"

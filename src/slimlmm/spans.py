@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 
 from slimlmm.errors import UserError
-from slimlmm.recipe import Training
+from slimlmm.trainings import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

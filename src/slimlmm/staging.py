@@ -18,9 +18,10 @@ from slimlmm.families import FAMILIES
 from slimlmm.grid import Grid
 from slimlmm.lossless import living_blocks
 from slimlmm.plan import follow_width
-from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage, Training
+from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
+from slimlmm.trainings import Training
 
 #: most that one round may divide the parameters by, and most that it may divide an axis by
 ROUND_RATIO, AXIS_RATIO = 2.5, 2.0
@@ -69,7 +70,7 @@ def stages_for(
     of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes.
     """
     anatomy = describe(config)
-    levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).kind == level} for level in order}
+    levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).level == level} for level in order}
     planned = _planned(config, levels, row_visits, a_step, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:

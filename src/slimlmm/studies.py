@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from slimlmm import recipe
 from slimlmm.errors import UserError, nearest
-from slimlmm.recipe import Recipe, Round, Training
+from slimlmm.recipe import Recipe, Round
 from slimlmm.settings import Settings, fields, problems, read_yaml
+from slimlmm.trainings import Training
 
 Sweep = Literal[
     "orders",

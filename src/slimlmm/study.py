@@ -24,13 +24,14 @@ from slimlmm.lessons import asked_of
 from slimlmm.lossless import Lossless
 from slimlmm.measure import environment
 from slimlmm.progress import Quiet, Reporter
-from slimlmm.recipe import DIVERGENCES, Recipe, Round, Stage, Training
+from slimlmm.recipe import Recipe, Round, Stage
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
 from slimlmm.snapshot import identity_of
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
 from slimlmm.sweeps import Comparison, Subject, Wanted
+from slimlmm.trainings import DIVERGENCES, Training
 
 
 def _with(one: Training, keys: Mapping[str, Any]) -> Training:

@@ -15,9 +15,10 @@ from slimlmm import controls
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.plan import follow_width
-from slimlmm.recipe import CHOOSING, DIVERGENCES, LEVELS, REPAIRS, LossName, Recipe, Round, Stage, Training
+from slimlmm.recipe import CHOOSING, LEVELS, REPAIRS, Recipe, Round, Stage
 from slimlmm.resizing import cut_in_turn
 from slimlmm.studies import BASE, Arm, Group, Kind, Study, group_problems
+from slimlmm.trainings import DIVERGENCES, LossName, Training
 
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
@@ -148,7 +149,7 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         if not (wanted := losses(answer)):
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
         plain = {} if DIVERGENCES & set(wanted) else controls.NO_TEACHER
-        return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}})
+        return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}}).heard()
 
     return each(stages, lambda turn: turn, trained)
 
