@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults conformance lint types headline clean
+.PHONY: demo test results faults conformance lint types headline clean
 
 demo: $(READY)
 	$(BIN)/slimlmm demo --out runs/demo
@@ -18,6 +18,11 @@ test: $(READY)
 conformance: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/conformance.py docs/families.md --workers 2 --check
 	$(BIN)/python -m pytest --whole-grid --thorough --numprocesses 2 --dist load
+
+# docs/results.md and its plots, from the committed records of studies, in this order
+STUDIES := stages visits batches orders planner schedule-4x sizes-18x sizes-by-18x small losses
+results: $(READY)
+	$(BIN)/slimlmm study $(STUDIES:%=benchmarks/results/study-%.json) --page docs/results.md
 
 # kills, full disks and spoilt bytes at random, an hour and a half on 2 cores, then the test of every fault of docs/reliability.md,
 # which is written anew

@@ -183,6 +183,17 @@ def test_a_curve_from_zero_on_has_a_linear_axis(first, scale):
     assert low < first < high
 
 
+def test_the_committed_page_is_that_of_the_committed_records():
+    root = Path(__file__).parents[1]
+    order = next(line for line in (root / "Makefile").read_text().splitlines() if line.startswith("STUDIES := "))
+    paths = [root / "benchmarks" / "results" / f"study-{name}.json" for name in order.split()[2:]]
+    assert sorted(paths) == sorted((root / "benchmarks" / "results").glob("study-*.json"))
+    page = study_page._page([study_page.markdown(sr.StudyResults.load(path)) for path in paths])
+    assert page == (root / "docs" / "results.md").read_text(), "write it anew: make results"
+    plots = {line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")}
+    assert plots == {str(one.relative_to(root / "docs")) for one in (root / "docs" / "plots").iterdir()}
+
+
 def test_several_studies_on_one_page(tmp_path):
     one = made({"a": {0: answered(drawn(0.8, 0))}, "b": {0: answered(drawn(0.5, 1))}})
     other = one.model_copy(update={"name": "other", "title": "Less data", "about": "Does it take all rows?"})
