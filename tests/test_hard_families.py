@@ -54,6 +54,18 @@ def test_gemma4_keeps_any_blocks_that_hold_what_others_read(name):
                     gap(model, "text.blocks", {"text.blocks": torch.tensor(kept)}, batch)
 
 
+def test_gemma4_keeps_any_experts_with_the_scale_of_each():
+    model = random_model(CONFIGS["gemma4-moe"]())
+    batch, axis = picture_prompt(model.config), describe(model.config).axis("text.experts")
+    for layer in range(model.config.text_config.num_hidden_layers):
+        router = model.get_submodule(f"model.language_model.layers.{layer}.router")
+        torch.nn.init.uniform_(router.per_expert_scale, 0.5, 2.0)
+    assert axis.choices() == (2, 3, 4)
+    for size in axis.choices():
+        for seed in (0, 1):
+            assert gap(model, axis.name, some_units(axis, size, seed), batch) <= TOLERANCE, (size, seed)
+
+
 def test_gemma4_rewrites_all_that_counts_blocks():
     model = random_model(CONFIGS["gemma4"]())
     student = cut(model, describe(model.config), "text.blocks", {"text.blocks": torch.tensor([1, 2, 4, 5])})

@@ -243,7 +243,7 @@ def test_axes_that_no_round_cuts_cannot_be_given():
         plan.space_of(CONFIGS["blip2-opt"](), fixes={"qformer.query_tokens": 2})
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "llama4_moe"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "llama4_moe", "gemma4-moe"])
 def test_whole_experts_are_cut_with_what_is_inside_of_blocks(name):
     config = CONFIGS[name]()
     experts = describe(config).axis("text.experts")

@@ -310,6 +310,8 @@ BACKBONES: Mapping[str, Backbone] = {
             "post_per_layer_input_norm",
         ),
         expert_ffn="moe_intermediate_size",
+        experts="num_experts",
+        experts_per_token="top_k_experts",
         layouts={"experts.gate_up_proj": "-pc", "experts.down_proj": "-pc"},
         made_up={"per_layer_input_gate.weight": "read"},
         query_norm="self_attn.q_norm",
