@@ -133,7 +133,7 @@ def test_a_temperature_beside_zero_is_greedy():
 
 def test_messages_that_the_chat_template_has_no_place_for_are_refused():
     model, processor = tiny("llava-dinov2-llama")
-    processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    processor.chat_template = "{% for m in messages %}{{ m['content'][-1]['text'] }} {% endfor %}"
     said = Answerer(model, processor)
     with pytest.raises(UserError, match="has no place for such messages"):
         said.answer([Ask(messages=[{"role": "user", "content": []}], pictures=[], max_tokens=1)])

@@ -1,15 +1,25 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import LlavaConfig
 
 import tiny as tiny_models
 from pali import tiny_paligemma
+from slimlmm import probes
 from slimlmm.collate import IGNORE, Collator, Prompter, texts_of
 from slimlmm.data import by_picture
 from slimlmm.distill import can_pack
+from slimlmm.errors import UserError
+from slimlmm.evaluate import encode
 from slimlmm.forward import answer_logits, forward
-from tiny import NAMES, byte_fallback_tokenizer, tiny
+from slimlmm.probes import template_of
+from slimlmm.selfcheck import random_model
+from slimlmm.serving.answering import Answerer
+from slimlmm.serving.asks import Ask
+from tiny import NAMES, byte_fallback_tokenizer, tiny, tiny_config
 
 PACKING = ("llava-clip-llama", "llava-siglip-qwen2", "llava-dinov2-llama")
 
@@ -105,3 +115,92 @@ def test_prompt_is_a_prefix_of_prompt_and_answer():
         ]
     )
     assert whole.startswith(prompt + answer)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}THOUGHTS{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nBEGUN{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("thoughts", "begun"), [("[no thoughts]\n\n", ""), ("[no thoughts]\n\n", "[no "), ("  ", "")])
+def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank(rows, thoughts, begun):
+    model, processor = tiny("llava-dinov2-llama")
+    plain = Prompter(processor).prompt("What?")
+    processor.chat_template = THINKING.replace("THOUGHTS", thoughts).replace("BEGUN", begun)
+    prompter, moved = Prompter(processor), thoughts.strip() != ""
+    row = replace(rows.train[0], question="What?", answer="no thoughts")  # an answer that stands in the opening too
+    prompt, text = prompter.turns(row.question, row.answer)
+    assert prompt == plain + (thoughts if moved else begun)
+    assert text == ("" if moved else thoughts) + "no thoughts" + processor.tokenizer.eos_token
+    assert prompter.prompt("What?") == prompt
+    asked = encode(processor, [row])["input_ids"][0]
+    batch = Collator(processor, packed=False)([[row]])
+    assert torch.equal(batch["input_ids"][0, : len(asked)], asked)
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    ask = Ask(messages=said, pictures=[], max_tokens=1)
+    assert Answerer(model, processor).prompt(ask) == prompt
+
+
+def test_a_template_for_texts_alone_is_refused_and_that_of_a_tokenizer_not_taken():
+    _, processor = tiny("llava-dinov2-llama")
+    texts = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+    processor.chat_template = texts + "{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(UserError, match=r"it seems to be one for texts alone"):
+        Prompter(processor)
+    processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
+    assert template_of(processor) is None
+    with pytest.raises(UserError, match="has no chat template"):
+        Prompter(processor).prompt("What?")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_template_that_writes_the_token_of_beginning_gets_no_second_one(rows, packed):
+    model, processor = tiny("llava-dinov2-llama")
+    tokenizer = processor.tokenizer
+    first = tokenizer.bos_token
+    adds = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    row = rows.train[0]
+    group = [replace(row, question=f"{row.question} {n}") for n in range(2)]
+    for template, count in ((processor.chat_template, 1), ("{{ bos_token }}" + processor.chat_template, 1)):
+        processor.chat_template = template
+        content = [{"type": "image", "image": row.open()}, {"type": "text", "text": group[0].question}]
+        said = [{"role": "user", "content": content}]
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        stock = processor.apply_chat_template(said, **how)
+        wanted = (
+            stock["input_ids"][0] if template.startswith("{{ bos") else encode(processor, group[:1])["input_ids"][0]
+        )
+        for found in (encode(processor, group[:1]), Collator(processor, packed=packed)([group])):
+            ids = found["input_ids"][0]
+            assert torch.equal(ids[: len(wanted)], wanted)
+            assert int((ids == tokenizer.bos_token_id).sum()) == count
+        asked = probes.answer(model, processor, row.open(), Prompter(processor).prompt(group[0].question), 1)
+        how = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        logits = model.generate(**encode(processor, group[:1]), **how).logits
+        assert asked["scale"] == pytest.approx(float(logits[0].abs().max()), rel=1e-5)
+
+
+def test_a_tokenizer_without_padding_token_is_trained_with_too(rows):
+    _, processor = tiny("llava-dinov2-llama")
+    groups = by_picture(rows.train, 2)[:2]
+    wanted = Collator(processor, packed=False)(groups)
+    processor.tokenizer.pad_token = None
+    found = Collator(processor, packed=False)(groups)
+    assert torch.equal(found["attention_mask"], wanted["attention_mask"])
+    assert torch.equal(found["shift_labels"], wanted["shift_labels"])
+    assert processor.tokenizer.pad_token is None
+
+
+def test_packing_is_tried_on_the_longest_rows_too(rows):
+    _, processor = tiny("llava-dinov2-llama")
+    config = tiny_config("llava-dinov2-llama").to_dict()
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 60}
+    model = random_model(LlavaConfig(**config))
+    short = [replace(row, question="Red?", answer="a") for row in rows.train]
+    groups = by_picture(short, 4)
+    assert can_pack(model, processor, short)
+    long = [replace(row, question="What does the advertisement say, word by word? " * 3) for row in groups[-1]]
+    assert not can_pack(model, processor, [row for group in groups[:-1] for row in group] + long)

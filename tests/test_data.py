@@ -176,3 +176,37 @@ def test_half_of_a_surrogate_pair_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({**GOOD, "question": "q\ud800"}))
     with pytest.raises(UserError, match="half of a surrogate pair"):
         data.load(tmp_path)
+
+
+def test_files_of_equal_bytes_are_one_picture(tmp_path):
+    records = [{"image": f"{n}.png", "question": "What?", "answer": "red", "id": str(n)} for n in range(12)]
+    folder = folder_of(tmp_path, records)
+    for n in range(12):
+        (folder / f"{n}.png").write_bytes(png((n % 3, 0, 0)))
+    splits = data.load(folder)
+    rows = [*splits.train, *splits.validation]
+    assert {row.id: row.image for row in rows} == {str(n): folder / f"{n % 3}.png" for n in range(12)}
+    assert {row.picture_key() for row in splits.train}.isdisjoint(row.picture_key() for row in splits.validation)
+    assert "4 rows (1 pictures) were split off train" in splits.notes[0]
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", " <image> What? "])
+def test_the_placeholder_of_the_picture_is_no_part_of_the_question(question):
+    told = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}, told[1]]
+    for record in (
+        {"image": "a.png", "question": question, "answer": "red"},
+        {"images": ["a.png"], "messages": told},
+        {"images": ["a.png"], "messages": parts},
+    ):
+        assert data.parse(record, 0).question == "What?"
+
+
+@pytest.mark.parametrize(
+    "record", [{"question": "Is <image> red?"}, {"answer": "the <image>"}, {"question": "<image><image> Same?"}]
+)
+def test_a_placeholder_inside_of_a_text_is_a_broken_row(record):
+    with pytest.raises(ValueError, match="<image> inside of a text"):
+        data.parse(GOOD | record, 0)
+    with pytest.raises(ValueError, match="empty question"):
+        data.parse(GOOD | {"question": "<image>"}, 0)

@@ -258,3 +258,9 @@ def test_what_is_no_torch_model_is_asked_as_it_is():
         generation_config=model.generation_config, generate=model.generate, device=model.device, dtype=model.dtype
     )
     assert ev.answer(export, processor, rows_of()[:2], 4) == ev.answer(model, processor, rows_of()[:2], 4)
+
+
+def test_composed_and_decomposed_letters_are_one_answer():
+    rows = [Row("a", b"x", "q", "cafe\u0301"), Row("b", b"x", "q", "caf\xe9"), Row("c", b"x", "q", "cafe")]
+    found = ev.grade(rows, ["caf\xe9", "cafe\u0301", "caf\xe9"], ["x"] * 3, max_new_tokens=5)
+    assert found.correct.tolist() == [True, True, False]

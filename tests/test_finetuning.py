@@ -7,6 +7,7 @@ import yaml
 from safetensors.torch import load_file
 
 from slimlmm import finetuning, saving
+from slimlmm.data import Row
 from slimlmm.errors import LossError, UserError
 from test_pipeline import Recorder
 from test_saving import Dies, same
@@ -105,3 +106,11 @@ def test_passes_are_more_than_none(epochs, rows):
 def test_passes_beside_a_recipe_are_refused(rows, tmp_path):
     with pytest.raises(UserError, match="--epochs 50 has no effect beside --recipe"):
         finetuning.trainings(tmp_path / "r.yaml", rows.train, 50)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "epochs", "steps"), [(1, 3.0, 3), (16, 3.0, 3), (17, 3.0, 6), (40, 1.5, 5), (40, 0.1, 1)]
+)
+def test_an_epoch_ends_in_a_part_of_a_step(pictures, epochs, steps):
+    rows = [Row(str(n), b"%d" % (n // 3), "q", "a") for n in range(3 * pictures)]
+    assert finetuning.trainings(None, rows, epochs)[0].steps == steps

@@ -10,7 +10,7 @@ from slimlmm.data import Row, by_picture
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_until
 from slimlmm.half import half
-from slimlmm.teacher import TeacherCache, weights_fingerprint
+from slimlmm.teacher import TeacherCache, identity, weights_fingerprint
 from tiny import tiny
 
 NAME = "llava-dinov2-llama"
@@ -157,3 +157,11 @@ def test_another_teacher_is_a_miss(tmp_path, rows):
         next(model.parameters()).add_(1e-3)
     assert weights_fingerprint(model) != before
     assert TeacherCache(model, collator, tmp_path).key(rows.train[0]) != key
+
+
+def test_a_setting_of_the_processor_is_part_of_who_teaches(tmp_path, rows):
+    model, processor = tiny(NAME)
+    before = identity(model, processor)
+    assert identity(model, processor) == before
+    processor.num_additional_image_tokens += 1
+    assert identity(model, processor) != before

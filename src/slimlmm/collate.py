@@ -7,7 +7,8 @@ Shape legend: B sequences, T tokens. ``shift_labels`` [B, T] holds at each posit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
-from slimlmm.probes import template_of
+from slimlmm.probes import begun, template_of
 
 IGNORE = -100
+#: an answer that nothing else in a prompt looks like
+MARK = "Answer7Q"
 Batch = dict[str, Any]
 
 
@@ -87,6 +90,8 @@ class Prompter:
             )
         if self.tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so answers cannot end.")
+        self.template = template_of(processor)
+        self.opening = self._opening()
         self.turns = lru_cache(maxsize=100_000)(self._turns)
         self.ids = lru_cache(maxsize=100_000)(self._ids)
         self.answers = lru_cache(maxsize=100_000)(self._answer)
@@ -115,27 +120,73 @@ class Prompter:
         return ids
 
     def _turns(self, question: str, answer: str) -> tuple[str, str]:
-        """Return (prompt, answer text up to and including the end token)."""
-        template = template_of(self.processor)
-        if template is None:
+        """Return (prompt, answer text up to and including the end token); what a template writes before any answer is prompt."""
+        if self.template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
             if plain is None:
                 raise UserError(
                     f"{type(self.processor).__name__} has no chat template; add one (chat_template.jinja) to the model's folder."
                 )
             return plain.format(question=question), f" {answer}{self.tokenizer.eos_token}"
+        prompt, text = self._rendered(question, answer)
+        if not text.startswith(self.opening):
+            raise UserError(
+                f"the chat template begins answers in two ways, {self.opening!r} and {text[: len(self.opening)]!r}, so answer "
+                "tokens cannot be told apart."
+            )
+        prompt, text = prompt + self.opening, text[len(self.opening) :]
+        end = self.tokenizer.eos_token
+        return prompt, text[: text.index(end) + len(end)] if end in text else text.rstrip() + end
+
+    def _rendered(self, question: str, answer: str) -> tuple[str, str]:
+        """Return what the template writes for a question, and what it writes behind that where there is an answer."""
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt = self.processor.apply_chat_template([user], chat_template=template, add_generation_prompt=True)
-        whole = self.processor.apply_chat_template([user, reply], chat_template=template)
+        prompt: str = self.processor.apply_chat_template(
+            [user], chat_template=self.template, add_generation_prompt=True
+        )
+        whole: str = self.processor.apply_chat_template([user, reply], chat_template=self.template)
         if not whole.startswith(prompt):
             raise UserError(
                 "the chat template does not extend its own generation prompt (the text with an answer does not start with the "
                 "text without), so answer tokens cannot be told apart."
             )
-        text = whole[len(prompt) :]
-        end = self.tokenizer.eos_token
-        return prompt, text[: text.index(end) + len(end)] if end in text else text.rstrip() + end
+        return prompt, whole[len(prompt) :]
+
+    def _opening(self) -> str:
+        """Return what the template writes before every answer but not as a generation prompt, such as an empty block of thoughts.
+
+        A model that was taught to write it would be wrong wherever answers are compared, so it is part of the prompt.
+        Blanks alone are not: they are no answer, and often part of its first token.
+
+        Raises:
+            UserError: the template does not write answers as they are.
+        """
+        if self.template is None:
+            return ""
+        _, text = self._rendered("x", MARK)
+        before, found, _ = text.partition(MARK)
+        if not found or "'type'" in before:
+            raise UserError(
+                f"the chat template writes the answer {MARK!r} as {text[:80]!r}; it seems to be one for texts alone, give the "
+                "model's folder one that takes lists of parts (chat_template.jinja)."
+            )
+        return before if before.strip() else ""
+
+
+@contextmanager
+def padding(tokenizer: Any, side: str | None = None) -> Iterator[None]:
+    """Let the tokenizer pad on a side, with the end token if it has no padding token; then restore it."""
+    before, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side = side or before
+    if pad is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = before
+        if pad is None:
+            tokenizer.pad_token = None
 
 
 def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
@@ -151,7 +202,8 @@ def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
 
 def _around(processor: Any, prompter: Prompter, row: Row) -> str:
     """Return a prompt as the processor itself writes it: some put a system prompt before it (Janus), which is tokens too."""
-    inputs = processor(text=[prompter.prompt(row.question)], images=[[row.open()]], return_tensors="pt")
+    prompt = prompter.prompt(row.question)
+    inputs = processor(text=[prompt], images=[[row.open()]], return_tensors="pt", **begun(processor, prompt))
     text: str = processor.tokenizer.decode(inputs["input_ids"][0])
     return text
 
@@ -226,7 +278,10 @@ class Collator:
     def _process(self, rows: Sequence[Row], pictures: dict[str, Any]) -> Any:
         texts = [self.prompter.prompt(row.question) for row in rows]
         images = [[pictures[row.picture_key()]] for row in rows]
-        return self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        with padding(self.prompter.tokenizer):
+            return self.processor(
+                text=texts, images=images, padding=True, return_tensors="pt", **begun(self.processor, texts[0])
+            )
 
     def _tokens_only(self, flat: Sequence[Row], heads: Sequence[Row], first: Any, per_token: list[str]) -> Batch:
         """Tokenise every row, with the picture's placeholders expanded as the processor did for its group's first row."""
@@ -238,7 +293,8 @@ class Collator:
         }
         ids = []
         for row in flat:
-            plain = torch.tensor(self.prompter.ids(self.prompter.prompt(row.question), special=True))
+            prompt = self.prompter.prompt(row.question)
+            plain = torch.tensor(self.prompter.ids(prompt, special=not begun(self.processor, prompt)))
             ids.append(_expand(plain, expanded[row.picture_key()], self.picture_token))
         return self._pad(ids, [])
 

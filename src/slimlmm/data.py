@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ VALIDATION_SHARE = 0.1
 #: half of a pair, which JSON can spell and no file can hold
 SURROGATE = re.compile("[\ud800-\udfff]")
 HERE = Path()
+#: what many data sets write where the picture goes
+PLACEHOLDER = "<image>"
 #: row visits of a training step over so many pictures, with at most so many questions about each
 StepRows = Callable[[int, int], float]
 #: where a picture lies that may be read, by folder of its table, root of the data and its own name: rows share pictures
@@ -172,12 +174,12 @@ def check(
             rows.append(parse(record, total - 1, unlabelled=unlabelled, allowed=allowed, places=places))
         except ValueError as error:
             bad(error, str(record.get("id") or f"row {total}"))
-    broken = _broken_pictures(rows)
+    broken, twins = _looked_at(rows)
     for row in rows:
         if row.picture_key() in broken:
             where = row.image if isinstance(row.image, Path) else "embedded bytes"
             bad(broken[row.picture_key()], f"{row.id} ({where})")
-    kept = [row for row in rows if row.picture_key() not in broken]
+    kept = [_told_by(row, twins) for row in rows if row.picture_key() not in broken]
     if skipped := sum(problems.values()):
         listing = "; ".join(f"{count} x {kind} (first: {first[kind]})" for kind, count in problems.most_common())
         if skipped > max_bad_share * total:
@@ -190,20 +192,32 @@ def check(
     return kept
 
 
-def _broken_pictures(rows: Sequence[Row]) -> dict[str, PictureError]:
-    """Decode every distinct picture once; return picture key -> what is wrong with it."""
+def _looked_at(rows: Sequence[Row]) -> tuple[dict[str, PictureError], dict[str, Path | bytes]]:
+    """Decode every picture once; return what is wrong by picture key, and the first of equal ones by those of the others."""
     distinct = {row.picture_key(): row for row in rows}
 
-    def attempt(row: Row) -> PictureError | None:
+    def attempt(row: Row) -> PictureError | bytes:
         try:
-            row.open()
+            raw = row.image if isinstance(row.image, bytes) else pictures.file_bytes(row.image, row.allowed)
+            pictures.upright(raw, row.allowed)
         except PictureError as error:
             return error
-        return None
+        return hashlib.sha256(raw).digest()
 
     with ThreadPoolExecutor(4) as pool:
-        verdicts = pool.map(attempt, distinct.values())
-        return {key: verdict for key, verdict in zip(distinct, verdicts, strict=True) if verdict}
+        verdicts = dict(zip(distinct, pool.map(attempt, distinct.values()), strict=True))
+    first: dict[bytes, str] = {}
+    for key, found in verdicts.items():
+        if isinstance(found, bytes):
+            first.setdefault(found, key)
+    firsts = {key: first[found] for key, found in verdicts.items() if isinstance(found, bytes)}
+    twins = {key: distinct[one].image for key, one in firsts.items() if one != key}
+    return {key: found for key, found in verdicts.items() if isinstance(found, PictureError)}, twins
+
+
+def _told_by(row: Row, twins: Mapping[str, Path | bytes]) -> Row:
+    """Return the row with the first of several files of equal bytes: they are one picture, and rows of it are not independent."""
+    return replace(row, image=twins[key]) if twins and (key := row.picture_key()) in twins else row
 
 
 def parse(
@@ -230,9 +244,13 @@ def parse(
         image = images[0]
     else:
         question, answer, image = record.get("question"), record.get("answer"), record.get("image")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or not (question := _asked(question)):
         raise ValueError("empty question")
     answer = _written(answer)
+    if PLACEHOLDER in question or PLACEHOLDER in answer:
+        raise ValueError(
+            f"{PLACEHOLDER} inside of a text (one picture is supported, which stands before or behind the question)"
+        )
     if not answer.strip() and not unlabelled:
         raise ValueError("empty answer (of train rows the teacher can give them: data.answers: filled in the recipe)")
     told = record.get("id")
@@ -242,7 +260,12 @@ def parse(
     task = "" if record.get("task") is None else str(record["task"])
     if any(map(SURROGATE.search, (identity, question, answer, task))):
         raise ValueError("half of a surrogate pair, which is no character, in a text")
-    return Row(identity, picture, question.strip(), answer.strip(), task, allowed=allowed)
+    return Row(identity, picture, question, answer.strip(), task, allowed=allowed)
+
+
+def _asked(question: str) -> str:
+    """Return a question without the placeholder of its picture, which many data sets write before or behind it."""
+    return question.strip().removeprefix(PLACEHOLDER).removesuffix(PLACEHOLDER).strip()
 
 
 def _written(answer: object) -> str:
@@ -286,7 +309,7 @@ def _turns(messages: object, unlabelled: bool) -> tuple[str, str]:
 
 def _text(content: object) -> str:
     if isinstance(content, str):
-        return content.replace("<image>", "")
+        return content
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         raise ValueError("the content of a turn is neither text nor a list of parts")
     texts = [part.get("text") for part in content if part.get("type") == "text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,18 +16,27 @@ IDS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "eos_tok
 
 
 def generation_settings(model: Any, processor: Any, max_new_tokens: int) -> dict[str, Any]:
-    """Return the arguments of plain greedy decoding, to be used within `nothing_else`.
-
-    End tokens are those of the checkpoint's generation config, else of its tokenizer.
-    """
-    tokenizer = processor.tokenizer
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.pad_token_id
+    """Return the arguments of plain greedy decoding, to be used within `nothing_else`."""
+    end, pad = ends_of(model, processor.tokenizer), processor.tokenizer.pad_token_id
     if pad is None and end is not None:
         pad = end[0] if isinstance(end, list) else end
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     return {**greedy, "max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
+
+
+def ends_of(model: Any, tokenizer: Any) -> int | list[int] | None:
+    """Return the end tokens: those of its generation config, and the tokenizer's, by which answers are taught to end."""
+    told = model.generation_config.eos_token_id
+    known = list(told) if isinstance(told, list | tuple) else [] if told is None else [told]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
+        known.append(tokenizer.eos_token_id)
+    return known[0] if len(known) == 1 else known or None
+
+
+def end_as_taught(model: Any, tokenizer: Any) -> None:
+    """Let stock `generate` stop at the end token of the tokenizer too, as a model that was taught to end with it needs."""
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = ends_of(model, tokenizer)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from slimlmm.collate import Batch, Collator
 from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
+from slimlmm.decoding import end_as_taught
 from slimlmm.errors import LossError, UserError
 from slimlmm.forward import answer_logits, refuse_encoder_decoder, to_device
 from slimlmm.half import as_it_was, trains_in_half
@@ -307,6 +308,7 @@ def train(
     state.take_up(out, saving, teachers)
     with settled_statistics(model), quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
         _run(trainer, model, teachers, state.found)
+    end_as_taught(model, processor.tokenizer)
     return _result(trainer, state.seconds, row_flops, report, keeper)
 
 
@@ -456,13 +458,18 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
 
 @torch.inference_mode()
 def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> bool:
-    """Whether packed questions give this model the same logits as separate rows (tried on two pictures with several rows).
+    """Whether packed questions give this model the same logits as separate rows.
 
-    False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
+    Tried on two pictures with several rows, and on that with the longest ones: a window of attention that holds the others may be
+    too small for it. False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
     """
     groups = [group for group in by_picture(rows, 4) if len(group) > 1][:2]
     if not groups:
         return False
+    most = Training.model_fields["questions_per_picture"].default
+    groups.append(
+        max(by_picture(rows, most), key=lambda group: sum(len(row.question) + len(row.answer) for row in group))
+    )
     was_training = model.training
     model.eval()
     try:

@@ -9,6 +9,7 @@ models are compared on the same rows: `agreement`, and `paired_bootstrap` over p
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from slimlmm.collate import Prompter
+from slimlmm.collate import Prompter, padding
 from slimlmm.data import Row
 from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
+from slimlmm.probes import begun
 from slimlmm.resampling import Pictures
 
 #: (rows done, rows in all) -> None
@@ -138,8 +140,11 @@ class Evaluation(Record):
 
 
 def normalise(text: str) -> str:
-    """Return the text stripped, with each run of whitespace made one space; nothing else is forgiven."""
-    return " ".join(text.split())
+    """Return the text in NFC, stripped, with each run of whitespace made one space; nothing else is forgiven.
+
+    Composed and decomposed letters are the same text, and many tokenizers write one form only.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def encode(processor: Any, rows: Sequence[Row], pictures: Sequence[Image.Image] | None = None) -> Any:
@@ -152,8 +157,8 @@ def encode(processor: Any, rows: Sequence[Row], pictures: Sequence[Image.Image] 
 
 def encode_texts(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None) -> Any:
     """Return the model's inputs for prompts with the pictures of each, None for none; padded on the left, on the CPU."""
-    with _left_padding(processor.tokenizer):
-        return processor(text=texts, images=images, padding=True, return_tensors="pt")
+    with padding(processor.tokenizer, "left"):
+        return processor(text=texts, images=images, padding=True, return_tensors="pt", **begun(processor, texts[0]))
 
 
 def answer(
@@ -387,21 +392,6 @@ def one_look(model: Any, keys: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         del tower.forward
-
-
-@contextmanager
-def _left_padding(tokenizer: Any) -> Iterator[None]:
-    """Let the tokenizer pad on the left, with the end token if it has no padding token; then restore it."""
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = "left"
-    if pad is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = side
-        if pad is None:
-            tokenizer.pad_token = None
 
 
 def _summary(predictions: Sequence[Prediction], max_new_tokens: int) -> Accuracy:

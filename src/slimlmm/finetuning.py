@@ -42,7 +42,7 @@ def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float | None)
         raise UserError(f"--epochs {epochs:g}: give a number above 0.")
     if path is None:
         pictures = len(data.by_picture(rows, 16))
-        steps = math.ceil(epochs * pictures / 16)
+        steps = math.ceil(epochs * math.ceil(pictures / 16))  # an epoch ends in a part of a step
         return [
             Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
         ]

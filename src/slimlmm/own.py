@@ -109,7 +109,7 @@ def sampling(model: PreTrainedModel, processor: Any, rows: Sequence[Row], temper
     tokenizer = processor.tokenizer
     settings = generation_settings(model, processor, answer_limit(processor, rows))
     told = settings["eos_token_id"]
-    ends = {tokenizer.eos_token_id, *([told] if isinstance(told, int) else told or ())}
+    ends = {told} if isinstance(told, int) else set(told or ())
     texts = sorted({row.answer for row in rows})
     spoken = {token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids}
     special = {*tokenizer.all_special_ids, picture_token(processor)}

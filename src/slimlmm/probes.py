@@ -94,9 +94,22 @@ def side_of(processor: Any) -> int:
 
 
 def template_of(processor: Any) -> str | None:
-    """Return the chat template of a processor, or that of its tokenizer: some classes (InstructBLIP) load none of their own."""
-    template: str | None = processor.chat_template or processor.tokenizer.chat_template
-    return template
+    """Return the chat template of a processor, or that of its tokenizer: some classes (InstructBLIP) load none of their own.
+
+    Not one of a tokenizer that is for texts alone: it would write the parts of a message as Python prints them.
+    """
+    template: str | None = processor.chat_template
+    if template or processor.tokenizer.chat_template is None:
+        return template
+    template = processor.tokenizer.chat_template
+    said = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    return None if "'type'" in processor.apply_chat_template(said, chat_template=template) else template
+
+
+def begun(processor: Any, text: str) -> dict[str, bool]:
+    """Return the setting by which a processor adds no second token of beginning to a prompt whose template wrote one."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
 def prompt(processor: Any, asked: str, plain: Mapping[str, str]) -> str:
@@ -112,7 +125,8 @@ def prompt(processor: Any, asked: str, plain: Mapping[str, str]) -> str:
 @torch.inference_mode()
 def answer(model: Any, processor: Any, shown: Image.Image, text: str, limit: int) -> Answer:
     """Let the model, in evaluation mode, answer greedily in at most `limit` tokens."""
-    batch = processor(text=[text], images=[[shown]], return_tensors="pt").to(model.device, dtype=model.dtype)
+    batch = processor(text=[text], images=[[shown]], return_tensors="pt", **begun(processor, text))
+    batch = batch.to(model.device, dtype=model.dtype)
     end = model.generation_config.eos_token_id
     end = processor.tokenizer.eos_token_id if end is None else end
     pad = processor.tokenizer.pad_token_id

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from slimlmm.anatomy import describe
 from slimlmm.collate import Batch, Collator
@@ -86,7 +86,9 @@ def _rules(processor: Any) -> str:
     pictures: str = processor.image_processor.to_json_string()
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     del tokenizer["padding"], tokenizer["truncation"]
-    return pictures + json.dumps(tokenizer, sort_keys=True) + str(processor.chat_template)
+    own = processor.to_dict() if isinstance(processor, ProcessorMixin) else {}
+    own = {key: value for key, value in own.items() if not isinstance(value, dict)}  # its parts are told above
+    return pictures + json.dumps([tokenizer, own], sort_keys=True, default=str) + str(processor.chat_template)
 
 
 def identity(model: PreTrainedModel, processor: Any) -> bytes:

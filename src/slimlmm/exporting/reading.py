@@ -35,11 +35,16 @@ class Reader:
         return self.processor.apply_chat_template(conversation, **settings)
 
     def __call__(
-        self, text: Sequence[str], images: Sequence[Sequence[Image.Image]] | None, padding: bool, return_tensors: str
+        self,
+        text: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None,
+        padding: bool,
+        return_tensors: str,
+        **words: bool,
     ) -> BatchFeature:
-        """Return token ids, mask and (where there are pictures) their bytes, uint8 [pictures, C, h, w]."""
+        """Return token ids (`words` say how), mask and, where there are pictures, their bytes, uint8 [pictures, C, h, w]."""
         whole = [one.replace(self.image_token, self.image_token * self.count) for one in text]
-        found = dict(self.tokenizer(whole, padding=padding, return_tensors=return_tensors))
+        found = dict(self.tokenizer(whole, padding=padding, return_tensors=return_tensors, **words))
         if images is not None:
             pictures = [picture for some in images for picture in some]
             found["pixel_values"] = self.processor.image_processor(

@@ -16,7 +16,6 @@ from slimlmm.collate import Prompter
 from slimlmm.decoding import generation_settings, nothing_else
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode_texts
-from slimlmm.probes import template_of
 from slimlmm.serving.asks import Ask, Finish, Said, Token
 
 
@@ -50,14 +49,14 @@ class Answerer:
         Raises:
             UserError: the chat template takes no such messages; or there is none, and this is not one question about one picture.
         """
-        if (template := template_of(self.processor)) is not None:
+        if (template := self.prompter.template) is not None:
             try:
                 text: str = self.processor.apply_chat_template(
                     list(ask.messages), chat_template=template, add_generation_prompt=True
                 )
             except TemplateError as error:
                 raise UserError(f"the model's chat template has no place for such messages: {error}") from error
-            return text
+            return text + self.prompter.opening
         parts = [part for turn in ask.messages for part in turn["content"]]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         if len(ask.messages) != 1 or len(texts) != 1 or len(ask.pictures) != 1:
