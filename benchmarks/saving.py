@@ -26,8 +26,9 @@ import torch
 from slimlmm import adreview, checkpoint, data
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
-from slimlmm.distill import can_pack, train
+from slimlmm.distill import train
 from slimlmm.measure import environment
+from slimlmm.packing import can_pack
 from slimlmm.saving import SAVE_EVERY, Saving
 from slimlmm.teacher import TeacherCache
 from slimlmm.trainings import Training

@@ -11,10 +11,10 @@ from pali import tiny_paligemma
 from slimlmm import probes
 from slimlmm.collate import IGNORE, Collator, Prompter, texts_of
 from slimlmm.data import by_picture
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode
 from slimlmm.forward import answer_logits, forward
+from slimlmm.packing import can_pack
 from slimlmm.probes import template_of
 from slimlmm.selfcheck import random_model
 from slimlmm.serving.answering import Answerer

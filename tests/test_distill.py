@@ -226,15 +226,26 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path, rows):
         train(model, processor, rows.train, settings(losses={"cross_entropy": 1.0}), tmp_path)
 
 
-def test_the_answer_states_of_a_step_weigh_the_same_in_however_many_batches(tmp_path, rows):
+@pytest.mark.parametrize(
+    "losses", [["answer_states"], ["picture_states"], ["picture_states", "answer_states", "forward_kl"]]
+)
+@pytest.mark.parametrize("some", [False, True])
+def test_the_states_of_a_step_weigh_the_same_in_however_many_batches(tmp_path, rows, losses, some):
+    """Pictures differ in their number of questions, and the teacher may be asked about some alone."""
+    groups = by_picture(rows.train, 16)[:4]
+    uneven = [row for at, group in enumerate(groups) for row in group[: 2 * at + 1]]
+    taught = frozenset(group[0].picture_key() for group in groups[:3]) if some else None
     found = []
-    for accumulate in (1, 4):
+    for accumulate in (1, 2, 4):
         model, processor = tiny(NAME, 3)
         cache = TeacherCache(tiny(NAME)[0], Collator(processor, packed=True), tmp_path / "cache")
-        asked = settings(steps=1, pictures_per_step=4, accumulate=accumulate, losses={"answer_states": 1.0}, warmup=0.0)
-        result = train(model, processor, rows.train[:60], asked, tmp_path, teacher=cache)
-        found.append(result.history[0]["loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+        more = {"losses": dict.fromkeys(losses, 1.0), "warmup": 0.0, "clip": 1e9, "precision": "float32"}
+        asked = settings(steps=1, pictures_per_step=4, accumulate=accumulate, **more)
+        result = train(model, processor, uneven, asked, tmp_path, teacher=cache, taught=taught)
+        found.append((result.history[0]["loss"], result.history[0]["grad_norm"]))
+    for loss, norm in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-3)
+        assert norm == pytest.approx(found[0][1], rel=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

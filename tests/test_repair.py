@@ -11,11 +11,11 @@ import torch
 from slimlmm import anatomy, data, importance, repair, surgery
 from slimlmm.calibration import Calibration, calibration_of
 from slimlmm.collate import Collator
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.forward import forward
 from slimlmm.importance import score
 from slimlmm.moments import Moments, predict
+from slimlmm.packing import can_pack
 from slimlmm.prompts import picture_prompt
 from slimlmm.selfcheck import random_model
 from tiny import NAMES, longer, tiny, tiny_batch

@@ -9,10 +9,11 @@ import torch
 from slimlmm import evaluate as ev
 from slimlmm.collate import Collator, texts_of
 from slimlmm.data import by_picture
-from slimlmm.distill import can_pack, train
+from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.families import FAMILIES
 from slimlmm.forward import answer_logits
+from slimlmm.packing import can_pack
 from slimlmm.teacher import TeacherCache
 from slimlmm.trainings import Training
 from slimlmm.vocab import trim

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from slimlmm import checkpoint, losses, pipeline, recipe, rounds
+from slimlmm import checkpoint, losses, pipeline, recipe, rounds, trainings
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
 from slimlmm.distill import train
@@ -102,7 +102,7 @@ def test_what_would_change_nothing_or_is_not_there_is_refused(both, rows, tmp_pa
     for teachers in ({"first": None, "previous": None}, {"previous": None}):
         with pytest.raises(UserError, match="previous is the model that a round of a run began with"):
             trained(both, rows, tmp_path, {"previous": 1.0}, **teachers)
-    assert set(losses.DIVERGENCES) == recipe.DIVERGENCES
+    assert set(losses.DIVERGENCES) == trainings.DIVERGENCES
 
 
 @pytest.fixture(scope="module")

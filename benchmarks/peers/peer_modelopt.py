@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, get_scheduler
 
 from slimlmm import checkpoint
 from slimlmm.collate import IGNORE, Collator
-from slimlmm.distill import can_pack
 from slimlmm.forward import NOT_INPUTS
+from slimlmm.packing import can_pack
 from slimlmm.progress import Lines
 from slimlmm.trainings import Training
 

@@ -19,8 +19,8 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 from slimlmm import checkpoint, data
 from slimlmm.collate import IGNORE, Batch, Collator
 from slimlmm.data import Row
-from slimlmm.distill import can_pack
 from slimlmm.families import stock_class
+from slimlmm.packing import can_pack
 from slimlmm.resizing import predict_parameters
 from slimlmm.trainings import Training
 

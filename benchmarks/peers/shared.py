@@ -15,8 +15,9 @@ from slimlmm import checkpoint, data, plan
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import Row
-from slimlmm.distill import TrainResult, can_pack, train
+from slimlmm.distill import TrainResult, train
 from slimlmm.evaluate import Record
+from slimlmm.packing import can_pack
 from slimlmm.progress import Lines
 from slimlmm.recipe import Recipe, Stage, read
 from slimlmm.resizing import predict_parameters, resized

@@ -21,12 +21,12 @@ from slimlmm.allocation import Market, Sizes, least_loss, trades
 from slimlmm.budget import Budget
 from slimlmm.collate import Collator, texts_of
 from slimlmm.costs import Answer
-from slimlmm.distill import can_pack
 from slimlmm.errors import UntriedError
 from slimlmm.files import read_json, write_json
 from slimlmm.grid import Grid
 from slimlmm.job import Handed, Job, Place, job_of
 from slimlmm.lossless import lossless_of
+from slimlmm.packing import can_pack
 from slimlmm.pricing import fitted, table, within_measured
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, SizesBy

@@ -22,11 +22,11 @@ from slimlmm import study as studying
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.deployable import refuse_unsplittable, warnings_of
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.inspection import sizes_of
 from slimlmm.losses import cross_entropy
+from slimlmm.packing import can_pack
 from slimlmm.pictures import USUAL, PictureSettings
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe

@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from slimlmm import checkpoint, data
 from slimlmm.checkpoint import usual_device
 from slimlmm.collate import Collator
-from slimlmm.distill import can_pack, train
+from slimlmm.distill import train
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation, evaluate
 from slimlmm.labels import file_of, labelled
 from slimlmm.lessons import Taught, asked_of, learnt_from
+from slimlmm.packing import can_pack
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe, Stage, read
 from slimlmm.results import Results

@@ -15,11 +15,11 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.calibration import Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.files import write_json
 from slimlmm.importance import Loss
 from slimlmm.job import Job
+from slimlmm.packing import can_pack
 from slimlmm.recipe import Round
 from slimlmm.resizing import predict_parameters
 from slimlmm.settling import settle_best

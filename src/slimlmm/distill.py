@@ -37,11 +37,21 @@ from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.decoding import end_as_taught
-from slimlmm.errors import LossError, UserError
-from slimlmm.forward import answer_logits, refuse_encoder_decoder, to_device
+from slimlmm.errors import LossError
+from slimlmm.forward import refuse_encoder_decoder, to_device
 from slimlmm.half import as_it_was, trains_in_half
 from slimlmm.launchers import processes
-from slimlmm.lessons import Collate, Readouts, Taught, collator_for, fitted_readouts, learnt_from, look, matched_tokens
+from slimlmm.lessons import (
+    Collate,
+    Readouts,
+    Taught,
+    collator_for,
+    fitted_readouts,
+    learnt_from,
+    look,
+    matched_tokens,
+    taught_tokens,
+)
 from slimlmm.losses import (
     DIVERGENCES,
     MATCHES,
@@ -52,6 +62,7 @@ from slimlmm.losses import (
 )
 from slimlmm.optimizing import frozen, optimizers, settled_statistics
 from slimlmm.own import OwnAnswers, groups_as_they_are, own_answers
+from slimlmm.packing import can_pack
 from slimlmm.saving import More, Saver, Saving, SavingTrainer, latest, more_of
 from slimlmm.spans import Span, warmup_steps
 from slimlmm.stopping import KeepBest
@@ -140,6 +151,7 @@ class DistillTrainer(SavingTrainer):
         )
         self.saves = False
         self.row_visits = 0
+        self.step: dict[str, int] = {}
         self.sums: dict[str, float] = {}
 
     def get_batch_samples(
@@ -150,6 +162,8 @@ class DistillTrainer(SavingTrainer):
             student: Any = self.model
             epoch_iterator = self.own.batches(student, epoch_iterator, device, self.state.global_step)
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [taught_tokens(batch) for batch in found[0]] if "picture_states" in self.weights else []
+        self.step = {name: sum(count[name] for count in counts) for name in MATCHES} if len(counts) > 1 else {}
         return found
 
     def compute_loss(
@@ -175,6 +189,14 @@ class DistillTrainer(SavingTrainer):
         loss = total / count * self.accelerator.num_processes
         return (loss, {"logits": shown.student_AV}) if return_outputs else loss
 
+    def share(self, match: str, inputs: Batch) -> float | None:
+        """Return the answer tokens that a micro-batch' match counts for: those of the step, by its share of the tokens matched.
+
+        So that a picture weighs as much in whatever micro-batch it comes; None where the step is one batch.
+        """
+        tokens = self.step.get(match, 0)
+        return self.step["answer_states"] * taught_tokens(inputs)[match] / tokens if tokens else None
+
     def seen(self, model: Any, inputs: Batch) -> Seen:
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
         stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
@@ -189,15 +211,20 @@ class DistillTrainer(SavingTrainer):
             labels_A,
             teacher_AV,
             {
-                name: Match(matched_tokens(inputs, name, states[name]).float(), inputs[TEACHER_ENTRIES[name]], readout)
+                name: Match(
+                    matched_tokens(inputs, name, states[name]).float(),
+                    inputs[TEACHER_ENTRIES[name]],
+                    readout,
+                    self.share(name, inputs),
+                )
                 for name, readout in self.readouts.maps.items()
             },
             self.temperature,
-            self.shapes,
             inputs.get("taught_answers"),
             second_AV,
             self.teachers.share if self.teachers else 0.0,
             inputs.get("given_answers"),
+            self.shapes,
         )
 
     def visited(self) -> int:
@@ -278,9 +305,8 @@ def train(
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
-    `previous` is the teacher of that name in ``settings.teachers``, where it is asked. `validation`: rows that are looked at;
-    `span`: the steps that are made. With `saving` the state is written to `out` now and then, and one that is there is taken up.
-    Of several processes (WORLD_SIZE) each takes its share of a step's pictures and needs own caches.
+    `previous` is the teacher of that name, `validation` are rows that are looked at, `span` the steps made. With `saving` the
+    state is written to `out` now and then, and taken up. Of several processes each takes its pictures and needs own caches.
 
     Raises:
         UserError: a loss needs a teacher and there is none, or no rows.
@@ -454,31 +480,3 @@ def _arguments(settings: Training, out: Path, seed: int, device: torch.device, s
     if found.device.type == "cuda" and found.n_gpu > 1:
         found._n_gpu = 1
     return found
-
-
-@torch.inference_mode()
-def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> bool:
-    """Whether packed questions give this model the same logits as separate rows.
-
-    Tried on two pictures with several rows, and on that with the longest ones: a window of attention that holds the others may be
-    too small for it. False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
-    """
-    groups = [group for group in by_picture(rows, 4) if len(group) > 1][:2]
-    if not groups:
-        return False
-    most = Training.model_fields["questions_per_picture"].default
-    groups.append(
-        max(by_picture(rows, most), key=lambda group: sum(len(row.question) + len(row.answer) for row in group))
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        packed = Collator(processor, packed=True)(groups)
-        apart = Collator(processor, packed=False)(groups)
-        a, _, _ = answer_logits(model, to_device(packed, model.device))
-        b, _, _ = answer_logits(model, to_device(apart, model.device))
-    except (UserError, ValueError, TypeError, RuntimeError, IndexError):
-        return False
-    finally:
-        model.train(was_training)
-    return a.shape == b.shape and bool(((a - b).abs() <= 1e-3 * b.abs().max()).all())

@@ -14,10 +14,10 @@ from slimlmm import checkpoint, data, results
 from slimlmm.calibration import EACH
 from slimlmm.checkdata import alignment
 from slimlmm.collate import Collator
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation
 from slimlmm.lessons import Taught, asked_of
+from slimlmm.packing import can_pack
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
 from slimlmm.room import KEEPING, Keeping

@@ -116,6 +116,13 @@ def matched_tokens(batch: Batch, loss: str, states_NS: Tensor) -> Tensor:
     return states_NS if mask is None else states_NS[mask]
 
 
+def taught_tokens(batch: Batch) -> dict[str, int]:
+    """Return how many tokens of a batch each match of states is about."""
+    masks = {"answer_states": "taught_answers", "picture_states": "taught_pictures"}
+    whole = {"answer_states": batch["shift_labels"] != IGNORE, "picture_states": batch["picture_tokens"]}
+    return {loss: int(batch.get(mask, whole[loss]).sum()) for loss, mask in masks.items()}
+
+
 def look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the student's logits [A, V], the labels [A] and, by the loss that matches them, its states [N, S].
 

@@ -155,6 +155,8 @@ class Match:
     student_NS: Tensor
     teacher_NH: Tensor
     readout: Readout
+    count: float | None = None
+    """answer tokens that the mean over these tokens counts for; None for those of the batch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +170,6 @@ class Seen:
     """states by the name of the loss that matches them"""
     temperature: float = 1.0
     """of the divergences"""
-    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """further arguments of divergences by name, such as the k of top_k_kl"""
     taught_A: Tensor | None = None
     """which answer tokens the teacher was asked about; None for all"""
     second_AV: Tensor | None = None
@@ -178,6 +178,8 @@ class Seen:
     """of the second teacher in the divergences, 0 to 1; the first has the rest"""
     given_A: Tensor | None = None
     """which answer tokens are those of given answers, not the student's own; None for all"""
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """further arguments of divergences by name, such as the k of top_k_kl"""
 
 
 def _needed(value: T | None, loss: str) -> T:
@@ -225,7 +227,9 @@ def _matched(name: str, seen: Seen) -> Tensor:
     if not len(match.teacher_NH):  # a batch without any picture that the teacher was asked about
         nothing: Tensor = match.readout(match.student_NS).sum()
         return nothing
-    count = seen.labels_A.numel() if seen.taught_A is None else int(seen.taught_A.sum())
+    count = match.count
+    if count is None:
+        count = seen.labels_A.numel() if seen.taught_A is None else int(seen.taught_A.sum())
     return count * state_match(match.student_NS, match.teacher_NH, match.readout)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from slimlmm import checkpoint, cutting, leaving, plan, results, room, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator, texts_of
-from slimlmm.distill import TrainResult, can_pack, train
+from slimlmm.distill import TrainResult, train
 from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Score, drop, evaluate
@@ -25,6 +25,7 @@ from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.job import Done, Handed, Job, Place
 from slimlmm.journal import Journal, Parts
+from slimlmm.packing import can_pack
 from slimlmm.recipe import Round
 from slimlmm.resizing import cut_in_turn, predict_parameters
 from slimlmm.runfolder import is_whole

@@ -19,13 +19,13 @@ from slimlmm.checkdata.record import Mask
 from slimlmm.checkpoint import Loaded
 from slimlmm.collate import IGNORE, Batch, Collator, Prompter
 from slimlmm.data import Row, by_picture
-from slimlmm.distill import can_pack
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode, evaluating
 from slimlmm.families import ANSWER_INPUTS
 from slimlmm.forward import NOT_INPUTS, answer_logits, in_format, to_device
 from slimlmm.half import half, has_half
 from slimlmm.losses import cross_entropy, forward_kl
+from slimlmm.packing import can_pack
 from slimlmm.teacher import TeacherCache
 
 #: nats an answer token that rounding of cached states to half precision may make; below 1e-7 with the tests' tiny models

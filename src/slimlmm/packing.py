@@ -1,0 +1,43 @@
+"""Whether several questions can stand behind one picture prefix in this model: tried, never taken on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slimlmm.collate import Collator
+from slimlmm.data import Row, by_picture
+from slimlmm.errors import UserError
+from slimlmm.forward import answer_logits, to_device
+from slimlmm.trainings import Training
+
+
+@torch.inference_mode()
+def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> bool:
+    """Whether packed questions give this model the same logits as separate rows.
+
+    Tried on two pictures with several rows, and on that with the longest ones: a window of attention that holds the others may be
+    too small for it. False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
+    """
+    groups = [group for group in by_picture(rows, 4) if len(group) > 1][:2]
+    if not groups:
+        return False
+    most = Training.model_fields["questions_per_picture"].default
+    groups.append(
+        max(by_picture(rows, most), key=lambda group: sum(len(row.question) + len(row.answer) for row in group))
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        packed = Collator(processor, packed=True)(groups)
+        apart = Collator(processor, packed=False)(groups)
+        a, _, _ = answer_logits(model, to_device(packed, model.device))
+        b, _, _ = answer_logits(model, to_device(apart, model.device))
+    except (UserError, ValueError, TypeError, RuntimeError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    return a.shape == b.shape and bool(((a - b).abs() <= 1e-3 * b.abs().max()).all())
