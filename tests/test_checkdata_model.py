@@ -170,7 +170,7 @@ def without_accents(tokenizer, unknown):
 def test_texts_that_the_model_cannot_read_are_told(ads, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(ads, folder)
-    planted = {"marked": "an <image> here", "foreign": "zebra", "endless": "word " * 90}
+    planted = {"marked": "an <|im_start|> here", "foreign": "zebra", "endless": "word " * 90}
     added(folder, "train", [{"id": name, "answer": text} for name, text in planted.items()])
     processor = tiny("llava-dinov2-llama")[1]
     size = len(processor.tokenizer)

@@ -135,6 +135,8 @@ def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank
     assert prompt == plain + (thoughts if moved else begun)
     assert text == ("" if moved else thoughts) + "no thoughts" + processor.tokenizer.eos_token
     assert prompter.prompt("What?") == prompt
+    assert [thoughts.removeprefix(begun) for _ in prompter.notes] == [prompter.opening for _ in range(moved)]
+    assert all(repr(prompter.opening) in note for note in prompter.notes)
     asked = encode(processor, [row])["input_ids"][0]
     batch = Collator(processor, packed=False)([[row]])
     assert torch.equal(batch["input_ids"][0, : len(asked)], asked)

@@ -100,6 +100,16 @@ class Prompter:
         """Return the text before the answer, the picture's placeholder included."""
         return self.turns(question, "x")[0]
 
+    @property
+    def notes(self) -> list[str]:
+        """What users of stock code have to know."""
+        if not self.opening:
+            return []
+        return [
+            f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; here it is part of the "
+            "prompt, so stock code has to append it (many templates do with enable_thinking=False)"
+        ]
+
     def answer_ids(self, row: Row) -> list[int]:
         """Return the token ids of a row's answer, end token included; where a model wrote it, the very tokens that it wrote."""
         return list(row.tokens) or self.answers(row.question, row.answer)

@@ -14,6 +14,7 @@ from typing import Any
 
 from slimlmm import checkpoint, data, leaving, measure
 from slimlmm import recipe as recipes
+from slimlmm.collate import Prompter
 from slimlmm.distill import TrainResult, train
 from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
@@ -73,7 +74,7 @@ def finetune(
     checkpoint.refuse_foreign(out.expanduser().absolute())
     loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     splits = data.load(source, allowed=allowed)
-    for note in splits.notes:
+    for note in (*splits.notes, *Prompter(loaded.processor).notes):
         tell.say(note)
     rows = splits.need("train", source)
     validation = data.sample(splits.need("validation", source), LOOKED_AT, seed)

@@ -14,7 +14,7 @@ import torch
 from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, staging, vocab
 from slimlmm.anatomy import describe
 from slimlmm.budget import by_shrink
-from slimlmm.collate import Collator, texts_of
+from slimlmm.collate import Collator, Prompter, texts_of
 from slimlmm.errors import UserError
 from slimlmm.files import refuse_unwritable
 from slimlmm.grid import Grid
@@ -121,7 +121,7 @@ def _prepared(
         rows["train"], note = labelled(loaded, rows["train"], others, file, tell, every=every)
     # what a choice of sizes finds is kept in the folder
     stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
-    told = (*told, *filter(None, [note]))
+    told = (*told, *filter(None, [note]), *Prompter(loaded.processor).notes)
     check(loaded, stages, recipe.tensor_parallel)
     folder.open(identity, given)
     if (kept := folder.recipe) is not None and (before := read(kept).stages) != stages:
