@@ -106,8 +106,8 @@ class Prompter:
         if not self.opening:
             return []
         return [
-            f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; here it is part of the "
-            "prompt, so stock code has to append it (many templates do with enable_thinking=False)"
+            f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; it is part "
+            "of the prompt here, so stock code has to append it (many templates do with enable_thinking=False)"
         ]
 
     def answer_ids(self, row: Row) -> list[int]:
