@@ -11,6 +11,7 @@ from slimlmm.bridging import stream
 from slimlmm.calibration import Calibration
 from slimlmm.forward import output_of
 from slimlmm.prompts import picture_prompt
+from slimlmm.resizing import resized
 from slimlmm.selfcheck import random_model, some_units
 from slimlmm.settling import _pairs, settle_best, settled
 from test_bridging import batches_of, loss, outputs, scaled_model, with_a_dead_block
@@ -128,6 +129,17 @@ def test_a_block_is_not_settled_where_tokens_are_merged_behind_it():
         layers = describe(student.config).axis("vision.blocks").layers
         mended = [one for one in settled(student, model, {"vision.blocks": kept}, batches) if one.startswith(layers)]
         assert len(mended) < len(kept)
+
+
+def test_a_model_whose_blocks_must_all_stay_is_settled_too():
+    config = resized(CONFIGS["qwen3_vl"](), {"text.blocks": 2}, {"text.blocks": [0, 1]})
+    model, batches = random_model(config), [picture_prompt(config) for _ in range(3)]
+    assert describe(config).axes["text.blocks"].refusal
+    student = cut_to(model, {"text.ffn": describe(config).axis("text.ffn").choices()[0]})
+    before = apart(student, model, {}, batches)
+    mended = settled(student, model, {}, batches)
+    assert mended
+    assert apart(student, model, {}, batches)[mended[-1]] < before[mended[-1]]
 
 
 def test_the_stream_is_settled_as_far_as_it_is_read():

@@ -64,7 +64,7 @@ def settled(
         batches: calibration batches.
     """
     mended, few = [], list(at_least_one(batches, "settling"))
-    layers = describe(student.config).axis("text.blocks").layers
+    layers = describe(student.config).axes["text.blocks"].layers  # of models too whose blocks must all stay
     with evaluating(student), evaluating(before), torch.no_grad():
         now, then = (
             _Side(model, Memory.of(model, describe(model.config), few), fixed=model is before)
