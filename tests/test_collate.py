@@ -145,11 +145,22 @@ def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank
     assert Answerer(model, processor).prompt(ask) == prompt
 
 
-def test_a_template_for_texts_alone_is_refused_and_that_of_a_tokenizer_not_taken():
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{{ m['content'] | trim }}", "it seems to be one for texts alone"),
+        ("{{ '' + m['content'] }}", "does not take a question about a picture and its answer"),
+        (
+            "{{ raise_exception('texts alone') }}",
+            "does not take a question about a picture and its answer: texts alone",
+        ),
+    ],
+)
+def test_a_template_for_texts_alone_is_refused_and_that_of_a_tokenizer_not_taken(content, why):
     _, processor = tiny("llava-dinov2-llama")
-    texts = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
-    processor.chat_template = texts + "{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(UserError, match=r"it seems to be one for texts alone"):
+    begun = "{% if add_generation_prompt %}assistant: {% endif %}"
+    processor.chat_template = f"{{% for m in messages %}}{{{{ m['role'] }}}}: {content}\n{{% endfor %}}{begun}"
+    with pytest.raises(UserError, match=why):
         Prompter(processor)
     processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
     assert template_of(processor) is None

@@ -9,7 +9,7 @@ from slimlmm import surgery
 from slimlmm.anatomy import describe
 from slimlmm.bridging import stream
 from slimlmm.calibration import Calibration
-from slimlmm.forward import output_of
+from slimlmm.forward import first_text_block, output_of
 from slimlmm.prompts import picture_prompt
 from slimlmm.resizing import resized
 from slimlmm.selfcheck import random_model, some_units
@@ -138,6 +138,7 @@ def test_a_tower_whose_blocks_must_all_stay_is_left_alone():
     student = cut_to(model, {"text.ffn": 32, "vision.ffn": 32})
     layers = describe(config).axes["text.blocks"].layers
     assert not [place for place in settled(student, model, {}, batches) if place.startswith(layers)]
+    assert first_text_block(student, describe(student.config)) is student.get_submodule(f"{layers}.0")
 
 
 def test_the_stream_is_settled_as_far_as_it_is_read():

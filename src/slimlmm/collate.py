@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from slimlmm.data import Row
@@ -174,7 +175,12 @@ class Prompter:
         """
         if self.template is None:
             return ""
-        _, text = self._rendered("x", MARK)
+        try:
+            _, text = self._rendered("x", MARK)
+        except (TypeError, ValueError, TemplateError) as error:
+            raise UserError(
+                f"the chat template does not take a question about a picture and its answer: {error}"
+            ) from error
         before, found, _ = text.partition(MARK)
         if not found or "'type'" in before:
             raise UserError(

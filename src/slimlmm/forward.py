@@ -156,4 +156,4 @@ def output_of(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Any:
 
 def first_text_block(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
     """Return the language model's first decoder block: what enters it at picture tokens is all that it gets of the picture."""
-    return model.get_submodule(f"{anatomy.axis('text.blocks').layers}.0")
+    return model.get_submodule(f"{anatomy.axes['text.blocks'].layers}.0")

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 
 #: asked in turn, each about a picture of its own
@@ -96,14 +97,18 @@ def side_of(processor: Any) -> int:
 def template_of(processor: Any) -> str | None:
     """Return the chat template of a processor, or that of its tokenizer: some classes (InstructBLIP) load none of their own.
 
-    Not one of a tokenizer that is for texts alone: it would write the parts of a message as Python prints them.
+    Not one of a tokenizer that is for texts alone: it would write the parts of a message as Python prints them, or fail.
     """
     template: str | None = processor.chat_template
     if template or processor.tokenizer.chat_template is None:
         return template
     template = processor.tokenizer.chat_template
     said = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
-    return None if "'type'" in processor.apply_chat_template(said, chat_template=template) else template
+    try:
+        written = processor.apply_chat_template(said, chat_template=template)
+    except (TypeError, ValueError, TemplateError):  # it adds the list of parts to a text, or says that it takes none
+        return None
+    return None if "'type'" in written else template
 
 
 def begun(processor: Any, text: str) -> dict[str, bool]:
