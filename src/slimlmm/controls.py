@@ -42,13 +42,7 @@ AT_RANDOM = {"criterion": "random", "groups": "random", "blocks": "random", "rep
 #: a training without a teacher's distribution has no second teacher, and nobody who judges a student's own answers
 NO_TEACHER: dict[str, Any] = {
     key: Training.model_fields[key].default
-    for key in (
-        "teachers",
-        "own_answers",
-        "own_temperature",
-        "temperature",
-        *(k for ks in SHAPES.values() for k in ks.values()),
-    )
+    for key in ("teachers", "own_answers", "own_temperature", "temperature", *SHAPES)
 }
 #: peak learning rate from random weights
 RATE = 1e-3

@@ -58,10 +58,13 @@ class Row:
         """Return what rows about the same picture share: its path, or a hash of its bytes."""
         return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else str(self.image)
 
+    def allowed_bytes(self) -> bytes:
+        """Return the encoded picture file; PictureError where it is not allowed."""
+        return self.image if isinstance(self.image, bytes) else pictures.file_bytes(self.image, self.allowed)
+
     def open(self) -> Image.Image:
         """Decode the picture as RGB, its EXIF rotation applied; PictureError where it is not allowed or cannot be decoded."""
-        raw = self.image if isinstance(self.image, bytes) else pictures.file_bytes(self.image, self.allowed)
-        return pictures.upright(raw, self.allowed)
+        return pictures.upright(self.allowed_bytes(), self.allowed)
 
 
 @dataclass(slots=True)
@@ -198,7 +201,7 @@ def _looked_at(rows: Sequence[Row]) -> tuple[dict[str, PictureError], dict[str, 
 
     def attempt(row: Row) -> PictureError | bytes:
         try:
-            raw = row.image if isinstance(row.image, bytes) else pictures.file_bytes(row.image, row.allowed)
+            raw = row.allowed_bytes()
             pictures.upright(raw, row.allowed)
         except PictureError as error:
             return error
@@ -207,11 +210,10 @@ def _looked_at(rows: Sequence[Row]) -> tuple[dict[str, PictureError], dict[str, 
     with ThreadPoolExecutor(4) as pool:
         verdicts = dict(zip(distinct, pool.map(attempt, distinct.values()), strict=True))
     first: dict[bytes, str] = {}
+    twins: dict[str, Path | bytes] = {}
     for key, found in verdicts.items():
-        if isinstance(found, bytes):
-            first.setdefault(found, key)
-    firsts = {key: first[found] for key, found in verdicts.items() if isinstance(found, bytes)}
-    twins = {key: distinct[one].image for key, one in firsts.items() if one != key}
+        if isinstance(found, bytes) and (one := first.setdefault(found, key)) != key:
+            twins[key] = distinct[one].image
     return {key: found for key, found in verdicts.items() if isinstance(found, PictureError)}, twins
 
 

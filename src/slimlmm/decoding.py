@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +26,15 @@ def generation_settings(model: Any, processor: Any, max_new_tokens: int) -> dict
 
 def ends_of(model: Any, tokenizer: Any) -> int | list[int] | None:
     """Return the end tokens: those of its generation config, and the tokenizer's, by which answers are taught to end."""
-    told = model.generation_config.eos_token_id
-    known = list(told) if isinstance(told, list | tuple) else [] if told is None else [told]
+    known = listed(model.generation_config.eos_token_id)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
         known.append(tokenizer.eos_token_id)
     return known[0] if len(known) == 1 else known or None
+
+
+def listed(ends: int | Sequence[int] | None) -> list[int]:
+    """Return end tokens, as a generation config holds them, as a list."""
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def end_as_taught(model: Any, tokenizer: Any) -> None:

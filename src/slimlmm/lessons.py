@@ -24,6 +24,8 @@ from slimlmm.trainings import Training
 
 #: keys of the pictures that the teacher answers about, None for all
 Taught = Collection[str] | None
+#: match of states -> the batch entry that tells which of its tokens the teacher was asked about, where not all are
+TAUGHT = {"answer_states": "taught_answers", "picture_states": "taught_pictures"}
 Collate = Callable[[list[list[Row]]], Batch]
 
 
@@ -112,15 +114,14 @@ def _said(batch: Batch, teacher: TeacherCache, asked: Collection[str], taught: T
 
 def matched_tokens(batch: Batch, loss: str, states_NS: Tensor) -> Tensor:
     """Return the student's states at those tokens that the teacher was asked about."""
-    mask: Tensor | None = batch.get({"answer_states": "taught_answers", "picture_states": "taught_pictures"}[loss])
+    mask: Tensor | None = batch.get(TAUGHT[loss])
     return states_NS if mask is None else states_NS[mask]
 
 
 def taught_tokens(batch: Batch) -> dict[str, int]:
     """Return how many tokens of a batch each match of states is about."""
-    masks = {"answer_states": "taught_answers", "picture_states": "taught_pictures"}
     whole = {"answer_states": batch["shift_labels"] != IGNORE, "picture_states": batch["picture_tokens"]}
-    return {loss: int(batch.get(mask, whole[loss]).sum()) for loss, mask in masks.items()}
+    return {loss: int(batch.get(mask, whole[loss]).sum()) for loss, mask in TAUGHT.items()}
 
 
 def look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

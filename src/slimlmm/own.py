@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.collate import Batch, picture_token
 from slimlmm.data import Row
-from slimlmm.decoding import generation_settings
+from slimlmm.decoding import generation_settings, listed
 from slimlmm.evaluate import answer_limit, evaluating, generated, one_look
 from slimlmm.forward import to_device
 from slimlmm.lessons import Collate, Taught
@@ -108,8 +108,7 @@ def sampling(model: PreTrainedModel, processor: Any, rows: Sequence[Row], temper
     """
     tokenizer = processor.tokenizer
     settings = generation_settings(model, processor, answer_limit(processor, rows))
-    told = settings["eos_token_id"]
-    ends = {told} if isinstance(told, int) else set(told or ())
+    ends = set(listed(settings["eos_token_id"]))
     texts = sorted({row.answer for row in rows})
     spoken = {token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids}
     special = {*tokenizer.all_special_ids, picture_token(processor)}

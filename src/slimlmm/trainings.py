@@ -21,11 +21,11 @@ LossName = Literal[
 ]
 #: losses that compare the student's distribution with the teacher's
 DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "top_k_kl"))
-#: divergence -> its further arguments, each with the key that sets it
+#: key of a recipe -> the divergence whose further argument it sets, and that argument
 SHAPES = {
-    "jensen_shannon": {"beta": "jensen_shannon_beta"},
-    "skew_kl": {"alpha": "skew_kl_alpha"},
-    "top_k_kl": {"k": "top_k"},
+    "jensen_shannon_beta": ("jensen_shannon", "beta"),
+    "skew_kl_alpha": ("skew_kl", "alpha"),
+    "top_k": ("top_k_kl", "k"),
 }
 TeacherName = Literal["first", "previous"]
 
@@ -159,11 +159,7 @@ class Training(Settings):
             "validate_every": (not self.sees_pictures_alone, "a loss that looks at answers"),
             "stop_after": (self.validate_every is not None and not self.sees_pictures_alone, "validate_every"),
             "temperature": (bool(DIVERGENCES & set(self.losses)), "a divergence among the losses"),
-        } | {
-            key: (loss in self.losses, f"{loss} among the losses")
-            for loss, keys in SHAPES.items()
-            for key in keys.values()
-        }
+        } | {key: (loss in self.losses, f"{loss} among the losses") for key, (loss, _) in SHAPES.items()}
         fields = type(self).model_fields
         return {
             name: what
@@ -178,7 +174,7 @@ class Training(Settings):
     @property
     def shapes(self) -> dict[str, dict[str, float]]:
         """What divergences take beside the two distributions, by their names."""
-        return {loss: {name: getattr(self, key) for name, key in keys.items()} for loss, keys in SHAPES.items()}
+        return {loss: {argument: getattr(self, key)} for key, (loss, argument) in SHAPES.items()}
 
     @property
     def sees_pictures_alone(self) -> bool:

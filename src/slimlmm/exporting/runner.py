@@ -16,6 +16,7 @@ from transformers import AutoProcessor, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from slimlmm.checkpoint import MARKER
+from slimlmm.decoding import listed
 from slimlmm.errors import UserError
 from slimlmm.exporting.manifest import Manifest, Shape
 from slimlmm.exporting.reading import Reader
@@ -78,7 +79,7 @@ class Exported:
         wanted = {key: value for key, value in plain.items() if value not in (None, 1, 1.0)}
         if wanted:
             raise UserError(f"an export decodes greedily or by temperature and top_p; it takes no {', '.join(wanted)}.")
-        ends = _ends(eos_token_id)
+        ends = listed(eos_token_id)
         steps = self._steps(input_ids, attention_mask, pixel_values)
         written, kept = [], []
         done_B = np.zeros(len(input_ids), dtype=bool)
@@ -168,10 +169,6 @@ def answerer(folder: str | Path, *, threads: int | None = None) -> Answerer:
     """Return an engine for conversations: `answer(asks) -> list[Said]`, as of a stock model."""
     found = load(folder, threads=threads)
     return Answerer(found.model, found.processor)
-
-
-def _ends(eos_token_id: int | list[int] | None) -> list[int]:
-    return eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
 
 
 def _sampled(logits_BV: Array, temperature: float, top_p: float) -> Array:

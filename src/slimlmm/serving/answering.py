@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from slimlmm.collate import Prompter
-from slimlmm.decoding import generation_settings, nothing_else
+from slimlmm.decoding import generation_settings, listed, nothing_else
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode_texts
 from slimlmm.serving.asks import Ask, Finish, Said, Token
@@ -26,8 +26,7 @@ class Answerer:
         self.model = model.eval()
         self.processor = processor
         self.prompter = Prompter(processor)
-        end = generation_settings(model, processor, 1)["eos_token_id"]
-        self.ends = frozenset(end if isinstance(end, list) else [] if end is None else [end])
+        self.ends = frozenset(listed(generation_settings(model, processor, 1)["eos_token_id"]))
 
     def answer(self, asks: Sequence[Ask]) -> list[Said]:
         """Continue all conversations; those of equal sampling and number of pictures go through the model together.
