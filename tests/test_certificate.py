@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -276,7 +277,8 @@ def test_the_verb_prints_a_table_or_json_and_exits_with_2_where_a_check_fails(fo
 def test_a_new_process_of_stock_classes_answers_as_the_model_in_memory(rows, tmp_path, monkeypatch):
     model, processor = tiny("llava-dinov2-llama")
     half = checkpoint.as_stored(model, torch.float16)
-    saved(half, processor, tmp_path / "half", rows.test[:2], count=2)
+    asked = [rows.test[0], replace(rows.test[1], system="Be short.")]
+    saved(half, processor, tmp_path / "half", asked, count=2)
     found = certificate.Certificate.load(tmp_path / "half" / NAME)
     assert (found.rows.compared, found.rows.equal) == (2, 2)
     assert len(found.probes) == 2

@@ -219,6 +219,7 @@ def test_rows_are_compared_by_content_across_paths_and_splits(ads, tmp_path):
     first = {"id": "first", "image": picture, "question": "Is it  so?", "answer": "a  b"}
     second = {"id": "second", "image": "images/twin", "question": "Is it so?", "answer": "a b"}
     added(folder, "train", [first, second])
+    added(folder, "train", [{**second, "id": "told otherwise", "system": "Be rude.", "answer": "d"}])
     added(folder, "test", [{**second, "id": "elsewhere"}, {**second, "id": "against", "answer": "c"}])
     record = findings(check.check(folder))
     assert [example.id for example in record["identical row"].examples] == ["second"]

@@ -145,6 +145,68 @@ def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank
     assert Answerer(model, processor).prompt(ask) == prompt
 
 
+def with_system(row, system):
+    return replace(row, system=system)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_a_system_turn_says_stands_in_training_judging_serving_and_probes_alike(rows, packed):
+    model, processor = tiny("llava-dinov2-llama")
+    group = [with_system(row, "Be short.") for row in by_picture(rows.train, 16)[0]]
+    row, prompter = group[0], Prompter(processor)
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]},
+    ]
+    wanted = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert "Be short." in wanted
+    assert prompter.prompt(*row.asked) == wanted != prompter.prompt(row.question)
+    assert Answerer(model, processor).prompt(Ask(messages=turns, pictures=[], max_tokens=1)) == wanted
+    assert probes.prompt(processor, row.question, {}, row.system) == wanted
+    assert wanted in texts_of(processor, [row])
+    batch = Collator(processor, packed=packed)([group])
+    asked = encode(processor, [row])["input_ids"][0]
+    assert torch.equal(batch["input_ids"][0, : len(asked)], asked)
+    labels = batch["shift_labels"]
+    spelled = processor.tokenizer.decode(labels[labels != IGNORE].tolist())
+    assert spelled == "".join(prompter.turns(one.question, one.answer)[1] for one in group)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_questions_behind_different_system_turns_are_packed_as_they_stand_apart(name, rows):
+    model, processor = tiny(name)
+    said = ("", "Be short.", "Be short, be kind.")
+    groups = [
+        [with_system(row, said[number % 3]) for number, row in enumerate(group)]
+        for group in by_picture(rows.train, 16)[:3]
+    ]
+    with torch.inference_mode():
+        packed, labels, _ = answer_logits(model.eval(), Collator(processor, packed=True)(groups))
+        apart, labels_apart, _ = answer_logits(model, Collator(processor, packed=False)(groups))
+    assert torch.equal(labels, labels_apart)
+    assert torch.allclose(packed, apart, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}", r"\(no system turns\)"),
+        ("{% if m['role'] == 'system' %}{% continue %}{% endif %}", "leaves out what a system turn says"),
+    ],
+)
+def test_a_template_without_a_place_for_a_system_turn_is_refused(rows, place, why):
+    _, processor = tiny("llava-dinov2-llama")
+    template = THINKING.replace("THOUGHTS", "").replace("BEGUN", "")
+    processor.chat_template = template.replace("{% for m in messages %}", "{% for m in messages %}" + place)
+    row = with_system(rows.train[0], "Be short.")
+    assert Collator(processor, packed=False)([[rows.train[0]]])
+    with pytest.raises(UserError, match=why + ".*: put that before the question"):
+        Collator(processor, packed=False)([[row]])
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        Prompter(processor).prompt(*row.asked)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

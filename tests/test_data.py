@@ -166,10 +166,58 @@ def test_a_whole_number_is_written_out_and_what_has_no_one_form_is_refused(tmp_p
                 data.parse({**GOOD, "answer": answer}, 0, unlabelled=unlabelled)
 
 
-def test_a_system_turn_is_refused_with_what_to_do():
-    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
-    with pytest.raises(ValueError, match="put what the system turn says before the question"):
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("content", [" Be short. ", [{"type": "text", "text": "Be short."}]])
+def test_a_system_turn_stands_before_the_question(role, content):
+    turns = [
+        {"role": role, "content": content},
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    wanted = data.parse({**GOOD, "system": "Be short."}, 0)
+    assert (wanted.question, wanted.answer, wanted.system) == ("What?", "red", "Be short.")
+    assert data.parse({"messages": turns, "images": ["a.png"]}, 0) == wanted
+    assert data.parse({"messages": turns[1:], "images": ["a.png"]}, 0) == data.parse(GOOD, 0)
+    bare = data.parse({"messages": turns[:2], "images": ["a.png"]}, 0, unlabelled=True)
+    assert (bare.answer, bare.system) == ("", "Be short.")
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ["system"],
+        ["system", "assistant"],
+        ["user", "system", "assistant"],
+        ["system", "system", "user", "assistant"],
+        ["system", "user"],
+        ["user", "assistant", "user", "assistant"],
+    ],
+)
+def test_other_turns_are_refused(roles):
+    turns = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(ValueError, match="one user and one assistant turn, behind a system turn or none"):
         data.parse({"messages": turns, "images": ["a.png"]}, 0)
+
+
+def test_what_is_no_text_is_no_system_turn():
+    with pytest.raises(ValueError, match="what the system turn says is of type list, not text"):
+        data.parse({**GOOD, "system": ["Be short."]}, 0)
+    with pytest.raises(ValueError, match="<image> inside of a text"):
+        data.parse({**GOOD, "system": "Look at <image>."}, 0)
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        data.parse({**GOOD, "system": "\ud800"}, 0)
+
+
+def test_system_turns_are_told(tmp_path):
+    folder = folder_of(tmp_path, [GOOD, {**GOOD, "system": "Be short."}, {**GOOD, "image": "b.png", "system": ""}])
+    assert data.load(folder).notes[0].startswith("1 rows stand behind a system turn")
+
+
+def test_hashes_hear_a_system_turn_and_those_without_one_stay_what_they_were(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    plain, told = (data.parse({**GOOD, "_folder": tmp_path, **more}, 0) for more in ({}, {"system": "Be short."}))
+    assert data.told(plain) == b"row-1\x1fWhat?\x1fred\x1f"
+    assert data.fingerprint([plain]) != data.fingerprint([told])
 
 
 def test_half_of_a_surrogate_pair_is_refused(tmp_path):

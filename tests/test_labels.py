@@ -54,6 +54,18 @@ def test_only_rows_without_an_answer_are_asked_and_get_what_evaluation_would_say
         assert " ".join(row.answer.split()) == (given or wanted[row.id])
 
 
+def test_an_answer_belongs_to_its_system_turn(loaded, rows, tmp_path, monkeypatch):
+    row = replace(rows.train[0], answer="")
+    asked = [row, replace(row, system="Be short."), replace(row, question=row.question + "Be short."), rows.train[30]]
+    said = []
+    answers = labels._answers
+    monkeypatch.setattr(
+        labels, "_answers", lambda teacher, rows, *rest: said.extend(rows) or answers(teacher, rows, *rest)
+    )
+    labelled(loaded, asked, [], tmp_path / "answers.json", Quiet())
+    assert len(said) == 3
+
+
 def test_answers_are_asked_once(loaded, rows, tmp_path, monkeypatch):
     bare = [replace(row, answer="") for row in rows.train[:20]]
     first = labelled(loaded, [*bare, rows.train[30]], [], tmp_path / "answers.json", Quiet())

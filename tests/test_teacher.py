@@ -134,6 +134,7 @@ def test_keys_follow_content(tmp_path, rows):
         Row(row.id, row.image, row.question, row.answer + "!"),
         Row(row.id, row.image, row.question + "?", row.answer),
         Row(row.id, rows.test[0].image, row.question, row.answer),
+        Row(row.id, row.image, row.question, row.answer, system="Be short."),
     ):
         assert cache.key(other) != cache.key(row)
 

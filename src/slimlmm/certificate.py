@@ -244,7 +244,7 @@ def _asks_for_code(path: Path) -> str:
     return "asks for code of its own (auto_map)" if isinstance(data, dict) and "auto_map" in data else ""
 
 
-def _order(folder: Path, config: Any, count: int, pictures: Sequence[tuple[str, str]]) -> probes.Order:
+def _order(folder: Path, config: Any, count: int, pictures: Sequence[tuple[str, str, str]]) -> probes.Order:
     return {
         "folder": str(folder),
         "auto": stock_class(config).__name__,
@@ -266,13 +266,13 @@ def _attention(config: Any) -> str | None:
     return ways.pop() if len(ways) == 1 and ways < {*_ATTENTION} else None
 
 
-def _pictures(rows: Sequence[Row], scratch: Path) -> list[tuple[str, str]]:
+def _pictures(rows: Sequence[Row], scratch: Path) -> list[tuple[str, str, str]]:
     """Write the pictures of rows, decoded, as files for the new process."""
     files = []
     for number, row in enumerate(rows):
         path = scratch / f"{number}.png"
         row.open().save(path)
-        files.append((str(path), row.question))
+        files.append((str(path), *row.asked))
     return files
 
 

@@ -17,14 +17,15 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from slimlmm.data import Row
+from slimlmm.data import Row, by_system
 from slimlmm.errors import UserError
 from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
-from slimlmm.probes import begun, template_of
+from slimlmm.probes import begun, template_of, turns_before
 
 IGNORE = -100
 #: an answer that nothing else in a prompt looks like
 MARK = "Answer7Q"
+NO_SYSTEM = "put that before the question, or give the model's folder a template that writes it."
 Batch = dict[str, Any]
 
 
@@ -97,9 +98,9 @@ class Prompter:
         self.ids = lru_cache(maxsize=100_000)(self._ids)
         self.answers = lru_cache(maxsize=100_000)(self._answer)
 
-    def prompt(self, question: str) -> str:
-        """Return the text before the answer, the picture's placeholder included."""
-        return self.turns(question, "x")[0]
+    def prompt(self, question: str, system: str = "") -> str:
+        """Return the text before the answer, the picture's placeholder included; `system`: what a system turn says first."""
+        return self.turns(question, "x", system)[0]
 
     @property
     def notes(self) -> list[str]:
@@ -113,15 +114,15 @@ class Prompter:
 
     def answer_ids(self, row: Row) -> list[int]:
         """Return the token ids of a row's answer, end token included; where a model wrote it, the very tokens that it wrote."""
-        return list(row.tokens) or self.answers(row.question, row.answer)
+        return list(row.tokens) or self.answers(row.question, row.answer, row.system)
 
-    def _answer(self, question: str, answer: str) -> list[int]:
+    def _answer(self, question: str, answer: str, system: str = "") -> list[int]:
         """Return the token ids of an answer as they stand behind its prompt, which is what a model writes there.
 
         By themselves they may be others: Llama 2's tokenizer puts a space before a text. Where a token would span both, those by
         themselves are all that can follow the prompt.
         """
-        prompt, text = self.turns(question, answer)
+        prompt, text = self.turns(question, answer, system)
         before, whole = self.ids(prompt), self._ids(prompt + text)
         return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
 
@@ -130,7 +131,7 @@ class Prompter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def _turns(self, question: str, answer: str) -> tuple[str, str]:
+    def _turns(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token); what a template writes before any answer is prompt."""
         if self.template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
@@ -138,8 +139,10 @@ class Prompter:
                 raise UserError(
                     f"{type(self.processor).__name__} has no chat template; add one (chat_template.jinja) to the model's folder."
                 )
+            if system:
+                raise UserError(f"{type(self.processor).__name__} has no chat template, so no system turn: {NO_SYSTEM}")
             return plain.format(question=question), f" {answer}{self.tokenizer.eos_token}"
-        prompt, text = self._rendered(question, answer)
+        prompt, text = self._rendered(question, answer, system)
         if not text.startswith(self.opening):
             raise UserError(
                 f"the chat template begins answers in two ways, {self.opening!r} and {text[: len(self.opening)]!r}, so answer "
@@ -149,20 +152,37 @@ class Prompter:
         end = self.tokenizer.eos_token
         return prompt, text[: text.index(end) + len(end)] if end in text else text.rstrip() + end
 
-    def _rendered(self, question: str, answer: str) -> tuple[str, str]:
+    def _rendered(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return what the template writes for a question, and what it writes behind that where there is an answer."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        asked = turns_before(question, system)
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt: str = self.processor.apply_chat_template(
-            [user], chat_template=self.template, add_generation_prompt=True
-        )
-        whole: str = self.processor.apply_chat_template([user, reply], chat_template=self.template)
+        prompt = self._asked(asked)
+        whole: str = self.processor.apply_chat_template([*asked, reply], chat_template=self.template)
         if not whole.startswith(prompt):
             raise UserError(
                 "the chat template does not extend its own generation prompt (the text with an answer does not start with the "
                 "text without), so answer tokens cannot be told apart."
             )
         return prompt, whole[len(prompt) :]
+
+    def _asked(self, turns: list[dict[str, Any]]) -> str:
+        """Return what the template writes for turns that wait for an answer.
+
+        Raises:
+            UserError: it has no place for a system turn; some templates say so, others leave it out.
+        """
+        first = turns[0]["content"][0]["text"] if len(turns) > 1 else ""
+        try:
+            prompt: str = self.processor.apply_chat_template(
+                turns, chat_template=self.template, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            if not first:
+                raise
+            raise UserError(f"the chat template takes no system turn ({error}): {NO_SYSTEM}") from error
+        if first not in prompt:
+            raise UserError(f"the chat template leaves out what a system turn says: {NO_SYSTEM}")
+        return prompt
 
     def _opening(self) -> str:
         """Return what the template writes before every answer but not as a generation prompt, such as an empty block of thoughts.
@@ -208,17 +228,17 @@ def padding(tokenizer: Any, side: str | None = None) -> Iterator[None]:
 def texts_of(processor: Any, rows: Sequence[Row]) -> list[str]:
     """Return every prompt and answer of the rows as the model sees them, once; in one where an answer is another by itself."""
     prompter, found = Prompter(processor), set()
-    for pair in {(row.question, row.answer) for row in rows}:
-        prompt, answer = prompter.turns(*pair)
+    for turns in {(row.question, row.answer, row.system) for row in rows}:
+        prompt, answer = prompter.turns(*turns)
         found |= {prompt, answer}
-        if prompter.answers(*pair) != prompter.ids(answer):
+        if prompter.answers(*turns) != prompter.ids(answer):
             found.add(prompt + answer)
     return sorted(found | {_around(processor, prompter, row) for row in rows[:1]})
 
 
 def _around(processor: Any, prompter: Prompter, row: Row) -> str:
     """Return a prompt as the processor itself writes it: some put a system prompt before it (Janus), which is tokens too."""
-    prompt = prompter.prompt(row.question)
+    prompt = prompter.prompt(*row.asked)
     inputs = processor(text=[prompt], images=[[row.open()]], return_tensors="pt", **begun(processor, prompt))
     text: str = processor.tokenizer.decode(inputs["input_ids"][0])
     return text
@@ -244,9 +264,9 @@ class _Encoded:
 class Collator:
     """Turn groups of rows (each group about one picture) into one batch for training or scoring.
 
-    Packed, a group becomes one sequence ``prefix | question answer | question answer ...``: every question sees the shared
-    prefix (with the picture) and itself, under a 4-D additive mask and its own positions, so the result equals separate
-    rows while the picture's tokens are paid once. Unpacked, every row is a sequence of its own.
+    Packed, rows of a group behind the same system turn become one sequence ``prefix | question answer | question answer ...``:
+    every question sees the shared prefix (with the picture) and itself, under a 4-D additive mask and its own positions, so the
+    result equals separate rows while the picture's tokens are paid once. Unpacked, every row is a sequence of its own.
     """
 
     def __init__(self, processor: Any, *, packed: bool) -> None:
@@ -260,6 +280,7 @@ class Collator:
 
     def __call__(self, groups: Sequence[Sequence[Row]]) -> Batch:
         """Return model inputs, ``shift_labels`` and ``picture_tokens`` [B, T], ``rows`` (in label order), ``heads``."""
+        groups = [part for group in groups for part in by_system(group)]
         if not self.packed:
             groups = [[row] for group in groups for row in group]
         flat, heads = [row for group in groups for row in group], [group[0] for group in groups]
@@ -292,7 +313,7 @@ class Collator:
         return encoded, {key: first[key] for key in keys if key not in per_token}
 
     def _process(self, rows: Sequence[Row], pictures: dict[str, Any]) -> Any:
-        texts = [self.prompter.prompt(row.question) for row in rows]
+        texts = [self.prompter.prompt(*row.asked) for row in rows]
         images = [[pictures[row.picture_key()]] for row in rows]
         with padding(self.prompter.tokenizer):
             return self.processor(
@@ -309,7 +330,7 @@ class Collator:
         }
         ids = []
         for row in flat:
-            prompt = self.prompter.prompt(row.question)
+            prompt = self.prompter.prompt(*row.asked)
             plain = torch.tensor(self.prompter.ids(prompt, special=not begun(self.processor, prompt)))
             ids.append(_expand(plain, expanded[row.picture_key()], self.picture_token))
         return self._pad(ids, [])

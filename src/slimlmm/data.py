@@ -1,7 +1,8 @@
 """Rows of image-question-answer data: reading them from any usual place, checking them, and naming what is wrong.
 
 A row is the short form ``image, question, answer[, task, id]`` or the conversational form ``messages`` (+ ``images``) of the
-transformers and TRL documentation, with one picture, one user turn and one assistant turn.
+transformers and TRL documentation, with one picture, one user turn and one assistant turn; a system turn may stand before them
+(in the short form: ``system``).
 """
 
 from __future__ import annotations
@@ -45,10 +46,17 @@ class Row:
     question: str
     answer: str
     task: str = ""
+    system: str = ""
+    """what a system turn says before the question"""
     tokens: tuple[int, ...] = ()
     """token ids that a model wrote in place of the answer, end token included where it came to one; none in data"""
     allowed: PictureSettings = USUAL
     """which pictures are decoded"""
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        """The question, and what a system turn says before it."""
+        return self.question, self.system
 
     def picture_bytes(self) -> bytes:
         """Return the encoded picture file."""
@@ -118,6 +126,8 @@ def load(
         setattr(splits, split, rows)
     if not (splits.train or splits.validation or splits.test):
         raise UserError(f"{source}: no rows found in any split.")
+    if count := sum(row.system != "" for row in (*splits.train, *splits.validation, *splits.test)):
+        splits.notes.append(f"{count} rows stand behind a system turn, which has to stand before questions in use too")
     if splits.train and not splits.validation:
         _split_validation_off(splits)
     return splits
@@ -236,8 +246,9 @@ def parse(
     """
     question: Any
     answer: Any
+    system: Any
     if record.get("messages"):
-        question, answer = _turns(record["messages"], unlabelled)
+        system, question, answer = _turns(record["messages"], unlabelled)
         images = record.get("images") or [record.get("image")]
         if not isinstance(images, list):
             raise ValueError("images are no list")
@@ -245,11 +256,11 @@ def parse(
             raise ValueError(f"{len(images)} pictures in one row (one is supported)")
         image = images[0]
     else:
-        question, answer, image = record.get("question"), record.get("answer"), record.get("image")
+        system, question, answer, image = (record.get(key) for key in ("system", "question", "answer", "image"))
     if not isinstance(question, str) or not (question := _asked(question)):
         raise ValueError("empty question")
-    answer = _written(answer)
-    if PLACEHOLDER in question or PLACEHOLDER in answer:
+    answer, system = _written(answer), _instruction(system)
+    if any(PLACEHOLDER in text for text in (system, question, answer)):
         raise ValueError(
             f"{PLACEHOLDER} inside of a text (one picture is supported, which stands before or behind the question)"
         )
@@ -260,14 +271,21 @@ def parse(
     folder = record.get("_folder") or HERE
     picture = _picture(image, folder, record.get("_root") or folder, allowed, {} if places is None else places)
     task = "" if record.get("task") is None else str(record["task"])
-    if any(map(SURROGATE.search, (identity, question, answer, task))):
+    if any(map(SURROGATE.search, (identity, system, question, answer, task))):
         raise ValueError("half of a surrogate pair, which is no character, in a text")
-    return Row(identity, picture, question, answer.strip(), task, allowed=allowed)
+    return Row(identity, picture, question, answer.strip(), task, system, allowed=allowed)
 
 
 def _asked(question: str) -> str:
     """Return a question without the placeholder of its picture, which many data sets write before or behind it."""
     return question.strip().removeprefix(PLACEHOLDER).removesuffix(PLACEHOLDER).strip()
+
+
+def _instruction(system: object) -> str:
+    """Return what a system turn says, "" for none."""
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"what the system turn says is of type {type(system).__name__}, not text")
+    return (system or "").strip()
 
 
 def _written(answer: object) -> str:
@@ -297,16 +315,19 @@ def _picture(image: object, folder: Path, root: Path, allowed: PictureSettings, 
     return path
 
 
-def _turns(messages: object, unlabelled: bool) -> tuple[str, str]:
+def _turns(messages: object, unlabelled: bool) -> tuple[str, str, str]:
+    """Return what the system, the user and the assistant say, "" for one without a turn."""
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError("messages are no list of turns")
     roles = [message.get("role") for message in messages]
-    if unlabelled and roles == ["user"]:
-        return _text(messages[0].get("content")), ""
-    if roles != ["user", "assistant"]:
-        hint = "; put what the system turn says before the question" if "system" in roles else ""
-        raise ValueError(f"messages must be one user and one assistant turn, not {str(roles)[:100]}{hint}")
-    return _text(messages[0].get("content")), _text(messages[1].get("content"))
+    before = roles[:1] in (["system"], ["developer"])
+    if roles[before:] != ["user", "assistant"] and not (unlabelled and roles[before:] == ["user"]):
+        raise ValueError(
+            f"messages must be one user and one assistant turn, behind a system turn or none, not {str(roles)[:100]}"
+        )
+    said = [_text(message.get("content")) for message in messages]
+    system = said.pop(0) if before else ""
+    return system, said[0], said[1] if len(said) > 1 else ""
 
 
 def _text(content: object) -> str:
@@ -335,6 +356,14 @@ def by_picture(rows: Sequence[Row], most: int) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(row.picture_key(), []).append(row)
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+
+
+def by_system(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group rows behind the same system turn, in order of first appearance: it stands before the picture in their prompts."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.system, []).append(row)
+    return list(groups.values())
 
 
 def sample(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
@@ -379,4 +408,5 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 def told(row: Row) -> bytes:
     """Return all of a row but its picture, as a hash takes it."""
-    return "\x1f".join((row.id, row.question, row.answer, row.task)).encode()
+    system = (row.system,) if row.system else ()  # hashes of data without system turns stay what they were
+    return "\x1f".join((row.id, row.question, row.answer, row.task, *system)).encode()

@@ -152,7 +152,7 @@ def encode(processor: Any, rows: Sequence[Row], pictures: Sequence[Image.Image] 
     opened = [row.open() for row in rows] if pictures is None else pictures
     images = [[picture] for picture in opened]
     prompter = Prompter(processor)
-    return encode_texts(processor, [prompter.prompt(row.question) for row in rows], images)
+    return encode_texts(processor, [prompter.prompt(*row.asked) for row in rows], images)
 
 
 def encode_texts(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None) -> Any:

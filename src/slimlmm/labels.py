@@ -86,4 +86,4 @@ def _answers(teacher: Loaded, rows: Sequence[Row], limit: int) -> list[str | Non
 
 
 def _key(row: Row) -> str:
-    return hashlib.sha256(row.picture_bytes() + row.question.encode()).hexdigest()[:32]
+    return hashlib.sha256(row.picture_bytes() + "\x1f".join(filter(None, row.asked)).encode()).hexdigest()[:32]

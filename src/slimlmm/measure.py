@@ -245,6 +245,7 @@ def answering_memory(
             "folder": str(folder),
             "picture": str(picture),
             "question": row.question,
+            "system": row.system,
             "limit": max_new_tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device or "cpu",
@@ -283,7 +284,7 @@ def environment() -> Environment:
 def _load_and_answer(order: dict[str, Any]) -> Memory:
     """Do what `answering_memory` asks of the new process."""
     torch.set_num_threads(order["threads"])
-    row = Row("row", Path(order["picture"]), order["question"], "")
+    row = Row("row", Path(order["picture"]), order["question"], "", system=order["system"])
 
     def call() -> None:
         side = load(order["folder"], dtype=getattr(torch, order["dtype"]), device=order["device"])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimlmm.collate import Collator
-from slimlmm.data import Row, by_picture
+from slimlmm.data import Row, by_picture, by_system
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, to_device
 from slimlmm.trainings import Training
@@ -22,7 +22,7 @@ def can_pack(model: PreTrainedModel, processor: Any, rows: Sequence[Row]) -> boo
     Tried on two pictures with several rows, and on that with the longest ones: a window of attention that holds the others may be
     too small for it. False where no picture has several: there is nothing to pack, and nothing that packing could be tried on.
     """
-    groups = [group for group in by_picture(rows, 4) if len(group) > 1][:2]
+    groups = [part for group in by_picture(rows, 4) for part in by_system(group) if len(part) > 1][:2]
     if not groups:
         return False
     most = Training.model_fields["questions_per_picture"].default

@@ -37,7 +37,7 @@ USUAL, LARGEST = 224, 1024
 
 
 class Order(TypedDict):
-    """What is asked of which folder, and with which arithmetic; `pictures` are files with the questions of real rows."""
+    """What is asked of which folder, and with which arithmetic; `pictures`: files of real rows, question, system turn."""
 
     folder: str
     auto: str
@@ -48,7 +48,7 @@ class Order(TypedDict):
     side: int
     probes: int
     limit: int
-    pictures: Sequence[tuple[str, str]]
+    pictures: Sequence[tuple[str, str, str]]
 
 
 class Answer(TypedDict):
@@ -117,13 +117,19 @@ def begun(processor: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
-def prompt(processor: Any, asked: str, plain: Mapping[str, str]) -> str:
+def turns_before(question: str, system: str = "") -> list[dict[str, Any]]:
+    """Return the turns before an answer: what a system turn says, where there is one, and a question about a picture."""
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, user] if system else [user]
+
+
+def prompt(processor: Any, asked: str, plain: Mapping[str, str], system: str = "") -> str:
     """Return the text that the model sees before its answer: by the chat template, else by the class's plain form."""
     template = template_of(processor)
     if template is None:
         return plain[type(processor).__name__].format(question=asked)
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
-    text: str = processor.apply_chat_template([user], chat_template=template, add_generation_prompt=True)
+    turns = turns_before(asked, system)
+    text: str = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
     return text
 
 
@@ -153,12 +159,12 @@ def answer(model: Any, processor: Any, shown: Image.Image, text: str, limit: int
 
 def answers(model: Any, processor: Any, order: Order) -> list[Answer]:
     """Ask all probes of an order, then its real rows, one at a time."""
-    shown = [(picture(number, order["side"]), question(number)) for number in range(order["probes"])]
-    for path, asked in order["pictures"]:
+    shown = [(picture(number, order["side"]), question(number), "") for number in range(order["probes"])]
+    for path, asked, system in order["pictures"]:
         with Image.open(path) as one:
-            shown.append((one.convert("RGB"), asked))
-    texts = [prompt(processor, asked, order["plain"]) for _, asked in shown]
-    return [answer(model, processor, one, text, order["limit"]) for (one, _), text in zip(shown, texts, strict=True)]
+            shown.append((one.convert("RGB"), asked, system))
+    texts = [prompt(processor, asked, order["plain"], system) for _, asked, system in shown]
+    return [answer(model, processor, one, text, order["limit"]) for (one, *_), text in zip(shown, texts, strict=True)]
 
 
 def run(order: Order) -> dict[str, Any]:

@@ -124,13 +124,15 @@ class TeacherCache:
 
     def key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes, prompt, answer)."""
-        texts = "\x1f".join((*self.collator.prompter.turns(row.question, row.answer), *map(str, row.tokens)))
+        texts = "\x1f".join(
+            (*self.collator.prompter.turns(row.question, row.answer, row.system), *map(str, row.tokens))
+        )
         return hashlib.sha256(self._identity + self._picture(row) + texts.encode()).hexdigest()[:32]
 
     def picture_key(self, row: Row) -> str:
         """Return the content hash of (teacher, processor, picture bytes), and of the prompt where that decides what is seen."""
         prompter = self.collator.prompter
-        asked = prompter.prompt(row.question) if type(prompter.processor).__name__ in SEEN_AS_ASKED else ""
+        asked = prompter.prompt(*row.asked) if type(prompter.processor).__name__ in SEEN_AS_ASKED else ""
         return "picture-" + hashlib.sha256(self._identity + self._picture(row) + asked.encode()).hexdigest()[:32]
 
     def _picture(self, row: Row) -> bytes:

@@ -79,10 +79,11 @@ class _Texts:
 
     def ids(self, entries: Sequence[Entry]) -> tuple[list[list[int]], list[list[int]]]:
         """Return prompt ids (one placeholder for the picture) and answer ids, end token included, of rows."""
-        turns = [self.prompter.turns(entry.row.question, entry.row.answer) for entry in entries]
+        rows = [entry.row for entry in entries]
+        turns = [self.prompter.turns(row.question, row.answer, row.system) for row in rows]
         asked = self.tokenizer([prompt for prompt, _ in turns])["input_ids"]
         answered = self.tokenizer([answer for _, answer in turns], add_special_tokens=False)["input_ids"]
-        plain = sorted({text for entry in entries for text in (entry.row.question, entry.row.answer)})
+        plain = sorted({text for row in rows for text in (row.system, row.question, row.answer)})
         self._plain = dict(zip(plain, self.tokenizer(plain, add_special_tokens=False)["input_ids"], strict=True))
         back = self.tokenizer.batch_decode(list(self._plain.values()), skip_special_tokens=True)
         self._back = dict(zip(plain, back, strict=True))
@@ -91,7 +92,7 @@ class _Texts:
     def faults(self, entry: Entry, asked: list[int], answered: list[int], size: int) -> list[tuple[str, str]]:
         """Return what is wrong with the tokens of one row of the last call of `ids`: kinds of findings and notes."""
         found = []
-        texts = {"question": entry.row.question, "answer": entry.row.answer}
+        texts = {"system turn": entry.row.system, "question": entry.row.question, "answer": entry.row.answer}
         unknown = [name for name, text in texts.items() if self.unknown in self._plain[text]]
         if unknown:
             found.append(("unknown tokens", f"{' and '.join(unknown)}: {texts[unknown[0]]!r}"))

@@ -96,21 +96,21 @@ def _hashes(entries: Sequence[Entry], looks: Sequence[Look]) -> np.ndarray[tuple
 
 def _rows(reading: Reading, looks: Sequence[Look], pad: Pad) -> None:
     """Tell rows that occur before in their split, and rows that contradict one of any split."""
-    answered: dict[tuple[object, str], Entry] = {}
+    answered: dict[tuple[object, ...], Entry] = {}
     seen: set[tuple[object, ...]] = set()
     total = len(reading.entries)
     for entry in reading.entries:
         row = entry.row
-        question, answer = (" ".join(text.split()) for text in (row.question, row.answer))
+        system, question, answer = (" ".join(text.split()) for text in (row.system, row.question, row.answer))
         content = looks[entry.picture].sha or entry.picture
-        whole = (entry.split, content, question, answer)
+        whole = (entry.split, content, system, question, answer)
         if whole in seen:
             pad.add("identical row", entry.example(f"{question} {answer}"), total)
             continue
         seen.add(whole)
         if not answer:
             continue
-        first = answered.setdefault((content, question), entry)
+        first = answered.setdefault((content, system, question), entry)
         if " ".join(first.row.answer.split()) != answer:
             pad.add(
                 "contradiction", entry.example(f"{question} {answer!r}, {_also(first)}: {first.row.answer!r}"), total

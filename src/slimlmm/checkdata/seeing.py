@@ -95,7 +95,7 @@ def _placeholders(
 
 
 def _text(prompter: Prompter, entry: Entry) -> list[int]:
-    prompt = prompter.prompt(entry.row.question)
+    prompt = prompter.prompt(*entry.row.asked)
     return [*prompter.ids(prompt, special=True), *prompter.answer_ids(entry.row)]
 
 

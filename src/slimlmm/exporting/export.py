@@ -176,7 +176,7 @@ def _reads_alike(reader: Reader, pixels: graphs.Pixels, rows: Sequence[Row]) -> 
     if reader.tokenizer.pad_token is None:  # then it cannot put several into one batch
         return False
     prompter = Prompter(reader.processor)
-    return same(reader, pixels, [prompter.prompt(row.question) for row in rows], [row.open() for row in rows])
+    return same(reader, pixels, [prompter.prompt(*row.asked) for row in rows], [row.open() for row in rows])
 
 
 def _torchao(loaded: Loaded, order: Order, rows: Sequence[Row], folder: Path) -> tuple[Side, None]:

@@ -17,6 +17,7 @@ from slimlmm.evaluate import Evaluation, answer_limit, evaluate, grade, one_look
 from slimlmm.files import refuse_unwritable, write_text
 from slimlmm.measure import environment
 from slimlmm.pictures import USUAL, PictureSettings
+from slimlmm.probes import turns_before
 from slimlmm.progress import Reporter
 from slimlmm.serving.answering import Answerer
 from slimlmm.serving.asks import Ask
@@ -141,17 +142,16 @@ def graded(answerer: Answerer, rows: Sequence[Row], tell: Reporter, what: str) -
     for first in range(0, len(rows), BATCH):
         part = order[first : first + BATCH]
         pictures = {keys[row]: rows[row].open() for row in part}
-        asks = [Ask(messages=_turn(rows[row]), pictures=[pictures[keys[row]]], max_tokens=limit) for row in part]
+        asks = [
+            Ask(messages=turns_before(*rows[row].asked), pictures=[pictures[keys[row]]], max_tokens=limit)
+            for row in part
+        ]
         with one_look(answerer.model, [keys[row] for row in part]):
             said = answerer.answer(asks)
         for row, one in zip(part, said, strict=True):
             texts[row], logprobs[row] = one.text, [token.logprob for token in one.tokens]
         tell.step(what, first + len(part), len(rows))
     return grade(rows, texts, keys, max_new_tokens=limit), logprobs
-
-
-def _turn(row: Row) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}]
 
 
 def plot(curves: Mapping[Kind, Sequence[Point]], threshold: Escalation, answers: Answers, path: Path) -> None:
