@@ -1,18 +1,21 @@
 """`slimlmm calibrate` on a real student and teacher: what it writes against what the threshold does, counted row by row."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
 
 from slimlmm import checkpoint, data
 from slimlmm import evaluate as evaluation
+from slimlmm.errors import UserError
 from slimlmm.pictures import PictureSettings
 from slimlmm.progress import Quiet
 from slimlmm.serving import calibrate, escalation
 from slimlmm.serving.answering import Answerer
 from slimlmm.teacher import weights_fingerprint
 from test_cli import call
+from test_collate import templated
 from tiny import tiny
 
 
@@ -100,3 +103,16 @@ def test_what_cannot_be_fitted_is_refused(asked, message, student, teacher, sour
     assert code == 2
     assert message in " ".join(err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_system_turns_are_heard_or_refused(ads):
+    model, processor = tiny("llava-dinov2-llama")
+    part = [replace(row, system="Be short.") for row in data.load(ads).test[:4]]
+    said = []
+    answerer = Answerer(model, templated(processor, "text"))
+    prompt = answerer.prompt
+    answerer.prompt = lambda ask: said.append(prompt(ask)) or said[-1]
+    calibrate.graded(answerer, part, Quiet(), "student")
+    assert sorted(said) == sorted(answerer.prompter.prompt(*row.asked) for row in part)
+    with pytest.raises(UserError, match="no place for a system turn"):
+        calibrate.graded(Answerer(model, templated(processor, "left out")), part, Quiet(), "student")

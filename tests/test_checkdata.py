@@ -44,7 +44,7 @@ from test_cli import call
 DOCS = Path(__file__).parents[1] / "docs" / "check-data.md"
 LARGE = 1_000_000
 FROM_MODEL = {kind for kind, one in KINDS.items() if one.check == "model"} | {
-    *("no room", "unknown tokens", "special tokens")
+    *("no room", "no place", "unknown tokens", "special tokens")
 }
 
 

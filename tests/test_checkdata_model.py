@@ -21,6 +21,7 @@ from slimlmm.pictures import MAX_PIXELS
 from slimlmm.progress import Quiet
 from slimlmm.teacher import TeacherCache
 from spoiling import added
+from test_collate import templated
 from tiny import NAMES, tiny
 
 
@@ -213,3 +214,16 @@ def test_a_row_fits_by_its_own_tokens_and_its_picture(ads):
     assert pad.findings() == ()
     answers.judge_tokens(one, loaded.processor, 10**6, (whole - 1, seen.added), 99, pad, Quiet())
     assert [one.kind for one in pad.findings()] == ["no room"]
+
+
+def test_rows_behind_a_system_turn_without_a_place_are_told_and_the_others_judged(ads, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(ads, folder)
+    planted = {"told": {"system": "Be short.", "answer": "word " * 90}, "plain": {"answer": "word " * 90}}
+    for name, row in planted.items():
+        added(folder, "train", [{"id": name, **row}])
+    _, processor = tiny("llava-dinov2-llama")
+    size = len(processor.tokenizer)
+    assert texts_judged(processor, folder, size, None)[0] == {"long answer": {"told", "plain"}}
+    said, _ = texts_judged(templated(processor, "left out"), folder, size, None)
+    assert said == {"no place": {"told"}, "long answer": {"plain"}}

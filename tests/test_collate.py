@@ -13,6 +13,7 @@ from slimlmm.collate import IGNORE, Collator, Prompter, texts_of
 from slimlmm.data import by_picture
 from slimlmm.errors import UserError
 from slimlmm.evaluate import encode
+from slimlmm.families import PROMPTS
 from slimlmm.forward import answer_logits, forward
 from slimlmm.packing import can_pack
 from slimlmm.probes import template_of
@@ -135,8 +136,9 @@ def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank
     assert prompt == plain + (thoughts if moved else begun)
     assert text == ("" if moved else thoughts) + "no thoughts" + processor.tokenizer.eos_token
     assert prompter.prompt("What?") == prompt
-    assert [thoughts.removeprefix(begun) for _ in prompter.notes] == [prompter.opening for _ in range(moved)]
-    assert all(repr(prompter.opening) in note for note in prompter.notes)
+    notes = prompter.notes([row])
+    assert [thoughts.removeprefix(begun) for _ in notes] == [prompter.opening for _ in range(moved)]
+    assert all(repr(prompter.opening) in note for note in notes)
     asked = encode(processor, [row])["input_ids"][0]
     batch = Collator(processor, packed=False)([[row]])
     assert torch.equal(batch["input_ids"][0, : len(asked)], asked)
@@ -187,23 +189,66 @@ def test_questions_behind_different_system_turns_are_packed_as_they_stand_apart(
     assert torch.allclose(packed, apart, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("place", "why"),
-    [
-        ("{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}", r"\(no system turns\)"),
-        ("{% if m['role'] == 'system' %}{% continue %}{% endif %}", "leaves out what a system turn says"),
-    ],
-)
-def test_a_template_without_a_place_for_a_system_turn_is_refused(rows, place, why):
+#: how templates of real families take what a system turn says
+SYSTEM = {
+    "parts": "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}",
+    "text": "{{ m['content'] | trim }}",
+    "added": "{{ '' + m['content'] }}",
+    "first part": "{{ m['content'][0]['text'] }}",
+    "raised": "{{ raise_exception('no system turns') }}",
+    "left out": "",
+}
+
+
+def templated(processor, form):
+    """Give a processor a template that takes system turns so."""
+    rest = THINKING.replace("THOUGHTS", "").replace("BEGUN", "").removeprefix("{% for m in messages %}")
+    said = "<|im_start|>system\n" + SYSTEM[form] + "<|im_end|>\n"
+    if form in ("raised", "left out"):
+        said = SYSTEM[form]
+    head = "{% for m in messages %}{% if m['role'] == 'system' %}" + said + "{% continue %}{% endif %}"
+    processor.chat_template = head + rest
+    return processor
+
+
+@pytest.mark.parametrize("form", ["parts", "text", "added", "first part"])
+@pytest.mark.parametrize("said", ["Be short.", "Don't guess.\nBe short.", "What?", "no"])
+def test_system_turns_are_said_in_the_form_that_a_template_takes(rows, form, said):
+    model, processor = tiny("llava-dinov2-llama")
+    row = replace(rows.train[0], question="What? no", system=said)
+    prompter = Prompter(templated(processor, form))
+    prompt = prompter.prompt(*row.asked)
+    assert prompt == f"<|im_start|>system\n{said}<|im_end|>\n" + prompter.prompt(row.question)
+    assert probes.prompt(processor, row.question, {}, said) == prompt
+    parts = [{"type": "text", "text": line} for line in (said + " ").split("\n")]
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}
+    ask = Ask(messages=[{"role": "system", "content": parts}, user], pictures=[], max_tokens=1)
+    assert Answerer(model, processor).prompt(ask) == prompt
+    (note,) = prompter.notes([row, rows.train[1]])
+    assert note.startswith("1 of 2 rows stand behind a system turn")
+    assert ("as a plain text" in note) is (form in ("text", "added"))
+
+
+@pytest.mark.parametrize("form", ["raised", "left out"])
+@pytest.mark.parametrize("said", ["Be short.", "What?", "no", "assistant"])
+def test_a_template_without_a_place_for_a_system_turn_is_refused(rows, form, said):
     _, processor = tiny("llava-dinov2-llama")
-    template = THINKING.replace("THOUGHTS", "").replace("BEGUN", "")
-    processor.chat_template = template.replace("{% for m in messages %}", "{% for m in messages %}" + place)
-    row = with_system(rows.train[0], "Be short.")
-    assert Collator(processor, packed=False)([[rows.train[0]]])
-    with pytest.raises(UserError, match=why + ".*: put that before the question"):
-        Collator(processor, packed=False)([[row]])
+    collator = Collator(templated(processor, form), packed=False)
+    row = replace(rows.train[0], question="What? no", system=said)
+    assert collator([[rows.train[0]]])
+    assert collator.prompter.notes(rows.train) == []
+    for refused in (lambda: collator([[row]]), lambda: collator.prompter.notes([rows.train[0], row])):
+        with pytest.raises(UserError, match="no place for a system turn: put what it says before the question"):
+            refused()
+
+
+def test_without_a_template_there_is_no_system_turn(rows, monkeypatch):
+    _, processor = tiny("llava-dinov2-llama")
+    monkeypatch.setitem(PROMPTS, type(processor).__name__, "Question: {question} Answer:")
     processor.chat_template = processor.tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
+    row = replace(rows.train[0], system="Be short.")
+    assert Prompter(processor).prompt(row.question) == f"Question: {row.question} Answer:"
+    with pytest.raises(UserError, match="no place for a system turn"):
         Prompter(processor).prompt(*row.asked)
 
 
@@ -269,13 +314,18 @@ def test_a_tokenizer_without_padding_token_is_trained_with_too(rows):
     assert processor.tokenizer.pad_token is None
 
 
-def test_packing_is_tried_on_the_longest_rows_too(rows):
+@pytest.mark.parametrize("longest", ["question", "system", "few rows"])
+def test_packing_is_tried_on_the_longest_rows_too(rows, longest):
     _, processor = tiny("llava-dinov2-llama")
     config = tiny_config("llava-dinov2-llama").to_dict()
     config["text_config"] |= {"model_type": "mistral", "sliding_window": 60}
     model = random_model(LlavaConfig(**config))
-    short = [replace(row, question="Red?", answer="a") for row in rows.train]
-    groups = by_picture(short, 4)
+    short = [replace(row, question="Is it a dog? OK", answer="a") for row in rows.train]
+    groups = by_picture(short, 16)
     assert can_pack(model, processor, short)
-    long = [replace(row, question="What does the advertisement say, word by word? " * 3) for row in groups[-1]]
-    assert not can_pack(model, processor, [row for group in groups[:-1] for row in group] + long)
+    long = "Say what zebra quizzes jolt by fjord vex dwarf hymn lynx gawk pub mix."
+    some = groups[-1][: 2 if longest == "few rows" else None]
+    assert longest != "few rows" or len(some) * len(long) < sum(len(row.question) for row in groups[0])
+    turns = {"system": long} if longest == "system" else {"question": long}
+    rest = [row for group in groups[:-1] for row in group]
+    assert not can_pack(model, processor, rest + [replace(row, **turns) for row in some])

@@ -208,9 +208,31 @@ def test_what_is_no_text_is_no_system_turn():
         data.parse({**GOOD, "system": "\ud800"}, 0)
 
 
-def test_system_turns_are_told(tmp_path):
-    folder = folder_of(tmp_path, [GOOD, {**GOOD, "system": "Be short."}, {**GOOD, "image": "b.png", "system": ""}])
-    assert data.load(folder).notes[0].startswith("1 rows stand behind a system turn")
+def test_a_system_turn_beside_messages_is_heard_and_two_are_refused():
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    row = {"messages": turns, "images": ["a.png"], "system": "Be short."}
+    assert data.parse(row, 0).system == "Be short."
+    first = {"role": "system", "content": "Be kind."}
+    with pytest.raises(ValueError, match="two system turns"):
+        data.parse({**row, "messages": [first, *turns]}, 0)
+    assert data.parse({**row, "system": None, "messages": [first, *turns]}, 0).system == "Be kind."
+
+
+@pytest.mark.parametrize("content", ["", " ", []])
+def test_an_empty_system_turn_is_refused_because_a_template_may_write_one_where_there_is_none(content):
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    turns[0]["content"] = content
+    with pytest.raises(ValueError, match="empty system turn"):
+        data.parse({"messages": turns, "images": ["a.png"]}, 0)
+
+
+def test_a_picture_in_a_system_turn_is_refused_and_no_number_is_none():
+    turns = [
+        {"role": role, "content": [{"type": "image"}, {"type": "text", "text": "x"}]} for role in ("system", "user")
+    ]
+    with pytest.raises(ValueError, match="a picture in the system turn"):
+        data.parse({"messages": [*turns, {"role": "assistant", "content": "red"}], "images": ["a.png"]}, 0)
+    assert data.parse({**GOOD, "system": float("nan")}, 0) == data.parse(GOOD, 0)
 
 
 def test_hashes_hear_a_system_turn_and_those_without_one_stay_what_they_were(tmp_path):
@@ -258,3 +280,48 @@ def test_a_placeholder_inside_of_a_text_is_a_broken_row(record):
         data.parse(GOOD | record, 0)
     with pytest.raises(ValueError, match="empty question"):
         data.parse(GOOD | {"question": "<image>"}, 0)
+
+
+COLOURS = ("red", "blue", "red")
+
+
+@pytest.mark.parametrize("layout", ["splits", "one", "train"])
+def test_folders_that_datasets_saved_are_read(tmp_path, layout):
+    import datasets
+
+    pictures = [Image.new("RGB", (9, 9), colour) for colour in COLOURS]
+    table = datasets.Dataset.from_dict({"image": pictures, "question": ["q"] * 3, "answer": COLOURS})
+    if layout == "splits":
+        datasets.DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(str(tmp_path / "d"))
+    else:
+        table.save_to_disk(str(tmp_path / "d" / ("train" if layout == "train" else "")))
+    splits = data.load(tmp_path / "d")
+    rows = [*splits.train, *(splits.validation if layout != "splits" else [])]
+    assert Counter(row.answer for row in rows) == {"red": 2, "blue": 1}
+    assert {row.answer: row.open().getpixel((0, 0)) for row in rows} == {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    assert len(splits.test) == (3 if layout == "splits" else 0)
+
+
+def test_pictures_in_lists_are_read(tmp_path):
+    import datasets
+
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    pictures = [[Image.new("RGB", (9, 9), colour)] for colour in COLOURS]
+    table = datasets.Dataset.from_dict({"images": pictures, "messages": [turns] * 3})
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    table.save_to_disk(str(tmp_path / "saved" / "train"))
+    for folder in (tmp_path, tmp_path / "saved"):
+        splits = data.load(folder)
+        assert {row.open().getpixel((0, 0)) for row in (*splits.train, *splits.validation)} == {
+            (255, 0, 0),
+            (0, 0, 255),
+        }
+
+
+def test_system_turns_of_a_csv_are_what_stands_there(tmp_path):
+    folder_of(tmp_path, [])
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.csv").write_text("image,question,answer,system\na.png,q,a,007\nb.png,q,a,\n")
+    splits = data.load(tmp_path)
+    assert {row.image.name: row.system for row in (*splits.train, *splits.validation)} == {"a.png": "007", "b.png": ""}

@@ -7,10 +7,10 @@ Shape legend: B sequences, T tokens. ``shift_labels`` [B, T] holds at each posit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 from slimlmm.data import Row, by_system
 from slimlmm.errors import UserError
 from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
-from slimlmm.probes import begun, template_of, turns_before
+from slimlmm.probes import begun, system_form, template_of, turns_before
 
 IGNORE = -100
 #: an answer that nothing else in a prompt looks like
 MARK = "Answer7Q"
-NO_SYSTEM = "put that before the question, or give the model's folder a template that writes it."
+NO_SYSTEM = "put what it says before the question, or give the model's folder a template that writes it."
 Batch = dict[str, Any]
 
 
@@ -102,15 +102,44 @@ class Prompter:
         """Return the text before the answer, the picture's placeholder included; `system`: what a system turn says first."""
         return self.turns(question, "x", system)[0]
 
-    @property
-    def notes(self) -> list[str]:
-        """What users of stock code have to know."""
-        if not self.opening:
-            return []
-        return [
-            f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; it is part "
-            "of the prompt here, so stock code has to append it (many templates do with enable_thinking=False)"
-        ]
+    @cached_property
+    def system_form(self) -> str:
+        """How the template takes what a system turn says (`probes.system_form`)."""
+        return system_form(self.processor, self.template)
+
+    def conversation(self, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return turns of parts with what system turns say as rows of data say it, in the form that the template takes."""
+        found = []
+        for turn in turns:
+            parts: Any = turn["content"]
+            if turn["role"] == "system" and all(part["type"] == "text" for part in parts):
+                said = "\n".join(part["text"] for part in parts).strip()
+                parts = said if self.system_form == "text" else [{"type": "text", "text": said}]
+            found.append({**turn, "content": parts})
+        return found
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        """Return what users of stock code have to know.
+
+        Raises:
+            UserError: rows stand behind a system turn that the template has no place for.
+        """
+        notes = []
+        if self.opening:
+            notes.append(
+                f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; it is part "
+                "of the prompt here, so stock code has to append it (many templates do with enable_thinking=False)"
+            )
+        said = {row.system for row in rows if row.system}
+        for system in said:
+            self.prompt("x", system)
+        if said:
+            count, plain = sum(row.system != "" for row in rows), "as a plain text, " * (self.system_form == "text")
+            notes.append(
+                f"{count} of {len(rows)} rows stand behind a system turn; who uses the model has to put it before questions too, "
+                f"{plain}as {min(said)[:80]!r}"
+            )
+        return notes
 
     def answer_ids(self, row: Row) -> list[int]:
         """Return the token ids of a row's answer, end token included; where a model wrote it, the very tokens that it wrote."""
@@ -133,14 +162,14 @@ class Prompter:
 
     def _turns(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token); what a template writes before any answer is prompt."""
+        if system and not self.system_form:
+            raise UserError(f"the chat template has no place for a system turn: {NO_SYSTEM}")
         if self.template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
             if plain is None:
                 raise UserError(
                     f"{type(self.processor).__name__} has no chat template; add one (chat_template.jinja) to the model's folder."
                 )
-            if system:
-                raise UserError(f"{type(self.processor).__name__} has no chat template, so no system turn: {NO_SYSTEM}")
             return plain.format(question=question), f" {answer}{self.tokenizer.eos_token}"
         prompt, text = self._rendered(question, answer, system)
         if not text.startswith(self.opening):
@@ -154,9 +183,9 @@ class Prompter:
 
     def _rendered(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return what the template writes for a question, and what it writes behind that where there is an answer."""
-        asked = turns_before(question, system)
+        asked = turns_before(question, system, text=self.system_form == "text")
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt = self._asked(asked)
+        prompt: str = self.processor.apply_chat_template(asked, chat_template=self.template, add_generation_prompt=True)
         whole: str = self.processor.apply_chat_template([*asked, reply], chat_template=self.template)
         if not whole.startswith(prompt):
             raise UserError(
@@ -164,25 +193,6 @@ class Prompter:
                 "text without), so answer tokens cannot be told apart."
             )
         return prompt, whole[len(prompt) :]
-
-    def _asked(self, turns: list[dict[str, Any]]) -> str:
-        """Return what the template writes for turns that wait for an answer.
-
-        Raises:
-            UserError: it has no place for a system turn; some templates say so, others leave it out.
-        """
-        first = turns[0]["content"][0]["text"] if len(turns) > 1 else ""
-        try:
-            prompt: str = self.processor.apply_chat_template(
-                turns, chat_template=self.template, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            if not first:
-                raise
-            raise UserError(f"the chat template takes no system turn ({error}): {NO_SYSTEM}") from error
-        if first not in prompt:
-            raise UserError(f"the chat template leaves out what a system turn says: {NO_SYSTEM}")
-        return prompt
 
     def _opening(self) -> str:
         """Return what the template writes before every answer but not as a generation prompt, such as an empty block of thoughts.

@@ -126,8 +126,6 @@ def load(
         setattr(splits, split, rows)
     if not (splits.train or splits.validation or splits.test):
         raise UserError(f"{source}: no rows found in any split.")
-    if count := sum(row.system != "" for row in (*splits.train, *splits.validation, *splits.test)):
-        splits.notes.append(f"{count} rows stand behind a system turn, which has to stand before questions in use too")
     if splits.train and not splits.validation:
         _split_validation_off(splits)
     return splits
@@ -249,6 +247,9 @@ def parse(
     system: Any
     if record.get("messages"):
         system, question, answer = _turns(record["messages"], unlabelled)
+        if system and _instruction(record.get("system")):
+            raise ValueError("two system turns, in messages and beside them")
+        system = system or record.get("system")
         images = record.get("images") or [record.get("image")]
         if not isinstance(images, list):
             raise ValueError("images are no list")
@@ -283,9 +284,11 @@ def _asked(question: str) -> str:
 
 def _instruction(system: object) -> str:
     """Return what a system turn says, "" for none."""
-    if system is not None and not isinstance(system, str):
+    if system is None or (isinstance(system, float) and math.isnan(system)):  # how a column of numbers has none
+        return ""
+    if not isinstance(system, str):
         raise ValueError(f"what the system turn says is of type {type(system).__name__}, not text")
-    return (system or "").strip()
+    return system.strip()
 
 
 def _written(answer: object) -> str:
@@ -326,8 +329,18 @@ def _turns(messages: object, unlabelled: bool) -> tuple[str, str, str]:
             f"messages must be one user and one assistant turn, behind a system turn or none, not {str(roles)[:100]}"
         )
     said = [_text(message.get("content")) for message in messages]
-    system = said.pop(0) if before else ""
+    system = _first(messages[0], said.pop(0)) if before else ""
     return system, said[0], said[1] if len(said) > 1 else ""
+
+
+def _first(message: Mapping[str, Any], said: str) -> str:
+    """Return what a system turn says; one that says nothing is not none: templates may have something to say then."""
+    parts = message.get("content")
+    if isinstance(parts, list) and any(part.get("type") != "text" for part in parts):
+        raise ValueError("a picture in the system turn (one is supported, in the user's turn)")
+    if not said.strip():
+        raise ValueError("empty system turn (say something, or leave the turn out)")
+    return said
 
 
 def _text(content: object) -> str:

@@ -74,7 +74,7 @@ def finetune(
     checkpoint.refuse_foreign(out.expanduser().absolute())
     loaded = checkpoint.load_to_answer(model, trust_remote_code=trust_remote_code)
     splits = data.load(source, allowed=allowed)
-    for note in (*splits.notes, *Prompter(loaded.processor).notes):
+    for note in (*splits.notes, *Prompter(loaded.processor).notes([*splits.train, *splits.validation])):
         tell.say(note)
     rows = splits.need("train", source)
     validation = data.sample(splits.need("validation", source), LOOKED_AT, seed)

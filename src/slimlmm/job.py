@@ -99,7 +99,7 @@ class Job:
         if self.cache is not None or self.teacher is None:
             return
         model, processor = self.teacher.model, self.teacher.processor
-        packed = can_pack(model, processor, self.calibration)
+        packed = can_pack(model, processor, self.asked)
         self.cache = TeacherCache(model, Collator(processor, packed=packed), self.folder.cache)
         loaded = checkpoint.Loaded(model=model, processor=processor, path=self.teacher.folder)
         found = alignment.probed(loaded, self.calibration[:PROBED], self.cache)

@@ -121,7 +121,7 @@ def _prepared(
         rows["train"], note = labelled(loaded, rows["train"], others, file, tell, every=every)
     # what a choice of sizes finds is kept in the folder
     stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
-    told = (*told, *filter(None, [note]), *Prompter(loaded.processor).notes)
+    told = (*told, *filter(None, [note]), *Prompter(loaded.processor).notes(everything))
     check(loaded, stages, recipe.tensor_parallel)
     folder.open(identity, given)
     if (kept := folder.recipe) is not None and (before := read(kept).stages) != stages:

@@ -30,6 +30,8 @@ QUESTIONS = (
     "Is the picture bright or dark?",
     "Read the words that you see.",
 )
+#: what a system turn says where a template is tried
+SYSTEM = "System7Q"
 #: a picture is this many plain squares a side
 SQUARES = 8
 #: pixels a side of pictures where the processor names no size, and at most
@@ -117,10 +119,27 @@ def begun(processor: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
-def turns_before(question: str, system: str = "") -> list[dict[str, Any]]:
-    """Return the turns before an answer: what a system turn says, where there is one, and a question about a picture."""
+def turns_before(question: str, system: str = "", *, text: bool = False) -> list[dict[str, Any]]:
+    """Return the turns before an answer: what a system turn says (as plain `text` or in parts), a question about a picture."""
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, user] if system else [user]
+    said = system if text else [{"type": "text", "text": system}]
+    return [{"role": "system", "content": said}, user] if system else [user]
+
+
+def system_form(processor: Any, template: str | None) -> str:
+    """Return how a template takes what a system turn says: in "parts", as "text", or not at all, "".
+
+    Templates without a place for it fail or leave it out; some that take parts of users take texts here (Llama 3.2 Vision).
+    """
+    for form in ("parts", "text") if template else ():
+        turns = turns_before("x", SYSTEM, text=form == "text")
+        try:
+            written = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
+        except (TypeError, ValueError, TemplateError):
+            continue
+        if SYSTEM in written and "'type'" not in written:
+            return form
+    return ""
 
 
 def prompt(processor: Any, asked: str, plain: Mapping[str, str], system: str = "") -> str:
@@ -128,7 +147,7 @@ def prompt(processor: Any, asked: str, plain: Mapping[str, str], system: str = "
     template = template_of(processor)
     if template is None:
         return plain[type(processor).__name__].format(question=asked)
-    turns = turns_before(asked, system)
+    turns = turns_before(asked, system, text=system != "" and system_form(processor, template) == "text")
     text: str = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
     return text
 

@@ -16,8 +16,10 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 #: CSV has text alone: an answer 007, True or None is what it says, and only an empty cell is missing
 CSV: dict[str, Any] = {
     "keep_default_na": False,
-    "converters": dict.fromkeys(("id", "image", "question", "answer", "task"), str),
+    "converters": dict.fromkeys(("id", "image", "question", "answer", "task", "system"), str),
 }
+#: the file that tells a folder which `datasets` has saved
+SAVED = "dataset_info.json"
 SPACE = re.compile(r"\s*")
 BOM = b"\xef\xbb\xbf"
 
@@ -31,12 +33,15 @@ def tables_of(source: Path) -> dict[str, list[Path]]:
             )
         named = next((split for split, names in SPLITS.items() if source.stem in names), "train")
         return {named: [source]}
+    if (source / SAVED).exists():
+        return {"train": [source]}
     found: dict[str, list[Path]] = {}
     for split, names in SPLITS.items():
         for name in names:
             files = [path for suffix in READERS for path in sorted(source.glob(f"{name}{suffix}"))]
-            files += [path for suffix in READERS for path in sorted((source / name).glob(f"*{suffix}"))]
-            files += [source / name] if not files and (source / name / "dataset_info.json").exists() else []
+            folder = source / name
+            saved = (folder / SAVED).exists()  # its other .json files are no tables
+            files += [folder] if saved else [path for end in READERS for path in sorted(folder.glob(f"*{end}"))]
             if files:
                 found[split] = files
                 break
@@ -71,8 +76,8 @@ def _of_datasets(table: Path, kind: str | None) -> Iterator[dict[str, Any]]:
         told = str(cause).splitlines() or [type(cause).__name__]
         raise UserError(f"{table}: cannot be read as rows: {told[0][:200]}") from error
     for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
+        if (as_stored := _undecoded(feature)) != feature:
+            data = data.cast_column(name, as_stored)
     number = 1
     try:
         for record in data:
@@ -80,6 +85,19 @@ def _of_datasets(table: Path, kind: str | None) -> Iterator[dict[str, Any]]:
             number += 1
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: row {number} holds text that is no UTF-8 ({error}).") from error
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return a feature of `datasets` whose pictures, also those in lists and structures, stay the files that they are."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(one) for name, one in feature.items()}
+    return feature
 
 
 def _of_json(table: Path) -> Iterator[dict[str, Any]]:

@@ -46,8 +46,8 @@ def judge_tokens(
         pad: where findings go.
         tell: progress.
     """
-    entries = _answered(reading, pad)
     texts = _Texts(processor)
+    entries = _placed(_answered(reading, pad), texts.prompter, pad)
     lengths: list[int] = []
     for start in range(0, len(entries), BUNDLE):
         part = entries[start : start + BUNDLE]
@@ -122,6 +122,15 @@ def _answered(reading: Reading, pad: Pad) -> list[Entry]:
             kind = "blank train answer" if entry.split == "train" else "blank answer"
             pad.add(kind, entry.example(entry.row.question), len(reading.entries))
     return found
+
+
+def _placed(entries: list[Entry], prompter: Prompter, pad: Pad) -> list[Entry]:
+    """Return the rows whose turns the chat template has places for; the others are findings."""
+    if prompter.system_form:
+        return entries
+    for entry in (one for one in entries if one.row.system):
+        pad.add("no place", entry.example(entry.row.system), len(entries))
+    return [entry for entry in entries if not entry.row.system]
 
 
 def _lengths(lengths: Sequence[int], unit: Any, limit: int) -> Lengths | None:

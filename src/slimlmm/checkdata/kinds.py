@@ -77,6 +77,7 @@ KINDS: dict[str, Kind] = {
         "no answer to train on; the teacher gives it with data.answers: filled in the recipe",
     ),
     "no room": Kind("answers", "error", "rows", "prompt, picture and answer are longer than the model's context"),
+    "no place": Kind("answers", "error", "rows", "the model's chat template has no place for a system turn"),
     "long answer": Kind("answers", "warning", "rows", "longer than --max-answer"),
     "lopsided task": Kind(
         "answers", "warning", "tasks", "one answer makes up most of the task: a constant scores well"

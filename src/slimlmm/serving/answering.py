@@ -51,9 +51,9 @@ class Answerer:
         if (template := self.prompter.template) is not None:
             try:
                 text: str = self.processor.apply_chat_template(
-                    list(ask.messages), chat_template=template, add_generation_prompt=True
+                    self.prompter.conversation(ask.messages), chat_template=template, add_generation_prompt=True
                 )
-            except TemplateError as error:
+            except (TypeError, ValueError, TemplateError) as error:
                 raise UserError(f"the model's chat template has no place for such messages: {error}") from error
             return text + self.prompter.opening
         parts = [part for turn in ask.messages for part in turn["content"]]
