@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import stay_in_this_process
-from slimlmm import pipeline, recipe, staging
+from slimlmm import pipeline, recipe, rounds, staging
 from slimlmm.errors import UserError
 from tiny import tiny_config
 
@@ -177,6 +177,23 @@ def test_lossless_cuts_come_first_and_alone(teacher, ads, tmp_path):
         assert place in str(caught.value)
     assert str(caught.value).count("stages.") == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_loses_nothing_is_not_judged_again(finished, ads, tmp_path, monkeypatch):
+    stages = [RAW["stages"][0], {"name": "inner", "rounds": [{"sizes": {"text.ffn": 32}}]}]
+    left = finished[0] / "stages" / "01-lossless.1" / "model"
+    judged = []
+    whole = rounds.evaluate
+    monkeypatch.setattr(rounds, "evaluate", lambda *args, **more: judged.append(1) or whole(*args, **more))
+    found = pipeline.run(left, ads, tmp_path / "run", recipe.parse({**RAW, "stages": stages}, "test"))
+    assert len(judged) == 1
+    first = found.rounds[0]
+    assert not first.after
+    known = json.loads((tmp_path / "run" / "teacher-validation.json").read_text())["summary"]["overall"]
+    assert first.after_cut.model_dump() == known
+    assert (left / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "stages" / "01-lossless.1" / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_blocks_are_counted_without_the_dead_ones_that_go_first():

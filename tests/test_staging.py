@@ -130,18 +130,33 @@ def test_with_visits_enough_no_round_cuts_more_than_its_ratios():
         left = predict_parameters(config, {})
 
 
-def test_rates_rise_with_what_was_cut_and_end():
+def test_rates_rise_with_what_was_cut_and_end_and_muon_takes_over():
     config, sizes = teacher()
     whole, rates = predict_parameters(config, {}), []
     for turn in turns_of(config, sizes, 5_000_000):
         config = cut_in_turn(config, turn.sizes)
         states, answers = turn.train
         ratio = whole / predict_parameters(config, {})
-        assert answers.learning_rate == pytest.approx(min(6e-4, 1e-4 * ratio**0.6), rel=0.05)
-        assert states.learning_rate == pytest.approx(staging.STATES_RATE * answers.learning_rate, rel=0.05)
+        rate, far = min(6e-4, 1e-4 * ratio**0.6), ratio >= staging.MANY_RATIO
+        assert answers.optimizer == states.optimizer == ("muon" if far else "adamw")
+        assert answers.learning_rate == pytest.approx(rate * (staging.MUON_RATE if far else 1), rel=0.05)
+        assert states.learning_rate == pytest.approx(staging.STATES_RATE * rate, rel=0.05)
         rates.append(answers.learning_rate)
     assert rates == sorted(rates)
     assert rates[-1] > 5 * staging.FIRST_RATE
+    assert answers.optimizer == "muon"
+
+
+def test_states_of_pictures_get_so_many_steps_at_most_and_answers_the_rest():
+    config, sizes = teacher()
+    turns = turns_of(config, sizes, 5_000_000)
+    assert turns[-1].train[0].steps == staging.MOST_STATES
+    assert all(turn.train[0].steps <= staging.MOST_STATES for turn in turns)
+    assert sum(10 * pictures(turn) for turn in turns) == pytest.approx(5_000_000, rel=0.01)
+    few = turns_of(config, sizes, 50_000)[-1]
+    assert few.train[0].steps < staging.MOST_STATES
+    spent = few.train[0].steps * few.train[0].pictures_per_step
+    assert spent / pictures(few) == pytest.approx(staging.STATES_SHARE, abs=0.02)
 
 
 def test_a_schedule_that_cuts_nothing_is_refused():

@@ -50,6 +50,17 @@ def test_kept_texts_keep_their_pieces_and_logits(name, tmp_path):
         assert torch.equal(again["input_ids"], y["input_ids"])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_where_no_token_goes_all_stays_as_it_is(name):
+    model, processor = tiny(name)
+    texts = [prompt(processor)[0], "The brand is Alder"]
+    small, trimmed = trim(model, processor, texts)
+    assert small is not model
+    again = trim(small, trimmed, texts)
+    assert again[0] is small
+    assert again[1] is trimmed
+
+
 def test_ids_are_renumbered_at_every_level_and_nowhere_else():
     model, processor = tiny("qwen2_5_vl")
     model.generation_config.suppress_tokens = [3, 318, 319]

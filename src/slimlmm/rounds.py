@@ -19,7 +19,7 @@ from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, train
 from slimlmm.enduring import enduring, put_back
 from slimlmm.errors import UserError
-from slimlmm.evaluate import Score, drop, evaluate
+from slimlmm.evaluate import Evaluation, Score, drop, evaluate
 from slimlmm.fading import Gate, Ramp, check_cut, cut_all, cuts_in_order, fading
 from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
@@ -88,10 +88,13 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
     """Score, choose, repair, cut, recover, evaluate; written down before it counts."""
     journal = Journal(folder)
     before, counted = describe(model.config).sizes, model.num_parameters()
+    given = model
     for what in turn.drop:
         model, processor = _drop(what, job, model, processor)
+    as_given = place.number == 1 and model is given and not turn.sizes  # then it answers what the teacher has answered
+    known = job.teacher_validation if as_given else None
     job = _beside_previous(job, model, processor, turn)
-    model, processor, parts = _cut_part(job, model, processor, turn, place, journal)
+    model, processor, parts = _cut_part(job, model, processor, turn, place, journal, known)
     after = describe(model.config).sizes
     score = _recovered(job, model, processor, turn, place, journal, parts)
     faded, trained = parts.faded, parts.trained
@@ -124,9 +127,18 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
 
 
 def _cut_part(
-    job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, journal: Journal
+    job: Job,
+    model: PreTrainedModel,
+    processor: Any,
+    turn: Round,
+    place: Place,
+    journal: Journal,
+    known: Evaluation | None,
 ) -> tuple[PreTrainedModel, Any, Parts]:
-    """Return the model after its cuts, or after the last training that an interrupted run finished, and what was found so far."""
+    """Return the model after its cuts, or after the last training that an interrupted run finished, and what was found so far.
+
+    `known`: its answers to the validation rows, where nothing was cut.
+    """
     if (number := journal.last()) is not None:
         job.tell.say(f"{place} goes on", trainings_done=number)
         return *journal.model(number, model.device), journal.taken_up(number)
@@ -134,7 +146,8 @@ def _cut_part(
     model, faded = _without(job, model, processor, turn, place, journal.round)
     if model is start and turn.train:  # a training works in place, and what the round began with may be its teacher
         model = copy.deepcopy(model)
-    parts = Parts(cut_score=_score(job, model, processor, f"{place.name} after the cut"), faded=faded)
+    score = known.summary.overall if known else _score(job, model, processor, f"{place.name} after the cut")
+    parts = Parts(cut_score=score, faded=faded)
     if turn.train:
         journal.keep(0, model, processor, parts)
         leaving.heed(f" after the cuts of {place}, which are on disk")

@@ -27,14 +27,16 @@ from slimlmm.trainings import Training
 ROUND_RATIO, AXIS_RATIO = 2.5, 2.0
 #: share of the recovery's compute (row visits x parameters) that the last shape gets; the rest is shared evenly
 LAST_SHARE = 0.75
-#: share of a round's row visits that stop at the language model
-STATES_SHARE = 0.25
+#: share of a round's row visits that stop at the language model, and the most steps of that training
+STATES_SHARE, MOST_STATES = 0.25, 200
 #: steps that the training of answers needs; where row visits are too few for that, rounds are joined
 LEAST_STEPS = 20
 #: peak learning rate of answers for a whole model, the power of whole / left parameters that it grows by, and where that ends
 FIRST_RATE, RATE_POWER, MOST_RATE = 1e-4, 0.6, 6e-4
-#: ratio of parameters from which a step takes twice the pictures
+#: ratio of parameters from which a step takes twice the pictures, and matrices of linear maps move by Muon
 MANY_RATIO = 6.0
+#: how many times AdamW's rate of answers Muon bears
+MUON_RATE = 5 / 3
 #: how many times the rate of answers the states of pictures bear
 STATES_RATE = 2.5
 
@@ -121,28 +123,39 @@ def _visits(cuts: Sequence[_Cut], row_visits: int) -> list[float]:
 def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
-    A picture costs far less where the language model does not run, and says more: one state a picture token. The further a model
-    is cut (`ratio`: whole / left parameters), the higher a learning rate it bears and needs; a nearly whole one is damaged by it:
-    rate = FIRST_RATE ratio^RATE_POWER, at most MOST_RATE, and STATES_RATE times that for states (docs/lab-notes.md).
+    A picture costs far less where the language model does not run, and says more: one state a picture token; in long rounds that
+    is soon learnt (MOST_STATES). The further a model is cut (`ratio`: whole / left parameters), the higher a learning rate it
+    bears and needs; a nearly whole one is damaged by it: rate = FIRST_RATE ratio^RATE_POWER, at most MOST_RATE, and STATES_RATE
+    times that for states. From MANY_RATIO on it moves by Muon, at MUON_RATE times the rate for answers (docs/lab-notes.md).
     """
-    pictures, questions = 8 if ratio < MANY_RATIO else 16, Training.model_fields["questions_per_picture"].default
+    far, questions = ratio >= MANY_RATIO, Training.model_fields["questions_per_picture"].default
+    pictures, optimizer = (16, "muon") if far else (8, "adamw")
     rate = min(MOST_RATE, FIRST_RATE * ratio**RATE_POWER)
+    answers_rate = rate * MUON_RATE if far else rate
 
-    def training(share: float, pictures: int, rate: float, **more: Any) -> Training:
+    def steps(visits: float, pictures: int) -> int:
+        return max(1, round(visits / a_step(pictures, questions)))
+
+    def training(steps: int, pictures: int, rate: float, **more: Any) -> Training:
         return Training(
-            steps=max(1, round(row_visits * share / a_step(pictures, questions))),
+            steps=steps,
             pictures_per_step=pictures,
             learning_rate=float(f"{rate:.2g}"),
+            optimizer=optimizer,
             warmup=0.1,
             **more,
         )
 
     if anatomy.axes["text.blocks"].refusal or FAMILIES[anatomy.model_type].beside:
-        return (training(1.0, pictures, rate),)
-    states = {"picture_states": 1.0}
+        return (training(steps(row_visits, pictures), pictures, answers_rate),)
+    states, before = {"picture_states": 1.0}, ("patch_embedding", "text")
+    seen = min(MOST_STATES, steps(row_visits * STATES_SHARE, 2 * pictures))
+    left = row_visits - seen * a_step(2 * pictures, questions)
     return (
-        training(STATES_SHARE, 2 * pictures, STATES_RATE * rate, losses=states, freeze=("patch_embedding", "text")),
-        training(1 - STATES_SHARE, pictures, rate, losses=Training.model_fields["losses"].default | states),
+        training(seen, 2 * pictures, STATES_RATE * rate, losses=states, freeze=before),
+        training(
+            steps(left, pictures), pictures, answers_rate, losses=Training.model_fields["losses"].default | states
+        ),
     )
 
 

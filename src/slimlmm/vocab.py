@@ -57,13 +57,16 @@ def trim(
 
     Give the texts as the model sees them (prompts after the chat template, and the answers). Logits of the
     kept tokens are those of `model`; token ids are renumbered everywhere: weights, configs, generation
-    config, tokenizer, processor. `model` and `processor` stay as they are.
+    config, tokenizer, processor. `model` and `processor` stay as they are, and are returned where no token goes.
     """
     texts = list(keep_texts)
     tokenizer = tokenizer_of(processor)
     ids = needed(model.config, model.generation_config, processor, texts, at_least=at_least)
     anatomy = describe(model.config)
-    inside = [token for token in ids if token < anatomy.axis("vocab").size]
+    size = anatomy.axis("vocab").size
+    inside = [token for token in ids if token < size]
+    if len(inside) == size and len(ids) == len(tokenizer):
+        return model, processor
     student = cut(model, anatomy, "vocab", {"vocab": torch.tensor(inside)})
     trimmed = subset_tokenizer(tokenizer, ids)
     _check_same(tokenizer, trimmed, texts)
