@@ -183,7 +183,7 @@ class Prompter:
 
     def _rendered(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return what the template writes for a question, and what it writes behind that where there is an answer."""
-        asked = turns_before(question, system, text=self.system_form == "text")
+        asked = turns_before(question, system, text=system != "" and self.system_form == "text")
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         prompt: str = self.processor.apply_chat_template(asked, chat_template=self.template, add_generation_prompt=True)
         whole: str = self.processor.apply_chat_template([*asked, reply], chat_template=self.template)

@@ -113,15 +113,16 @@ def _prepared(
         rows={name: len(part) for name, part in rows.items()},
         notes=tuple(splits.notes),
     )
-    note = ""
+    noted = Prompter(loaded.processor).notes(everything)
     if wanted != "given":
         check(loaded, recipe.stages, recipe.tensor_parallel)
         file = file_of(folder.open(identity, given), loaded, rows["train"])
         others, every = rows["validation"] + rows["test"], wanted == "teacher"
         rows["train"], note = labelled(loaded, rows["train"], others, file, tell, every=every)
+        noted = [*filter(None, [note]), *noted]
     # what a choice of sizes finds is kept in the folder
     stages, told = schedule(loaded, rows, recipe, lambda: folder.open(identity, given).path, tell)
-    told = (*told, *filter(None, [note]), *Prompter(loaded.processor).notes(everything))
+    told = (*told, *noted)
     check(loaded, stages, recipe.tensor_parallel)
     folder.open(identity, given)
     if (kept := folder.recipe) is not None and (before := read(kept).stages) != stages:
