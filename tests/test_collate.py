@@ -147,14 +147,10 @@ def test_what_a_template_writes_before_every_answer_is_prompt_unless_it_is_blank
     assert Answerer(model, processor).prompt(ask) == prompt
 
 
-def with_system(row, system):
-    return replace(row, system=system)
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_a_system_turn_says_stands_in_training_judging_serving_and_probes_alike(rows, packed):
     model, processor = tiny("llava-dinov2-llama")
-    group = [with_system(row, "Be short.") for row in by_picture(rows.train, 16)[0]]
+    group = [replace(row, system="Be short.") for row in by_picture(rows.train, 16)[0]]
     row, prompter = group[0], Prompter(processor)
     turns = [
         {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
@@ -179,7 +175,7 @@ def test_questions_behind_different_system_turns_are_packed_as_they_stand_apart(
     model, processor = tiny(name)
     said = ("", "Be short.", "Be short, be kind.")
     groups = [
-        [with_system(row, said[number % 3]) for number, row in enumerate(group)]
+        [replace(row, system=said[number % 3]) for number, row in enumerate(group)]
         for group in by_picture(rows.train, 16)[:3]
     ]
     with torch.inference_mode():

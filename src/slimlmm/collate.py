@@ -7,7 +7,7 @@ Shape legend: B sequences, T tokens. ``shift_labels`` [B, T] holds at each posit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,10 +17,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from slimlmm.data import Row, by_system
+from slimlmm.data import Row, by_system, text_of
 from slimlmm.errors import UserError
 from slimlmm.families import ANSWER_INPUTS, NOT_ASKED, PLACES, PROMPTS
-from slimlmm.probes import begun, system_form, template_of, turns_before
+from slimlmm.probes import begun, said_first, system_form, template_of, turns_before
 
 IGNORE = -100
 #: an answer that nothing else in a prompt looks like
@@ -107,14 +107,18 @@ class Prompter:
         """How the template takes what a system turn says (`probes.system_form`)."""
         return system_form(self.processor, self.template)
 
+    def refuse_unplaced(self, systems: Iterable[str]) -> None:
+        """Raise a UserError where one of these is said by a system turn, and the template has no place for that."""
+        if any(systems) and not self.system_form:
+            raise UserError(f"the chat template has no place for a system turn: {NO_SYSTEM}")
+
     def conversation(self, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return turns of parts with what system turns say as rows of data say it, in the form that the template takes."""
         found = []
         for turn in turns:
             parts: Any = turn["content"]
             if turn["role"] == "system" and all(part["type"] == "text" for part in parts):
-                said = "\n".join(part["text"] for part in parts).strip()
-                parts = said if self.system_form == "text" else [{"type": "text", "text": said}]
+                parts = said_first(text_of(parts).strip(), self.system_form)
             found.append({**turn, "content": parts})
         return found
 
@@ -130,14 +134,13 @@ class Prompter:
                 f"the chat template writes {self.opening!r} before every answer, but not as a generation prompt; it is part "
                 "of the prompt here, so stock code has to append it (many templates do with enable_thinking=False)"
             )
-        said = {row.system for row in rows if row.system}
-        for system in said:
-            self.prompt("x", system)
+        said = [row.system for row in rows if row.system]
+        self.refuse_unplaced(said)
         if said:
-            count, plain = sum(row.system != "" for row in rows), "as a plain text, " * (self.system_form == "text")
+            plain = "as a plain text, " * (self.system_form == "text")
             notes.append(
-                f"{count} of {len(rows)} rows stand behind a system turn; who uses the model has to put it before questions too, "
-                f"{plain}as {min(said)[:80]!r}"
+                f"{len(said)} of {len(rows)} rows stand behind a system turn; who uses the model has to put it before questions "
+                f"too, {plain}as {min(said)[:80]!r}"
             )
         return notes
 
@@ -162,8 +165,7 @@ class Prompter:
 
     def _turns(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return (prompt, answer text up to and including the end token); what a template writes before any answer is prompt."""
-        if system and not self.system_form:
-            raise UserError(f"the chat template has no place for a system turn: {NO_SYSTEM}")
+        self.refuse_unplaced([system])
         if self.template is None:
             plain = PROMPTS.get(type(self.processor).__name__)
             if plain is None:
@@ -183,7 +185,7 @@ class Prompter:
 
     def _rendered(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
         """Return what the template writes for a question, and what it writes behind that where there is an answer."""
-        asked = turns_before(question, system, text=system != "" and self.system_form == "text")
+        asked = turns_before(question, system, self.system_form if system else "")
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         prompt: str = self.processor.apply_chat_template(asked, chat_template=self.template, add_generation_prompt=True)
         whole: str = self.processor.apply_chat_template([*asked, reply], chat_template=self.template)

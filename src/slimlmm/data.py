@@ -328,7 +328,7 @@ def _turns(messages: object, unlabelled: bool) -> tuple[str, str, str]:
         raise ValueError(
             f"messages must be one user and one assistant turn, behind a system turn or none, not {str(roles)[:100]}"
         )
-    said = [_text(message.get("content")) for message in messages]
+    said = [text_of(message.get("content")) for message in messages]
     system = _first(messages[0], said.pop(0)) if before else ""
     return system, said[0], said[1] if len(said) > 1 else ""
 
@@ -343,7 +343,8 @@ def _first(message: Mapping[str, Any], said: str) -> str:
     return said
 
 
-def _text(content: object) -> str:
+def text_of(content: object) -> str:
+    """Return what a turn says: a text, or those of its parts, one a line."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):

@@ -119,11 +119,15 @@ def begun(processor: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
-def turns_before(question: str, system: str = "", *, text: bool = False) -> list[dict[str, Any]]:
-    """Return the turns before an answer: what a system turn says (as plain `text` or in parts), a question about a picture."""
+def said_first(system: str, form: str) -> str | list[dict[str, str]]:
+    """Return the content of a system turn in the form that a template takes (`system_form`)."""
+    return system if form == "text" else [{"type": "text", "text": system}]
+
+
+def turns_before(question: str, system: str = "", form: str = "") -> list[dict[str, Any]]:
+    """Return the turns before an answer: what a system turn says, in this form, and a question about a picture."""
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    said = system if text else [{"type": "text", "text": system}]
-    return [{"role": "system", "content": said}, user] if system else [user]
+    return [{"role": "system", "content": said_first(system, form)}, user] if system else [user]
 
 
 def system_form(processor: Any, template: str | None) -> str:
@@ -132,7 +136,7 @@ def system_form(processor: Any, template: str | None) -> str:
     Templates without a place for it fail or leave it out; some that take parts of users take texts here (Llama 3.2 Vision).
     """
     for form in ("parts", "text") if template else ():
-        turns = turns_before("x", SYSTEM, text=form == "text")
+        turns = turns_before("x", SYSTEM, form)
         try:
             written = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
         except (TypeError, ValueError, TemplateError):
@@ -147,7 +151,7 @@ def prompt(processor: Any, asked: str, plain: Mapping[str, str], system: str = "
     template = template_of(processor)
     if template is None:
         return plain[type(processor).__name__].format(question=asked)
-    turns = turns_before(asked, system, text=system != "" and system_form(processor, template) == "text")
+    turns = turns_before(asked, system, system_form(processor, template) if system else "")
     text: str = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
     return text
 

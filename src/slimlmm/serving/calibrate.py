@@ -136,7 +136,7 @@ def _answered(
 def graded(answerer: Answerer, rows: Sequence[Row], tell: Reporter, what: str) -> tuple[Evaluation, list[list[float]]]:
     """Answer rows as the embedded engine would; returns the evaluation and each answer's log-probabilities."""
     limit = answer_limit(answerer.processor, rows)
-    answerer.prompter.notes(rows)  # refuses what `evaluate` refuses
+    answerer.prompter.refuse_unplaced(row.system for row in rows)  # as `evaluate` does
     keys = [row.picture_key() for row in rows]
     order = sorted(range(len(rows)), key=lambda row: keys[row])
     texts, logprobs = [""] * len(rows), [[0.0]] * len(rows)
