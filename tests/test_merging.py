@@ -52,14 +52,17 @@ def logits(model, batch):
     return forward(model, batch).logits[batch["attention_mask"].bool()]
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize(("name", "axis"), CASES + QUERIES)
-def test_the_pooled_stream_is_attention_written_out(name, axis):
-    """A X by the weights that eager attention tells, for whatever kernel the model itself uses."""
+def test_pooled_components_are_attention_written_out(name, axis, share, monkeypatch):
+    """A C v and what they leave, by the weights that eager attention tells, for whatever kernel the model itself uses."""
+    monkeypatch.setattr(merging, "SHARE", share)
     model, described, batches = case(name)
     path = next(paths(model, described.axis(axis), without_last(described.axis(axis))))
     with torch.no_grad():
-        stream, _, call = merging._heard(model, path, batches[0])
-        found = merging.pooled(path, stream, call)
+        call = merging._heard(model, path, batches[0], text=axis.startswith("text."))
+        components = merging.principal(path, [call])
+        found, rest = merging.pooled(path, components, call)
         eager = copy.deepcopy(model)
         eager.set_attn_implementation("eager")
         twin = next(paths(eager, described.axis(axis), without_last(described.axis(axis))))
@@ -67,11 +70,67 @@ def test_the_pooled_stream_is_attention_written_out(name, axis):
         handle = twin.attention.register_forward_hook(lambda *called: weights.append(called[-1][1]))
         forward(eager, batches[0])
         handle.remove()
-    wanted = torch.einsum("bkts,bsx->btkx", weights[0][:, path.kept], stream)
+    assert len(components) == path.value.out_features if share == 1.0 else len(components) < path.value.out_features
+    kept = weights[0][:, path.kept]
+    wanted = torch.einsum("bkts,bsr->btkr", kept, call.values_BTC @ components.T)
     if path.constant:
         wanted = torch.cat((wanted, torch.ones_like(wanted[..., :1])), -1)
-    real = batches[0]["attention_mask"].bool() if axis.startswith("text.") else ...
+    left = (call.values_BTC - call.values_BTC @ components.T @ components).unflatten(-1, (-1, path.dim))[
+        ..., path.of, :
+    ]
+    real = call.mask_BT
     assert torch.allclose(found[real], wanted[real], atol=1e-5)  # eager softmax is single precision
+    assert torch.allclose(rest[real], torch.einsum("bkts,bskd->btkd", kept, left)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "axis"), CASES + QUERIES)
+def test_the_error_that_moments_tell_is_what_the_written_attention_makes(name, axis, monkeypatch):
+    """For other values and reads than the best ones, where components leave half of the values."""
+    monkeypatch.setattr(merging, "SHARE", 0.5)
+    model, described, batches = case(name)
+    model = copy.deepcopy(model)
+    path = next(paths(model, described.axis(axis), without_last(described.axis(axis))))
+    listening = functools.partial(merging._heard, model, path, text=axis.startswith("text."))
+    with torch.no_grad():
+        calls = [listening(batch) for batch in batches]
+        components = merging.principal(path, calls)
+        assert len(components) < path.value.out_features
+        moments = merging.listen(path, components, calls)
+        before = merging._factors(path, components)
+        noise = torch.Generator().manual_seed(0)
+        values, reads = (
+            part + part.std() * torch.randn(part.shape, generator=noise, dtype=part.dtype)
+            for part in (before.values, before.reads)
+        )
+        after = merging.Factors(values, reads, before.of)
+        beside = moments.transformed(merging._beside(path, before))
+        change, gram = after.whole() - before.whole(), beside.gram(centred=path.output.bias is not None)
+        features = change.shape[1]
+        read = torch.cat((-change, torch.eye(len(change), dtype=change.dtype)), 1)
+        told = float((read @ gram * read).sum())
+        wanted = [path.output(call.heads_BTC)[call.mask_BT] for call in calls]
+        merging._write(path, components, beside.mean(), before, after)
+        made = [path.output(call.heads_BTC)[call.mask_BT] for call in map(listening, batches)]
+    assert features < gram.shape[0]
+    error = (torch.cat(made) - torch.cat(wanted)).square().sum(-1).mean()
+    assert float(error) == pytest.approx(told, rel=1e-6)
+    assert told > 0
+
+
+def test_components_are_few_where_values_say_little(monkeypatch):
+    """Values of rank two are held by one head's worth of components, and merged as well as by all of them."""
+    model, described, batches = case("llava-dinov2-llama")
+    model, keep = copy.deepcopy(model), without_last(described.axis("vision.kv_groups"))
+    for path in paths(model, described.axis("vision.kv_groups"), keep):
+        weight = path.value.weight.data
+        weight.copy_(weight[:, :2] @ torch.randn(2, weight.shape[1], dtype=weight.dtype))
+        call = merging._heard(model, path, batches[0], text=False)
+        with torch.no_grad():
+            assert len(merging.principal(path, [call])) == path.dim
+    wanted = merge(copy.deepcopy(model), described, "vision.kv_groups", keep, batches)
+    monkeypatch.setattr(merging, "SHARE", 1.0)
+    for one, other in zip(merge(model, described, "vision.kv_groups", keep, batches), wanted, strict=True):
+        assert one.error == pytest.approx(other.error, rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "axis"), CASES + QUERIES)
@@ -194,10 +253,16 @@ def test_values_that_are_bent_are_not_merged_and_the_reason_is_told():
 
 
 def test_too_many_features_are_refused_with_their_number(monkeypatch):
-    monkeypatch.setattr(merging, "MOST_FEATURES", 95)
     model, described, batches = case(CASES[0][0])
-    with pytest.raises(NotMergeableError, match="pools 96 features in 3 heads; 95 is the most"):
-        merge(model, described, CASES[0][1], without_last(described.axis(CASES[0][1])), batches)
+    keep = without_last(described.axis(CASES[0][1]))
+    monkeypatch.setattr(merging, "MOST_FEATURES", 48)  # two heads' worth of components for each of three heads
+    assert {path.most for path in paths(model, described.axis(CASES[0][1]), keep)} == {16}
+    assert all(
+        one.error <= one.refit_error for one in merge(copy.deepcopy(model), described, CASES[0][1], keep, batches)
+    )
+    monkeypatch.setattr(merging, "MOST_FEATURES", 23)
+    with pytest.raises(NotMergeableError, match="reads 3 heads of 8 numbers, 24 features at least; 23 is the most"):
+        merge(model, described, CASES[0][1], keep, batches)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
 """Dropped attention heads merged into kept ones: the values of a kept head are fitted anew together with what reads them.
 
-A refit (`repair.refit`) can only use what kept heads already put out. Here the whole path of a kept head, from the stream that
-it pools to what it writes, is fitted to what the dropped heads wrote, at the rank that a head has: values are no longer those
-that the kept head was trained for, but its attention pattern stays.
+A refit (`repair.refit`) can only use what kept heads already put out. Here the whole path of a kept head, from the values that
+it pools to what it writes, is fitted to what the dropped heads wrote, at the rank that a head has: its values become a mixture of
+those of all groups, but its attention pattern stays.
 
-Shape legend: B sequences, T tokens, H width, X features of the pooled stream (H, and 1 where values have a bias that no bias
-behind them can make up for), G key/value groups that are read, K kept query heads, D head_dim, O outputs of the attention (H).
+Shape legend: B sequences, T tokens, H width, G key/value groups, D head_dim, R components of all values together, X features of
+a head (R, and 1 where values have a bias that no bias behind them can make up for), K kept query heads, O outputs (H).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +25,22 @@ from slimlmm.collate import Batch, samples_of
 from slimlmm.forward import output_of
 from slimlmm.importance import at_least_one, evaluating
 from slimlmm.lowrank import Factors, fitted
-from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, output_error, predict, products_of
+from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, output_error, predict, products_of
+from slimlmm.resuming import Memory
 from slimlmm.slots import attention_of
 from slimlmm.views import View, view_of
 from slimlmm.wiring import owner
 
 #: axes whose units are heads
 NOUNS = ("kv_groups", "queries")
-#: ridge strengths, relative to the mean power of a channel of the pooled stream, tried in turn while the error falls
+#: ridge strengths, relative to the mean power of a pooled component, tried in turn while the error falls
 POOLED_RIDGES = (1.0, 3e-1, 1e-1, 1e-2, 1e-3)
-#: alternations between values and reads; each can only lower the error of the fit, most of which the start has taken
-SWEEPS = 3
+#: alternations between values and reads; each can only lower the error of the fit, of which more than one took .0003 at most
+SWEEPS = 1
+#: share of the power of all values that their components hold at least
+SHARE = 0.997
+#: vectors for each number of all values, from which the components are taken
+VECTORS = 8
 #: those of a plain refit of an attention output
 REFIT_RIDGES = tuple(ridge for ridge in RIDGES if ridge >= ATTENTION_RIDGE)
 #: most features of all kept heads together: their Gram matrices take 16 bytes for each pair
@@ -78,8 +84,13 @@ class Path:
         return (self.kept[:, None] * self.dim + torch.arange(self.dim)).flatten()
 
     @property
+    def most(self) -> int:
+        """Most components of the values, whole heads of them, for which the features are no more than MOST_FEATURES."""
+        return min(MOST_FEATURES // len(self.kept), self.value.out_features) // self.dim * self.dim
+
+    @property
     def constant(self) -> bool:
-        """Tell whether the pooled stream needs a feature that is always 1: values have a bias, and their reader has none."""
+        """Tell whether heads need a feature that is always 1: values have a bias, and their reader has none."""
         return self.value.bias is not None and self.output.bias is None
 
 
@@ -99,24 +110,30 @@ class Merged:
 def merge(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> list[Merged]:
     """Merge the heads that a cut of `axis` drops into kept ones, in place on the uncut model, which then computes as if cut.
 
-    With P_h = A_h X [T, X] the stream as head h pools it, M_h = O_h V_g(h) [O, X] its path, and y = sum of M_h P_h over the
-    dropped heads, the new paths minimise E|y - sum_kept (M'_h - M_h) P_h|^2 + r d |M' - M|^2 over all M'_h = O'_h V'_g(h) of
-    rank D, one V'_g for all queries of a group; d is the mean power of a feature (`lowrank.fitted`). r is the one of least
-    error on the half of the samples that the fit has not seen, and where a plain refit of O alone has less, that is made.
+    With v = V x [G D] the values of all groups, without bias, C [R, G D] their first principal components, which hold SHARE of
+    E|v|^2, f_h = A_h C v the components as head h pools them, M_h = O_h S_g(h) C^T [O, X] its path (S_g picks group g), and y
+    what the attention writes less the sum of M_h f_h over the kept heads, the new paths minimise
+    E|y - sum_kept (M'_h - M_h) f_h|^2 + r d |M' - M|^2 over all M'_h = O'_h U_g(h) of rank D, one U_g [D, X] for all queries of a
+    group; d is the mean power of a feature (`lowrank.fitted`). The new values are V'_g = U_g C V. r is the one of least error on
+    the half of the samples that the fit has not seen, and where a plain refit of O alone has less, that is made.
 
-    Attention after attention: each is fitted to the stream that those before it leave once they are merged. P_h is had
-    exactly and for any kernel: the attention runs again with pieces of its own input in the place of the values.
-    Costs one run of the model up to each attention, and H / D + 1 of that attention, per batch.
+    Attention after attention: each is fitted to the stream that those before it leave once they are merged. f_h is had
+    exactly and for any kernel: the attention runs again with D components in the place of the values of each group.
+    Costs one run of each block and R / D + 2 runs of its attention, per batch (`resuming.Memory`).
 
     Raises:
         NotMergeableError: the values are no matrix of their own, others read them too, what heads put out is not linear in
-            them, or there are more than MOST_FEATURES features.
+            them, or one component for each number of a head would be more than MOST_FEATURES.
     """
-    merged = []
+    merged, few = [], list(at_least_one(batches, "merging heads"))
     with evaluating(model), torch.no_grad():
+        memory = Memory.of(model, anatomy, few)
         for path in paths(model, anatomy.axis(axis), keep):
-            moments = listen(model, path, batches, text=axis.startswith("text."))
-            merged.append(_fold(path, moments))
+            with memory.resumed(model, memory.before([f"{path.name}.weight"])):
+                heard = partial(_heard, model, path, text=axis.startswith("text."))
+                components = principal(path, map(heard, few))
+                moments = listen(path, components, map(heard, few))
+            merged.append(_fold(path, components, moments))
     return merged
 
 
@@ -158,34 +175,26 @@ def _path(view: View, modules: dict[str, nn.Module], parameter: str, stays: Tens
     dim = value.out_features // groups
     kept = stays.view(-1, dim)[:, 0].nonzero().flatten()
     path = Path(name=name, attention=modules[whole], value=value, output=output, dim=dim, kept=kept)
-    features = len(kept) * (value.in_features + path.constant)
-    if features > MOST_FEATURES:
-        raise NotMergeableError(f"{name} pools {features} features in {len(kept)} heads; {MOST_FEATURES} is the most")
+    if not path.most:
+        raise NotMergeableError(
+            f"{name} reads {len(kept)} heads of {dim} numbers, {len(kept) * dim} features at least; {MOST_FEATURES} is the most"
+        )
     return path
 
 
-def listen(model: PreTrainedModel, path: Path, batches: Sequence[Batch], *, text: bool) -> Moments:
-    """Return the moments of (pooled stream of the kept heads, what the dropped ones write); [K * X + O]."""
-    size = len(path.kept) * (path.value.in_features + path.constant) + path.output.out_features
-    moments = Moments(size, model.device, products_of(path.value.weight))
-    dropped = torch.ones(path.output.in_features, dtype=torch.bool)
-    dropped[path.columns] = False
-    lost = path.output.weight[:, dropped.to(path.output.weight.device)]
-    for batch in at_least_one(batches, "merging heads"):
-        stream_BTH, heads_BTC, again = _heard(model, path, batch)
-        pooled_BTKX = pooled(path, stream_BTH, again)
-        lost_BTO = heads_BTC[..., dropped.to(heads_BTC.device)] @ lost.T
-        _, mask, first = samples_of(batch, text=text).of(heads_BTC)
-        if mask is None:
-            mask = torch.ones(heads_BTC.shape[:-1], dtype=torch.bool, device=heads_BTC.device)
-        mask = mask.view(heads_BTC.shape[:-1])
-        _check(path, pooled_BTKX[mask], heads_BTC[mask])
-        moments.add(torch.cat((pooled_BTKX.flatten(-2), lost_BTO), -1), mask, first)
-    return moments
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heard:
+    """One call of an attention: its values without bias, what its heads put out, how to call it again, what counts."""
+
+    values_BTC: Tensor
+    heads_BTC: Tensor
+    call: tuple[Any, Any]
+    mask_BT: Tensor
+    first: int | None
 
 
-def _heard(model: PreTrainedModel, path: Path, batch: Batch) -> tuple[Tensor, Tensor, tuple[Any, Any]]:
-    """Return what enters the values, what enters the output, and the call of the attention; the model stops behind it."""
+def _heard(model: PreTrainedModel, path: Path, batch: Batch, *, text: bool) -> _Heard:
+    """Run the model on a batch up to the attention; padding of the `text` tower does not count."""
     streams: list[Tensor] = []
     heads: list[Tensor] = []
     calls: list[tuple[Any, Any]] = []
@@ -201,42 +210,89 @@ def _heard(model: PreTrainedModel, path: Path, batch: Batch) -> tuple[Tensor, Te
             handle.remove()
     if not len(streams) == len(heads) == len(calls) == 1:
         raise NotMergeableError(f"{path.name} is not called once where its values are")
-    return streams[0], heads[0], calls[0]
+    _, mask, first = samples_of(batch, text=text).of(heads[0])
+    if mask is None:
+        mask = torch.ones(heads[0].shape[:-1], dtype=torch.bool, device=heads[0].device)
+    values_BTC = nn.functional.linear(streams[0], path.value.weight)
+    mask = mask.view(heads[0].shape[:-1])
+    return _Heard(values_BTC=values_BTC, heads_BTC=heads[0], call=calls[0], mask_BT=mask, first=first)
 
 
-def pooled(path: Path, stream_BTH: Tensor, call: tuple[Any, Any]) -> Tensor:
-    """Return the stream as each kept head pools it, P_h = A_h X; [B, T, K, X].
+def principal(path: Path, calls: Iterable[_Heard]) -> Tensor:
+    """Return the first principal components of the values of all groups together, whole heads of them; [R, G * D], fp64.
 
-    A head puts out its attention times the values. With D channels of the stream as the values of all groups it puts out
-    their pooled form, D channels a run.
+    R is the least that holds SHARE of their mean square in the first calls, or `path.most`.
     """
-    dim, groups = path.dim, path.value.out_features // path.dim
+    size = path.value.out_features
+    moments = Moments(size, path.value.weight.device, products_of(path.value.weight))
+    for call in calls:
+        moments.add(call.values_BTC, call.mask_BT, call.first)
+        if float(moments.count_2.sum()) >= VECTORS * size:
+            break
+    power, vectors = torch.linalg.eigh(moments.gram())
+    held = power.flip(0).cumsum(0)
+    wanted = int((held < SHARE * held[-1]).sum()) + 1
+    count = min(-(-wanted // path.dim) * path.dim, path.most)
+    components: Tensor = vectors.flip(1).T[:count].contiguous()
+    return components
+
+
+def listen(path: Path, components: Tensor, calls: Iterable[_Heard]) -> Moments:
+    """Return the moments of what kept heads pool of the components, put out, and what dropped ones write; [K X + K D + O]."""
+    kept = path.columns.to(path.output.weight.device)
+    dropped = torch.ones(path.output.in_features, dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    size = len(path.kept) * (len(components) + path.constant) + len(kept) + path.output.out_features
+    moments = Moments(size, path.value.weight.device, products_of(path.value.weight))
+    before = _factors(path, components)
+    for call in calls:
+        pooled_BTKX, rest_BTKD = pooled(path, components, call)
+        _check(path, before, pooled_BTKX[call.mask_BT], rest_BTKD[call.mask_BT], call.heads_BTC[call.mask_BT])
+        lost_BTO = call.heads_BTC[..., dropped] @ path.output.weight[:, dropped].T
+        every = torch.cat((pooled_BTKX.flatten(-2), call.heads_BTC[..., kept], lost_BTO), -1)
+        moments.add(every, call.mask_BT, call.first)
+    return moments
+
+
+def pooled(path: Path, components: Tensor, call: _Heard) -> tuple[Tensor, Tensor]:
+    """Return the components of the values as each kept head pools them [B, T, K, X], and what it pools beside them [B, T, K, D].
+
+    A head puts out its attention times the values. With D components as the values of every group it puts out their pooled
+    form, D of them a run; with what the components leave of the values, each group its own, it puts out the rest.
+    """
+    groups = path.value.out_features // path.dim
+    turned_BTR = call.values_BTC @ components.T.to(call.values_BTC)
+    feeds = [piece.repeat(*(1,) * (piece.dim() - 1), groups) for piece in turned_BTR.split(path.dim, -1)]
+    *every, rest = _fed(path, [*feeds, call.values_BTC - turned_BTR @ components.to(call.values_BTC)], call)
+    found = torch.cat(every, -1)
+    return (torch.cat((found, torch.ones_like(found[..., :1])), -1) if path.constant else found), rest
+
+
+def _fed(path: Path, feeds: Sequence[Tensor], call: _Heard) -> list[Tensor]:
+    """Return what the kept heads put out for other values of all groups; [B, T, K, D] each."""
     parts: list[Tensor] = []
     fed: list[Tensor] = []
     handles = [
         path.value.register_forward_hook(lambda *_: fed[-1]),
         path.output.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0])),
     ]
-    args, named = call
+    args, named = call.call
     try:
-        for piece in stream_BTH.split(dim, -1):
-            padded = nn.functional.pad(piece, (0, dim - piece.shape[-1]))
-            fed.append(padded.repeat(*(1,) * (piece.dim() - 1), groups))
+        for feed in feeds:
+            fed.append(feed)
             path.attention(*args, **named)
     finally:
         for handle in handles:
             handle.remove()
-    every = [part.unflatten(-1, (path.heads, dim))[..., path.kept.to(part.device), :] for part in parts]
-    found = torch.cat(every, -1)[..., : stream_BTH.shape[-1]]
-    return torch.cat((found, torch.ones_like(found[..., :1])), -1) if path.constant else found
+    kept = path.kept.to(parts[0].device)
+    return [part.unflatten(-1, (path.heads, path.dim))[..., kept, :] for part in parts]
 
 
-def _check(path: Path, pooled_NKX: Tensor, heads_NC: Tensor) -> None:
-    """Refuse where what the kept heads put out is not V P_h + b: something else stands between values and output."""
-    values, _ = _factors(path)
-    made = torch.einsum("nkx,kdx->nkd", pooled_NKX.double(), values[path.of])
+def _check(path: Path, before: Factors, pooled_NKX: Tensor, rest_NKD: Tensor, heads_NC: Tensor) -> None:
+    """Refuse where what the kept heads put out is not that of their values, part by part: something else stands between."""
+    made = torch.einsum("nkx,kdx->nkd", pooled_NKX.double(), before.values[before.of]) + rest_NKD.double()
     if path.value.bias is not None and not path.constant:
-        made += path.value.bias.double().view(-1, path.dim)[path.of.to(made.device)]
+        made += path.value.bias.double().view(-1, path.dim)[before.of]
     seen = heads_NC[..., path.columns.to(heads_NC.device)].double()
     error = (made.flatten(-2) - seen).norm() / seen.norm().clamp(min=1e-300)
     if not float(error) <= EXACT.get(heads_NC.dtype, ROUNDED):
@@ -245,60 +301,75 @@ def _check(path: Path, pooled_NKX: Tensor, heads_NC: Tensor) -> None:
         )
 
 
-def _factors(path: Path) -> tuple[Tensor, Tensor]:
-    """Return the values [G, D, X] of all groups and what reads them [K, O, D] for each kept head, in fp64."""
-    values = path.value.weight.double()
+def _factors(path: Path, components: Tensor) -> Factors:
+    """Return the values [G, D, X] of all groups by components, and what reads them [K, O, D] for each kept head, in fp64."""
+    values = components.T
     if path.constant:
         values = torch.cat((values, path.value.bias.double()[:, None]), -1)
-    reads = path.output.weight.double()[:, path.columns.to(path.output.weight.device)]
-    return values.unflatten(0, (-1, path.dim)), reads.unflatten(-1, (-1, path.dim)).movedim(1, 0)
+    reads = _reads_of(path).unflatten(-1, (-1, path.dim)).movedim(1, 0)
+    return Factors(values.unflatten(0, (-1, path.dim)), reads, path.of.to(values.device))
 
 
-def _fold(path: Path, moments: Moments) -> Merged:
+def _fold(path: Path, components: Tensor, moments: Moments) -> Merged:
     """Fit the path and write it into the model; the columns of dropped heads become zero."""
-    values, reads = _factors(path)
-    before = Factors(values, reads, path.of.to(values.device))
-    plain, refit_error = _refitted(path, moments, before)
+    before = _factors(path, components)
+    plain, refit_error = _refitted(path, moments)
+    beside = moments.transformed(_beside(path, before))
     errors: dict[float, float] = {}
     for ridge in POOLED_RIDGES if float(moments.count_2.min()) else ():  # without held-out samples nothing tells which
-        found = fitted(before, moments.gram(0, centred=_centred(path)), ridge, sweeps=SWEEPS)
+        found = fitted(before, beside.gram(0, centred=_centred(path)), ridge, sweeps=SWEEPS)
         if found.whole().norm() <= GROWTH * before.whole().norm():
-            errors[ridge] = _error(path, moments, before, found)
+            errors[ridge] = _error(path, beside, before, found)
             if errors[ridge] > min(errors.values()):
                 break
+    power = _lost(path, moments)
     best = min(errors, key=errors.__getitem__, default=None)
-    if best is None or errors[best] >= refit_error:
-        _write(path, moments, before, plain)
+    if best is None or errors[best] >= refit_error * power:
+        _write_reads(path, _reads_of(path) + plain.matrix, plain.offset)
         return Merged(name=path.name, error=refit_error, refit_error=refit_error, ridge=None)
-    _write(
-        path, moments, before, fitted(before, moments.gram(centred=_centred(path)), best, sweeps=SWEEPS).like(before)
-    )
-    return Merged(name=path.name, error=errors[best], refit_error=refit_error, ridge=best)
+    found = fitted(before, beside.gram(centred=_centred(path)), best, sweeps=SWEEPS)
+    _write(path, components, beside.mean(), before, found.like(before))
+    return Merged(name=path.name, error=errors[best] / power, refit_error=refit_error, ridge=best)
 
 
 def _centred(path: Path) -> bool:
     return path.output.bias is not None
 
 
-def _refitted(path: Path, moments: Moments, before: Factors) -> tuple[Factors, float]:
-    """Return the path with its reads alone refitted (`repair.refit`), and its held-out error."""
-    rows, outputs = before.rows(), path.output.out_features
-    inner, features = rows.shape
-    view = torch.zeros(inner + outputs, features + outputs, dtype=rows.dtype, device=rows.device)
-    view[:inner, :features] = rows
-    view[inner:, features:].fill_diagonal_(1.0)
-    heads = moments.transformed(view)
-    reads = before.reads.movedim(0, 1).flatten(1)
-    weight = torch.cat((reads, torch.eye(outputs, dtype=rows.dtype, device=rows.device)), 1)
-    kept, lost = torch.arange(inner + outputs, device=rows.device).split([inner, outputs])
-    found = predict(heads, kept, lost, weight, bias=_centred(path), ridges=REFIT_RIDGES)
-    after = (reads + found.matrix).unflatten(-1, (-1, path.dim)).movedim(1, 0)
-    error = found.error / max(found.plain_error, 1e-300) if found.ridge < math.inf else 1.0
-    return Factors(before.values, after, before.of), error
+def _reads_of(path: Path) -> Tensor:
+    """Return what reads the kept heads, side by side, in fp64; [O, K * D]."""
+    return path.output.weight.double()[:, path.columns.to(path.output.weight.device)]
+
+
+def _lost(path: Path, moments: Moments) -> float:
+    """Return the mean square of what dropped heads write, on the held-out half."""
+    return max(float(moments.gram(1).diagonal()[-path.output.out_features :].sum()), 1e-300)
+
+
+def _refitted(path: Path, moments: Moments) -> tuple[Prediction, float]:
+    """Return how the reads alone change if they are refitted (`repair.refit`), and the share of what is lost that this leaves."""
+    count, outputs = len(path.columns), path.output.out_features
+    reads = _reads_of(path)
+    kept, lost = torch.arange(count + outputs, device=reads.device).split([count, outputs])
+    weight = torch.cat((reads, torch.eye(outputs, dtype=reads.dtype, device=reads.device)), 1)
+    found = predict(moments.last(count + outputs), kept, lost, weight, bias=_centred(path), ridges=REFIT_RIDGES)
+    return found, found.error / max(found.plain_error, 1e-300) if found.ridge < math.inf else 1.0
+
+
+def _beside(path: Path, before: Factors) -> Tensor:
+    """Return the map from what is listened to, to (f, y): y is what the attention writes less the paths of the components."""
+    whole = before.whole()
+    outputs, features = whole.shape
+    view = torch.zeros(
+        features + outputs, features + len(path.columns) + outputs, dtype=whole.dtype, device=whole.device
+    )
+    view[:features, :features].fill_diagonal_(1.0)
+    view[features:] = torch.cat((-whole, _reads_of(path), torch.eye(outputs).to(whole)), 1)
+    return view
 
 
 def _error(path: Path, moments: Moments, before: Factors, after: Factors) -> float:
-    """Return the share of E|y|^2 that is left on the held-out half, with the fit half's mean where a bias takes it."""
+    """Return E|y - (M' - M) f|^2 on the held-out half, with the fit half's mean where a bias takes it."""
     change = after.whole() - before.whole()
     outputs, features = change.shape
     gram = moments.gram(1, centred=_centred(path))
@@ -306,28 +377,29 @@ def _error(path: Path, moments: Moments, before: Factors, after: Factors) -> flo
     read = torch.zeros(outputs, features + outputs, dtype=change.dtype, device=change.device)
     read[:, features:].fill_diagonal_(1.0)
     stays, lost = torch.arange(features + outputs, device=change.device).split([features, outputs])
-    power = float(moments.gram(1).diagonal()[features:].sum())
-    return output_error(gram, shift, stays, lost, read, change) / max(power, 1e-300)
+    return output_error(gram, shift, stays, lost, read, change)
 
 
-def _write(path: Path, moments: Moments, before: Factors, after: Factors) -> None:
+def _write(path: Path, components: Tensor, mean: Tensor, before: Factors, after: Factors) -> None:
     """Put the fitted values, reads and bias into the layers."""
-    output, value = path.output, path.value
-    columns = path.columns.to(output.weight.device)
-    reads = torch.zeros_like(output.weight, dtype=torch.float64)
-    reads[:, columns] = after.reads.movedim(0, 1).flatten(1)
-    if output.bias is not None:
-        change = after.whole() - before.whole()
-        features = change.shape[1]
-        mean = moments.mean()
-        offset = mean[features:] - change @ mean[:features]
-        if value.bias is not None:  # stays, and is read otherwise
-            bias = value.bias.double().view(-1, path.dim)[after.of]
-            offset -= torch.einsum("kod,kd->o", after.reads - before.reads, bias)
-        output.bias.add_(offset.to(output.bias))
-    output.weight.copy_(reads)
+    reads, value = after.reads.movedim(0, 1).flatten(1), path.value
+    features = before.whole().shape[1]
+    offset = mean[features:] - (after.whole() - before.whole()) @ mean[:features]
+    if value.bias is not None and not path.constant:  # stays, and is read otherwise
+        bias = value.bias.double().view(-1, path.dim)[after.of]
+        offset -= torch.einsum("kod,kd->o", after.reads, bias)
+    _write_reads(path, reads, offset)
     flat = after.values.flatten(0, 1)
     if path.constant:
         value.bias.copy_(flat[:, -1])
         flat = flat[:, :-1]
-    value.weight.copy_(flat)
+    value.weight.copy_(flat @ components @ value.weight.double())
+
+
+def _write_reads(path: Path, reads: Tensor, offset: Tensor) -> None:
+    """Put these reads of the kept heads [O, K * D] into the output, zeros for the dropped ones, and add to its bias, if any."""
+    weight = torch.zeros_like(path.output.weight, dtype=torch.float64)
+    weight[:, path.columns.to(weight.device)] = reads
+    path.output.weight.copy_(weight)
+    if path.output.bias is not None:
+        path.output.bias.add_(offset.to(path.output.bias))

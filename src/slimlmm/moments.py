@@ -93,6 +93,14 @@ class Moments:
         """Return E[x] of one half or of both; [N]."""
         return self._sums(half)[1] + self.shift_N
 
+    def last(self, count: int) -> Moments:
+        """Return the moments of the last `count` features."""
+        new = Moments(0, self.gram_2NN.device, self.products)
+        new.gram_2NN, new.total_2N = self.gram_2NN[:, -count:, -count:], self.total_2N[:, -count:]
+        new.shift_N, new.shifted = self.shift_N[-count:], self.shifted
+        new.count_2, new.calls = self.count_2, self.calls
+        return new
+
     def transformed(self, matrix: Tensor) -> Moments:
         """Return the moments of ``matrix @ x``; matrix [M, N]."""
         matrix = matrix.to(self.gram_2NN)

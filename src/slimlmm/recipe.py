@@ -27,7 +27,7 @@ DROPS: tuple[Drop, ...] = get_args(Drop)
 Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 #: those that are tried unless the recipe says otherwise: merging heads takes half a minute a layer of a 576 wide model on a CPU
-USUAL_REPAIRS: tuple[Repair, ...] = ("refit", "rotate", "bridge", "settle")
+USUAL_REPAIRS: tuple[Repair, ...] = ("refit", "rotate", "merge", "bridge", "settle")
 #: what can fade out in a training, by noun
 FADING = ("ffn", "kv_groups", "queries", "blocks", "decoder_blocks")
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
@@ -64,9 +64,9 @@ class Round(Settings):
     repair: tuple[Repair, ...] = Field(
         USUAL_REPAIRS,
         description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
-        "residual stream before a width cut), merge (dropped heads into kept ones, values and all; slow, so only where "
-        "it is named), bridge (what dropped blocks added), settle (the stream, block by block, after all cuts of the round). Of "
-        "the ways to make a cut the one of least loss on pictures that no fit has seen stays; [] for none.",
+        "residual stream before a width cut), merge (dropped heads into kept ones, values and all), bridge (what dropped blocks "
+        "added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a cut the one of least loss "
+        "on pictures that no fit has seen stays; [] for none.",
     )
     fade: int = Field(
         0,
