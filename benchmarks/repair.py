@@ -121,11 +121,11 @@ def answered(models: dict[str, Any], processor: Any, against: tuple[Evaluation, 
 
 
 def chosen(model: Any, anatomy: Any, axis: str, size: int, calibration: Calibration, loss: Any) -> Any:
-    """Return the units that stay: blocks by ablation, bridged, groups by ablation, others by Taylor."""
+    """Return the units that stay: blocks by ablation, bridged, groups by ablation, FFNs by OBS, others by Taylor."""
     if noun_of(axis) == "blocks":
         count = anatomy.axis(axis).groups[0].kept(size)
         return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))}
-    criterion = "ablation" if noun_of(axis) == "kv_groups" else "taylor"
+    criterion = {"kv_groups": "ablation", "ffn": "obs"}.get(noun_of(axis), "taylor")
     batches = calibration.rank if criterion == "ablation" else calibration.fit
     return plan.choose(importance.score(model, anatomy, [axis], criterion, batches, loss), anatomy, axis, size)
 

@@ -34,10 +34,22 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
 
 @pytest.mark.parametrize(
     ("axis", "way"),
-    [("text.blocks", "last"), ("text.decoder_blocks", "last"), ("text.queries", "magnitude"), ("text.ffn", "taylor")],
+    [
+        ("text.blocks", "last"),
+        ("text.queries", "magnitude"),
+        ("text.ffn", "obs"),
+        ("vision.ffn", "obs"),
+        ("text.width", "taylor"),
+        ("text.head_dim", "taylor"),
+    ],
 )
-def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way):
-    assert cutting.criterion_of(recipe.Round(blocks="last", groups="magnitude"), axis) == way
+def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way, teacher):
+    model = checkpoint.load(teacher).model
+    assert cutting.criterion_of(recipe.Round(blocks="last", groups="magnitude"), model, axis) == way
+    assert (
+        cutting.criterion_of(recipe.Round(criterion="random", groups="random", blocks="random"), model, axis)
+        == "random"
+    )
 
 
 @pytest.mark.parametrize(

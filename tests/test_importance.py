@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from slimlmm import anatomy, importance, surgery
+from slimlmm import anatomy, consumers, elimination, importance, repair, surgery
 from slimlmm.errors import UserError
 from slimlmm.importance import (
     CRITERIA,
@@ -205,8 +205,10 @@ def test_every_criterion_scores_every_unit_of_every_axis(name):
     model, described, batches = case(name)
     for criterion in set(CRITERIA) - {"ablation"}:
         axes = cuttable(described, ("inner", "width", "blocks"))
-        if criterion == "activation":  # no layer reads the dimensions of queries and keys
+        if criterion in ("activation", "obs"):  # no layer reads the dimensions of queries and keys
             axes = [axis for axis in axes if not axis.endswith(".head_dim")]
+        if criterion == "obs":  # nor blocks
+            axes = [axis for axis in axes if described.axis(axis).kind != "blocks"]
         scores = score(model, described, axes, criterion, batches[:1], loss)
         groups = [group for axis in axes for group in described.axis(axis).groups]
         assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
@@ -231,6 +233,8 @@ def test_what_is_no_number_is_refused_and_never_chosen():
     for criterion in ("taylor", "activation", "magnitude"):
         with pytest.raises(UserError, match="scores that are no numbers"):
             score(model, described, ["text.ffn", "text.width"], criterion, batches, loss)
+    with pytest.raises(UserError, match="activations of the calibration rows are not finite"):
+        score(model, described, ["text.ffn"], "obs", batches)
     assert mean_loss(model, batches, loss) == float("inf")
     with pytest.raises(UserError, match="without any one of 3 blocks the loss is no number"):
         greedy_blocks(model, described, "vision.blocks", batches, loss, keep=2)
@@ -340,3 +344,41 @@ def test_evaluating_restores_each_module():
     assert model.training
     assert not model.model.vision_tower.training
     assert model.model.language_model.training
+
+
+@pytest.mark.parametrize(("name", "axis"), [(MAIN, "text.ffn"), ("llava-clip-llama", "vision.ffn")])
+def test_obs_orders_neurons_by_the_inputs_and_the_matrix_of_what_reads_them(name, axis, monkeypatch):
+    """Against moments written out, padding left out and a bias taken by the mean; all groups at once or one by one."""
+    model, described, batches = case(name)
+    batches = [batch | {"attention_mask": batch["attention_mask"].clone()} for batch in batches]
+    batches[0]["attention_mask"][0, :3] = 0
+    group = described.axis(axis).groups[1]
+    (slot,) = consumers.linear_consumers(dict(model.named_modules()), group)
+    linear = model.get_submodule(slot.parameter.removesuffix(".weight"))
+    seen = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    found = score(model, described, [axis], "obs", batches)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() if axis.startswith("text.") else ... for batch in batches]
+    inputs = torch.cat([one[mask].flatten(0, -2) for one, mask in zip(seen, masks, strict=True)]).double()
+    if linear.bias is not None:
+        inputs = inputs - inputs.mean(0)
+    reader = elimination.Reader(
+        weight=linear.weight, gram=inputs.T @ inputs / len(inputs), columns=torch.arange(group.units)[:, None]
+    )
+    assert torch.equal(found[group.name], elimination.order([reader]))
+    assert sorted(found[group.name].tolist()) == list(range(group.units))
+    known = repair.collect(model, described, axis, batches).consumers
+    with monkeypatch.context() as patched:
+        patched.setattr(importance, "heard", None)  # nothing runs where all is known
+        for key, values in score(model, described, [axis], "obs", batches, moments=known).items():
+            assert torch.equal(values, found[key])
+    monkeypatch.setattr(consumers, "PART_BYTES", 1)
+    assert all(torch.equal(score(model, described, [axis], "obs", batches)[key], found[key]) for key in found)
+
+
+def test_obs_refuses_what_no_linear_layer_reads():
+    model, described, batches = case(MAIN)
+    for axis in ("text.blocks", "vision.blocks"):
+        with pytest.raises(UserError, match="no linear layer reads it, so the criterion 'obs' has nothing to look at"):
+            score(model, described, [axis], "obs", batches)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimlmm import anatomy, data, importance, repair, surgery
+from slimlmm import anatomy, consumers, data, importance, repair, surgery
 from slimlmm.calibration import Calibration, calibration_of
 from slimlmm.collate import Collator
 from slimlmm.errors import UserError
@@ -326,11 +326,11 @@ def test_moments_that_do_not_fit_at_once_are_held_part_by_part(name, monkeypatch
     model, described, batches = case(MAIN)
     axis, by = described.axis(name), Calibration(fit=batches, judge=batches)
     keep = half(axis, model, described)
-    (whole,) = repair.in_parts(model, axis)
+    (whole,) = consumers.in_parts(model, axis)
     assert whole == {group.name for group in axis.groups}
     once = repair.fold_best(model, described, name, keep, by, loss)
-    monkeypatch.setattr(repair, "PART_BYTES", 1)
-    parts = repair.in_parts(model, axis)
+    monkeypatch.setattr(consumers, "PART_BYTES", 1)
+    parts = consumers.in_parts(model, axis)
     assert set.union(*parts) == whole
     assert sum(map(len, parts)) == len(whole)
     held = [set(repair.collect(model, described, name, batches, groups=part).consumers) for part in parts]

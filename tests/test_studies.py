@@ -124,7 +124,7 @@ def test_every_sweep_makes_its_arms(planned):
     assert len(orders) == 6
     for part in (
         orders,
-        {f"criterion-{name}" for name in ("taylor", "activation", "magnitude", "random")},
+        {f"criterion-{name}" for name in ("obs", "taylor", "activation", "magnitude", "random")},
         {f"losses-{name}" for name in ("margin", "no-margin", "ce", "kl", "ce-kl", "no-teacher")},
         {"teachers-first", "teachers-previous", "teachers-both", *(f"own-answers-{share}" for share in (0, 50, 100))},
         {
@@ -153,9 +153,9 @@ def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
     same = {name: arm.same_as for name, arm in planned.arms.items() if arm.same_as}
     for name in (
         "order-blocks-inner-width",
-        "criterion-taylor",
+        "criterion-obs",
         "losses-margin",
-        "repair-without-merge",
+        "repair-all",
         "samples-100",
         "teachers-first",
         "own-answers-0",
@@ -166,7 +166,7 @@ def test_arms_of_equal_recipe_are_run_once_and_stand_for_the_base(planned):
     assert not set(same) & set(planned.todo())
     assert [group.reference for group in planned.groups][:3] == [
         "order-blocks-inner-width",
-        "criterion-taylor",
+        "criterion-obs",
         "losses-margin",
     ]
 

@@ -26,11 +26,12 @@ from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.blocks import skipped
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch, samples_of
-from slimlmm.forward import output_of
-from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
+from slimlmm.consumers import linear_consumers
+from slimlmm.forward import evaluating, output_of
+from slimlmm.importance import Loss, at_least_one, mean_loss
 from slimlmm.moments import Moments, predict, products_of
 from slimlmm.ranking import greedily
-from slimlmm.repair import Choice, judged, linear_consumers
+from slimlmm.repair import Choice, judged
 from slimlmm.resizing import dead_blocks
 from slimlmm.resuming import Memory
 from slimlmm.wiring import owner

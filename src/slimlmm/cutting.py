@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.calibration import Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
+from slimlmm.consumers import linear_alone
 from slimlmm.errors import UserError
 from slimlmm.files import write_json
 from slimlmm.importance import Loss
@@ -23,6 +25,9 @@ from slimlmm.packing import can_pack
 from slimlmm.recipe import Round
 from slimlmm.resizing import predict_parameters
 from slimlmm.settling import settle_best
+
+#: axes whose units the criterion `obs` chooses
+NEURONS = ("ffn", "expert_ffn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +41,15 @@ class Sight:
     moments: repair.Statistics | None = None
 
 
-def criterion_of(turn: Round, axis: str) -> str:
-    """Return how this round chooses the units of an axis."""
+def criterion_of(turn: Round, model: PreTrainedModel, axis: str) -> str:
+    """Return how this round chooses the units of an axis: `obs` only such as linear layers alone read, neurons of FFNs."""
+    noun = noun_of(axis)
     ways = {"blocks": turn.blocks, "decoder_blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}
-    return ways.get(noun_of(axis), turn.criterion)
+    way = ways.get(noun, turn.criterion)
+    if way != "obs":
+        return way
+    modules, groups = dict(model.named_modules()), describe(model.config).axis(axis).groups
+    return "obs" if noun in NEURONS and all(linear_alone(modules, group) for group in groups) else "taylor"
 
 
 def calibrated(job: Job, model: PreTrainedModel, processor: object) -> tuple[Calibration, Loss]:
@@ -79,14 +89,18 @@ def sight(
 ) -> Sight:
     """Return what there is to see of an axis before its size is known; of blocks that are ranked one by one that is nothing."""
     (calibration, loss), anatomy = by, describe(model.config)
-    criterion, blocks = criterion_of(turn, axis), anatomy.axis(axis).kind == "blocks"
+    criterion, blocks = criterion_of(turn, model, axis), anatomy.axis(axis).kind == "blocks"
     if blocks and criterion != "taylor":
         return Sight()
     batches = calibration.rank if criterion == "ablation" else calibration.fit
-    scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed)
-    if blocks or not moments or not {"refit", "rotate"} & set(turn.repair):
-        return Sight(scores=scores)
-    return Sight(scores=scores, moments=repair.first_moments(model, anatomy, axis, calibration.fit))
+    wanted = moments and not blocks and bool({"refit", "rotate"} & set(turn.repair))
+    listen = partial(repair.first_moments, model, anatomy, axis, calibration.fit)
+    first = (
+        listen() if wanted and criterion == "obs" else None
+    )  # which looks at them; others need the room for gradients
+    known = first.consumers if first else None
+    scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed, moments=known)
+    return Sight(scores=scores, moments=first or (listen() if wanted else None))
 
 
 def chosen(

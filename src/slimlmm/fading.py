@@ -22,8 +22,7 @@ from slimlmm.axes import Anatomy, Axis, Group, Keep
 from slimlmm.blocks import hidden_of
 from slimlmm.collate import Batch
 from slimlmm.errors import UserError
-from slimlmm.forward import answer_logits
-from slimlmm.importance import evaluating
+from slimlmm.forward import answer_logits, evaluating
 from slimlmm.wiring import owner
 
 #: largest difference of logits between the faded model and the cut one, relative to the largest logit

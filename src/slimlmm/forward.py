@@ -116,6 +116,18 @@ def states_into(block: nn.Module, where_BT: Tensor) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block every module is in eval mode; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class _ReachedError(Exception):
     """The block was reached; what lies behind it need not run."""
 

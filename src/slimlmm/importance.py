@@ -20,13 +20,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimlmm import elimination
 from slimlmm.axes import Anatomy, Group, Slot
 from slimlmm.blocks import hidden_of, layers_of
 from slimlmm.collate import Batch, Samples, fitting, real_tokens
+from slimlmm.consumers import columns_of, heard, in_parts, linear_consumers
 from slimlmm.errors import NO_NUMBERS, UserError, nearest
-from slimlmm.forward import forward
+from slimlmm.forward import evaluating, forward
+from slimlmm.moments import Moments
 from slimlmm.norms import kind_of
 from slimlmm.resuming import Memory
+from slimlmm.wiring import owner
 
 #: (model, batch) -> scalar to be minimised; it runs the model itself, so that any distillation loss plugs in
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
@@ -52,6 +56,7 @@ class Task:
     batches: Iterable[Batch]
     loss: Loss | None
     seed: int
+    moments: Mapping[str, Moments]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +121,13 @@ def score(
     *,
     seed: int = 0,
     weights: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> Scores:
     """Return one score per unit, group name -> [U] fp64 on the CPU, for each group of `axes`; higher: keep.
 
     `batches` are passed once; `loss` must be given where the criterion needs one. `weights`: parameters by name, where
-    they are not the model's own (read one at a time from files); a criterion that needs more refuses them. The model runs in
+    they are not the model's own (read one at a time from files); a criterion that needs more refuses them. `moments`: of what
+    enters the layers of some weights, where they are known, for `obs`. The model runs in
     eval mode and comes back as it was (weights, flags, mode); gradients that it holds are dropped by
     `taylor`.
     """
@@ -131,7 +138,16 @@ def score(
         raise UserError(f"the criterion {criterion!r} runs the model, so it must be in memory.")
     groups = tuple(group for name in axes for group in anatomy.axis(name).groups)
     weights = weights if weights is not None else dict(model.named_parameters(remove_duplicate=False))
-    task = Task(model=model, weights=weights, anatomy=anatomy, groups=groups, batches=batches, loss=loss, seed=seed)
+    task = Task(
+        model=model,
+        weights=weights,
+        anatomy=anatomy,
+        groups=groups,
+        batches=batches,
+        loss=loss,
+        seed=seed,
+        moments=moments or {},
+    )
     with evaluating(model):
         found = CRITERIA[criterion].measure(task)
     scores = {name: values.detach().to("cpu", torch.float64) for name, values in found.items()}
@@ -265,7 +281,7 @@ def activation(task: Task) -> Scores:
                 for layer in layers:
                     handle = layer.register_forward_hook(block(group, index), with_kwargs=True)
                     stack.callback(handle.remove)
-            for slot in () if blocks else _linear_consumers(modules, group):
+            for slot in () if blocks else _linear_consumers(modules, group, "activation"):
                 module = modules[slot.parameter.removesuffix(".weight")]
                 stack.callback(module.register_forward_pre_hook(consumer(group, slot)).remove)
         for batch in at_least_one(task.batches, "activation"):
@@ -322,8 +338,39 @@ def _unread(named: dict[str, nn.Parameter], group: Group, unit: int) -> Iterator
                 parameter.index_copy_(dim, rows, values)
 
 
+def obs(task: Task) -> Scores:
+    """Score by structured Optimal Brain Surgeon: how long a unit stays when those that a refit can best do without go first.
+
+    See `elimination.order`. Needs no gradients, but the second moments of what enters the layers that read the units, some groups
+    at a time (`consumers.PART_BYTES`): one pass over the batches each, but where they are known.
+    """
+    modules, found = dict(task.model.named_modules()), _zeros(task)
+    batches = list(at_least_one(task.batches, "obs"))
+    groups = {group.name: group for group in task.groups}
+    for axis in dict.fromkeys(group.axis for group in task.groups):
+        for part in in_parts(task.model, task.anatomy.axis(axis)):
+            slots = {name: list(_linear_consumers(modules, groups[name], "obs")) for name in part if name in groups}
+            read = {slot.parameter for some in slots.values() for slot in some}
+            moments = {name: task.moments[name] for name in read & set(task.moments)}
+            if read - set(moments):
+                moments |= heard(task.model, sorted(read - set(moments)), batches, text=axis.startswith("text."))
+            for name, some in slots.items():
+                readers = [_reader(modules, slot, groups[name].units, moments[slot.parameter]) for slot in some]
+                found[name] = elimination.order(readers)
+    return found
+
+
+def _reader(modules: dict[str, nn.Module], slot: Slot, units: int, moments: Moments) -> elimination.Reader:
+    """Return a layer that reads units, with what enters it: less the mean where a bias takes that."""
+    linear = modules[owner(slot.parameter)]
+    weight = linear.get_parameter("weight")
+    gram = moments.gram(centred=linear.bias is not None)
+    return elimination.Reader(weight=weight, gram=gram, columns=columns_of(slot, units))
+
+
 #: name -> criterion; the recipe's `criterion` is one of these
 CRITERIA: dict[str, Criterion] = {
+    "obs": Criterion(needs="activations", measure=obs),
     "taylor": Criterion(needs="loss", measure=taylor),
     "ablation": Criterion(needs="loss", measure=ablation),
     "activation": Criterion(needs="activations", measure=activation),
@@ -338,18 +385,6 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss) -> f
         values = [float(loss(model, batch)) for batch in at_least_one(batches, "measuring the loss")]
     mean = sum(values) / len(values)
     return float("inf") if math.isnan(mean) else mean
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block every module is in eval mode; afterwards each is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -368,18 +403,14 @@ def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Tensor]) -> I
             parameter.requires_grad_(flag)
 
 
-def _linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[Slot]:
-    """Yield the consume slots of the group that are the input columns of an nn.Linear."""
-    found = False
-    for slot in group.slots:
-        module = modules.get(slot.parameter.removesuffix(".weight"))
-        if slot.role == "consume" and isinstance(module, nn.Linear):
-            found = True
-            yield slot
-    if group.slots and not found:
+def _linear_consumers(modules: dict[str, nn.Module], group: Group, criterion: str) -> Iterator[Slot]:
+    """Yield the consume slots of the group that are the input columns of an nn.Linear; refuse where there are none."""
+    found = list(linear_consumers(modules, group))
+    if not found:
         raise UserError(
-            f"{group.name}: no linear layer reads it, so the criterion 'activation' has nothing to look at."
+            f"{group.name}: no linear layer reads it, so the criterion {criterion!r} has nothing to look at. Use taylor."
         )
+    yield from found
 
 
 def _zeros(task: Task) -> Scores:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.collate import Batch, samples_of
-from slimlmm.forward import output_of
-from slimlmm.importance import at_least_one, evaluating
+from slimlmm.forward import evaluating, output_of
+from slimlmm.importance import at_least_one
 from slimlmm.lowrank import Factors, fitted
 from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, output_error, predict, products_of
 from slimlmm.resuming import Memory

@@ -13,7 +13,8 @@ from slimlmm.axes import Anatomy, Group
 from slimlmm.blocks import layers_of, skipped
 from slimlmm.collate import Batch
 from slimlmm.errors import UserError
-from slimlmm.importance import Loss, evaluating, mean_loss
+from slimlmm.forward import evaluating
+from slimlmm.importance import Loss, mean_loss
 
 
 def rank_blocks(model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss) -> Tensor:

@@ -50,8 +50,11 @@ class Round(Settings):
         "other rounds and without sizes: what they leave is the teacher.",
     )
     sizes: dict[str, int] = Field({}, description="New size of each axis that this round cuts.")
-    criterion: Literal["taylor", "activation", "magnitude", "random"] = Field(
-        "taylor", description="How the units of other axes are scored."
+    criterion: Literal["obs", "taylor", "activation", "magnitude", "random"] = Field(
+        "obs",
+        description="How the units of other axes are scored. obs (Optimal Brain Surgeon): neurons of FFNs by what is lost "
+        "without them once the matrix that reads them is refitted; what no linear layer alone reads, widths above all, by "
+        "taylor then.",
     )
     groups: Literal["ablation", "taylor", "activation", "magnitude", "random"] = Field(
         "ablation", description="How key/value groups are scored: few and dear, each can be measured by its absence."
@@ -65,8 +68,8 @@ class Round(Settings):
         USUAL_REPAIRS,
         description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
         "residual stream before a width cut), merge (dropped heads into kept ones, values and all), bridge (what dropped blocks "
-        "added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a cut the one of least loss "
-        "on pictures that no fit has seen stays; [] for none.",
+        "added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a cut the one of least "
+        "loss on pictures that no fit has seen stays; [] for none.",
     )
     fade: int = Field(
         0,

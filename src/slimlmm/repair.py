@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm import merging, surgery
-from slimlmm.axes import Anatomy, Axis, Group, Keep, Slot
+from slimlmm.axes import Anatomy, Axis, Keep
 from slimlmm.calibration import Calibration
-from slimlmm.collate import Batch, Samples, samples_of
+from slimlmm.collate import Batch, samples_of
+from slimlmm.consumers import Ears, in_parts, is_stream, linear_consumers
 from slimlmm.errors import UserError
-from slimlmm.forward import forward
-from slimlmm.importance import Loss, at_least_one, evaluating, mean_loss
+from slimlmm.forward import evaluating, forward
+from slimlmm.importance import Loss, at_least_one, mean_loss
 from slimlmm.merging import NotMergeableError, merge
 from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict, products_of
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
-
-#: most bytes of moments of consumers that are held at once; those of a 7 B model's FFNs would take 58 GiB
-PART_BYTES = 8 << 30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +65,7 @@ def collect(
     modules = dict(model.named_modules())
     chosen = None if groups is None else set(groups)
     with ExitStack() as stack, evaluating(model), torch.no_grad():
-        ears = _Ears(stack)
+        ears = Ears(stack)
         text = axis.startswith("text.")
         for group in anatomy.axis(axis).groups:
             if chosen is not None and group.name not in chosen:
@@ -98,29 +95,6 @@ def collect(
             ears.samples = samples_of(batch, text=text)
             forward(model, batch)
     return found
-
-
-class _Ears:
-    """Hooks that feed moments with inputs of modules, until `stack` closes; `samples` are the batch's."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack = stack
-        self.samples = Samples()
-
-    def attach(
-        self, module: nn.Module, moments: Moments, view: Callable[[Tensor], Tensor] = lambda values: values
-    ) -> None:
-        """Let inputs of `module`, as `view` shows them, count; a later use on pooled vectors does not."""
-        ranks: set[int] = set()
-
-        def hear(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            values = inputs[0].detach()
-            ranks.add(values.dim())
-            if values.dim() == max(ranks):
-                values, weight, first = self.samples.of(values)
-                moments.add(view(values), weight, first)
-
-        self.stack.callback(module.register_forward_pre_hook(hear).remove)
 
 
 def fold(
@@ -307,30 +281,6 @@ def _least(
     return Folded(model=best[1], keep=best[2], tries=tries, reason=reason)
 
 
-def in_parts(model: PreTrainedModel, axis: Axis) -> list[set[str]]:
-    """Return the groups of an axis in parts whose moments are held at once, `PART_BYTES` each; a residual stream is in the first.
-
-    Groups that share a consumer, the heads of an attention output, stay together.
-    """
-    modules = dict(model.named_modules())
-    parts: list[set[str]] = [set()]
-    at: dict[str, int] = {}
-    taken = 0
-    for group in axis.groups:
-        slots = [] if is_stream(group, axis) else list(linear_consumers(modules, group))
-        sizes = {slot.parameter: 16 * model.get_parameter(slot.parameter).shape[1] ** 2 for slot in slots}
-        known = [at[name] for name in sizes if name in at]
-        need = sum(size for name, size in sizes.items() if name not in at)
-        if not known and taken and taken + need > PART_BYTES:
-            parts.append(set())
-            taken = 0
-        part = known[0] if known else len(parts) - 1
-        at |= dict.fromkeys(sizes, part)
-        taken += need
-        parts[part].add(group.name)
-    return parts
-
-
 def tied_powers(statistics: Statistics) -> tuple[float, ...]:
     """Return the values of `tied_power` worth a try: one without a tied head, none without a stream."""
     if statistics.stream is None:
@@ -341,18 +291,6 @@ def tied_powers(statistics: Statistics) -> tuple[float, ...]:
 def rescales(wiring: Wiring) -> bool:
     """Tell whether surgery.cut rescales the norms of this stream itself: RMSNorm yes, LayerNorm no."""
     return "layer" not in wiring.kinds.values()
-
-
-def is_stream(group: Group, axis: Axis) -> bool:
-    """Tell whether the group is the residual stream of a width axis."""
-    return axis.kind == "width" and group.name == axis.name
-
-
-def linear_consumers(modules: dict[str, nn.Module], group: Group) -> Iterator[Slot]:
-    """Yield the slots of the group that are input columns of an nn.Linear, once per parameter."""
-    for slot in group.slots:
-        if slot.role == "consume" and isinstance(modules.get(owner(slot.parameter)), nn.Linear):
-            yield slot
 
 
 def _merging(anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> Callable[[PreTrainedModel], Keep]:

@@ -104,7 +104,7 @@ def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place:
         stage=place.stage,
         round=place.index,
         half=place.half,
-        criterion=", ".join(dict.fromkeys(cutting.criterion_of(turn, axis) for axis in turn.sizes)) or None,
+        criterion=", ".join(dict.fromkeys(cutting.criterion_of(turn, given, axis) for axis in turn.sizes)) or None,
         before={axis: before[axis] for axis in changed},
         after={axis: after[axis] for axis in changed},
         parameters_before=counted,

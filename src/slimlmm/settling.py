@@ -22,8 +22,8 @@ from slimlmm.anatomy import describe
 from slimlmm.bridging import NoBridgeError, count, mend, read_blocks, stream, writer_of
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
-from slimlmm.forward import output_of
-from slimlmm.importance import Loss, at_least_one, evaluating
+from slimlmm.forward import evaluating, output_of
+from slimlmm.importance import Loss, at_least_one
 from slimlmm.moments import Moments, products_of
 from slimlmm.repair import Choice, judged
 from slimlmm.resuming import Memory

@@ -320,7 +320,7 @@ groups:
 | sweep | arms |
 |---|---|
 | `orders` | all six orders of the levels |
-| `criteria` | units by Taylor, activation, magnitude, at random; blocks and key/value groups as in the base |
+| `criteria` | units by OBS, Taylor, activation, magnitude, at random; blocks and key/value groups as in the base |
 | `losses` | on answers: with and without the margin, cross-entropy, KL, both; and cross-entropy in every training (no teacher) |
 | `teachers` | divergences from the first teacher, from the model that the round began with, from both |
 | `own-answers` | none, half, all of the pictures that the teacher is asked about learnt from the student's own answers |

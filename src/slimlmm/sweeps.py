@@ -24,7 +24,7 @@ Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
 #: losses on answer tokens
 ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
-CRITERIA = ("taylor", "activation", "magnitude", "random")
+CRITERIA = ("obs", "taylor", "activation", "magnitude", "random")
 
 
 def unchanged(stages: Stages) -> Stages:

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from slimlmm.axes import Group, Slot
 from slimlmm.collate import Batch
-from slimlmm.forward import forward
-from slimlmm.importance import evaluating
+from slimlmm.forward import evaluating, forward
 from slimlmm.norms import NormKind, classify
 
 #: autograd nodes that only move numbers around
