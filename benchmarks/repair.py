@@ -23,7 +23,7 @@ from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
-from slimlmm.recipe import USUAL_REPAIRS
+from slimlmm.recipe import REPAIRS
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -86,7 +86,7 @@ def case(
             kept[axis] = keep[axis].tolist()
             repaired, tries = bridging.bridge_best(repaired, anatomy, axis, keep, calibration, loss)
         else:
-            done = repair.fold_best(repaired, anatomy, axis, keep, calibration, loss, USUAL_REPAIRS)
+            done = repair.fold_best(repaired, anatomy, axis, keep, calibration, loss, REPAIRS)
             repaired, tries = done.model, done.tries
         spent += time.perf_counter() - began
         tried[axis] = {one.name: one.loss for one in tries}

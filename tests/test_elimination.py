@@ -21,9 +21,9 @@ def reader(seed, units=6, each=1, free=0, outputs=5, samples=40):
 
 
 def least(one, staying):
-    """The least E|W x - V x|^2 + r d |W - V|^2 over all V that read the staying units alone, by least squares on a root of H."""
-    count = len(one.gram)
-    inner = one.gram + elimination.RIDGE * one.gram.diagonal().mean() * torch.eye(count, dtype=torch.float64)
+    """The least E|W x - V x|^2 + ridge over all V that read the staying units alone, by least squares on a root of H."""
+    count, power = len(one.gram), one.gram.diagonal()
+    inner = one.gram + torch.diag(elimination.RIDGE * power + elimination.FLOOR * power.mean())
     root = torch.linalg.cholesky(inner).T  # |root v|^2 = v H v
     gone = {int(c) for unit, cs in enumerate(one.columns) if unit not in staying for c in cs}
     left = [column for column in range(count) if column not in gone]
@@ -101,3 +101,27 @@ def test_weights_that_are_no_numbers_give_no_order():
     one = reader(0)
     one.weight[0, 0] = torch.nan
     assert order([one]).isnan().all()
+
+
+def test_a_reader_that_nothing_enters_does_not_outvote_one_that_something_does():
+    live, dead = reader(0), reader(1)
+    small = Reader(weight=live.weight, gram=1e-6 * live.gram, columns=live.columns)
+    dead = Reader(weight=dead.weight, gram=torch.zeros_like(dead.gram), columns=dead.columns)
+    assert torch.equal(order([small, dead]), order([live]))
+
+
+def test_a_few_massive_inputs_do_not_hide_what_the_others_say():
+    """Two of 60 inputs ten thousand times as large: the other neurons go in nearly the order in which they would without them."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 60, generator=rng, dtype=torch.float64) @ torch.randn(
+        60, 60, generator=rng, dtype=torch.float64
+    )
+    inputs *= torch.logspace(-1, 1, 60, dtype=torch.float64)[torch.randperm(60, generator=rng)]
+    weight = torch.randn(30, 60, generator=rng, dtype=torch.float64)
+    columns = torch.arange(60)[:, None]
+    wanted = order([Reader(weight=weight[:, 2:], gram=inputs[:, 2:].T @ inputs[:, 2:] / 400, columns=columns[:58])])
+    inputs[:, :2] = 0
+    inputs[::200, :2] = 1e4 * inputs[:, 2:].std()
+    found = order([Reader(weight=weight, gram=inputs.T @ inputs / 400, columns=columns)])[2:]
+    kept = set(found.topk(29).indices.tolist()) & set(wanted.topk(29).indices.tolist())
+    assert len(kept) >= 26

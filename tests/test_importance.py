@@ -207,8 +207,8 @@ def test_every_criterion_scores_every_unit_of_every_axis(name):
         axes = cuttable(described, ("inner", "width", "blocks"))
         if criterion in ("activation", "obs"):  # no layer reads the dimensions of queries and keys
             axes = [axis for axis in axes if not axis.endswith(".head_dim")]
-        if criterion == "obs":  # nor blocks
-            axes = [axis for axis in axes if described.axis(axis).kind != "blocks"]
+        if criterion == "obs":  # nor whole blocks, and all of them a width
+            axes = [axis for axis in axes if described.axis(axis).kind == "inner"]
         scores = score(model, described, axes, criterion, batches[:1], loss)
         groups = [group for axis in axes for group in described.axis(axis).groups]
         assert {g.name: g.units for g in groups} == {name: len(values) for name, values in scores.items()}
@@ -379,6 +379,6 @@ def test_obs_orders_neurons_by_the_inputs_and_the_matrix_of_what_reads_them(name
 
 def test_obs_refuses_what_no_linear_layer_reads():
     model, described, batches = case(MAIN)
-    for axis in ("text.blocks", "vision.blocks"):
-        with pytest.raises(UserError, match="no linear layer reads it, so the criterion 'obs' has nothing to look at"):
+    for axis in ("text.blocks", "text.width", "text.head_dim", "vision.blocks"):
+        with pytest.raises(UserError, match="'obs' measures what linear layers alone read, not"):
             score(model, described, [axis], "obs", batches)

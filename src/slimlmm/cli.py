@@ -139,11 +139,9 @@ def cut(
     sizes: Annotated[list[str], typer.Option("--set", help="axis=size; repeat for several axes.")],
     criterion: Annotated[
         str,
-        typer.Option(
-            help="magnitude or random (no data); obs, taylor, activation or (few units) ablation with --data."
-        ),
+        typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data."),
     ] = "magnitude",
-    data: Annotated[Path | None, typer.Option("--data", help="Rows for obs, taylor, activation and ablation.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor, activation and ablation.")] = None,
     pictures_from: picture_options.From = None,
     max_picture_pixels: picture_options.MaxPixels = picture_options.USUAL_PIXELS,
     max_shard_size: Annotated[

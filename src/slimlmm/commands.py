@@ -77,6 +77,8 @@ def cut(
     By weights alone file by file (`streaming`); a criterion that runs the model holds all of it in memory, in fp32.
     """
     runs_it = importance.needs_of(criterion) in ("activations", "loss")
+    if criterion == "obs":
+        raise UserError("the criterion 'obs' chooses for a refit, which only compress makes behind a cut; take taylor.")
     if runs_it and source is None:
         raise UserError(f"the criterion {criterion!r} needs --data; magnitude and random do not.")
     if source is not None and not runs_it:

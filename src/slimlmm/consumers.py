@@ -16,7 +16,7 @@ from slimlmm.forward import forward
 from slimlmm.moments import Moments, products_of
 from slimlmm.wiring import owner
 
-#: most bytes of moments of consumers that are held at once; those of a 7 B model's FFNs would take 58 GiB
+#: most bytes of moments of consumers of one pass; those of a 7 B model's FFNs would take 58 GiB
 PART_BYTES = 8 << 30
 
 

@@ -42,14 +42,15 @@ class Sight:
 
 
 def criterion_of(turn: Round, model: PreTrainedModel, axis: str) -> str:
-    """Return how this round chooses the units of an axis: `obs` only such as linear layers alone read, neurons of FFNs."""
+    """Return how this round chooses the units of an axis: by `obs` neurons of FFNs whose readers are refitted, and no others."""
     noun = noun_of(axis)
     ways = {"blocks": turn.blocks, "decoder_blocks": turn.blocks, "kv_groups": turn.groups, "queries": turn.groups}
     way = ways.get(noun, turn.criterion)
     if way != "obs":
         return way
     modules, groups = dict(model.named_modules()), describe(model.config).axis(axis).groups
-    return "obs" if noun in NEURONS and all(linear_alone(modules, group) for group in groups) else "taylor"
+    refitted = noun in NEURONS and "refit" in turn.repair and all(linear_alone(modules, group) for group in groups)
+    return "obs" if refitted else "taylor"
 
 
 def calibrated(job: Job, model: PreTrainedModel, processor: object) -> tuple[Calibration, Loss]:

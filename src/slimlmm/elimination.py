@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: ridge of the refit, relative to the mean power of an input
-RIDGE = 1e-2
+#: ridge of the refit on each input, relative to its own power, and to the mean of all, for those that are never anything but 0: a
+#: few inputs may be thousands of times as large as the others (massive activations, arXiv 2402.17762), whose ridge is not theirs
+RIDGE, FLOOR = 1e-2, 1e-6
 #: share of the units that stays in each round of elimination; behind it all is reckoned anew
 STAYS = 0.9
 #: units that may go in a round: the cheapest ones, so many times as many as go, and no fewer than FEW
@@ -31,17 +32,18 @@ class Reader:
 def order(readers: Sequence[Reader]) -> Tensor:
     """Return how long each unit stays, from 0 for the first that goes to U - 1; [U], fp64.
 
-    With S the columns that are left, H = G + r d I (r = RIDGE, d = mean diag G) and W_S = W H[:,S] H_SS^-1 the reader refitted
-    to them, dropping unit u and refitting once more adds tr W_u (H_SS^-1)_uu^-1 W_u^T to E|W x - W_S x_S|^2 + r d |W - W_S|^2,
-    summed over the readers (the missing columns of W_S are 0). The unit of least cost goes, one after the other; among the
-    CANDIDATES of a round alone, so that what each removal does to the costs of the others is reckoned for few. No numbers if
-    costs are none.
+    With S the columns that are left, R = RIDGE diag G + FLOOR mean(diag G) I, H = G + R and W_S = W H[:,S] H_SS^-1 the reader
+    refitted to them, dropping unit u and refitting once more adds tr W_u (H_SS^-1)_uu^-1 W_u^T to E|W x - W_S x_S|^2 +
+    tr (W - W_S) R (W - W_S)^T, summed over the readers that anything ever enters (the missing columns of W_S are 0). The unit of
+    least cost goes, one after the other; among the CANDIDATES of a round alone, so that what each removal does to the costs of
+    the others is reckoned for few. No numbers if costs are none.
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993) for groups of columns, as in SlimGPT (arXiv 2412.18110).
     """
     units = len(readers[0].columns)
     staying, gone = torch.arange(units), 0
     ranks = torch.zeros(units, dtype=torch.float64)
-    prepared = [_Prepared.of(reader) for reader in readers]
+    live = [reader for reader in readers if float(reader.gram.diagonal().sum()) > 0]
+    prepared = [_Prepared.of(reader) for reader in live or readers]
     while len(staying):
         count = len(staying) - min(len(staying) - 1, int(STAYS * len(staying)))
         now = [one.at(staying) for one in prepared]
@@ -112,11 +114,11 @@ class _Prepared:
 
     @classmethod
     def of(cls, reader: Reader) -> _Prepared:
-        """Return it in fp64; inputs that are never anything but 0 count by their weights alone."""
+        """Return it in fp64; where nothing ever enters weights alone count."""
         gram, weight = reader.gram.double(), reader.weight.detach().double()
-        scale = gram.diagonal().mean()
-        ridge = RIDGE * scale if float(scale) > 0 else torch.ones_like(scale)
-        inner = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        power = gram.diagonal()
+        floor = FLOOR * power.mean() if float(power.sum()) > 0 else 1.0
+        inner = gram + torch.diag(RIDGE * power + floor)
         free = torch.ones(len(gram), dtype=torch.bool)
         free[reader.columns.flatten()] = False
         return cls(inner, weight @ inner, reader.columns, free.nonzero().flatten())

@@ -24,7 +24,7 @@ from slimlmm import elimination
 from slimlmm.axes import Anatomy, Group, Slot
 from slimlmm.blocks import hidden_of, layers_of
 from slimlmm.collate import Batch, Samples, fitting, real_tokens
-from slimlmm.consumers import columns_of, heard, in_parts, linear_consumers
+from slimlmm.consumers import columns_of, heard, in_parts, linear_alone, linear_consumers
 from slimlmm.errors import NO_NUMBERS, UserError, nearest
 from slimlmm.forward import evaluating, forward
 from slimlmm.moments import Moments
@@ -349,7 +349,7 @@ def obs(task: Task) -> Scores:
     groups = {group.name: group for group in task.groups}
     for axis in dict.fromkeys(group.axis for group in task.groups):
         for part in in_parts(task.model, task.anatomy.axis(axis)):
-            slots = {name: list(_linear_consumers(modules, groups[name], "obs")) for name in part if name in groups}
+            slots = {name: _neurons(modules, groups[name], task.anatomy) for name in part if name in groups}
             read = {slot.parameter for some in slots.values() for slot in some}
             moments = {name: task.moments[name] for name in read & set(task.moments)}
             if read - set(moments):
@@ -358,6 +358,13 @@ def obs(task: Task) -> Scores:
                 readers = [_reader(modules, slot, groups[name].units, moments[slot.parameter]) for slot in some]
                 found[name] = elimination.order(readers)
     return found
+
+
+def _neurons(modules: dict[str, nn.Module], group: Group, anatomy: Anatomy) -> list[Slot]:
+    """Return where linear layers read the units of an inner group; refuse what is read otherwise, and a width."""
+    if anatomy.axis(group.axis).kind != "inner" or not linear_alone(modules, group):
+        raise UserError(f"the criterion 'obs' measures what linear layers alone read, not {group.name}. Use taylor.")
+    return list(linear_consumers(modules, group))
 
 
 def _reader(modules: dict[str, nn.Module], slot: Slot, units: int, moments: Moments) -> elimination.Reader:
@@ -406,7 +413,7 @@ def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Tensor]) -> I
 def _linear_consumers(modules: dict[str, nn.Module], group: Group, criterion: str) -> Iterator[Slot]:
     """Yield the consume slots of the group that are the input columns of an nn.Linear; refuse where there are none."""
     found = list(linear_consumers(modules, group))
-    if not found:
+    if group.slots and not found:
         raise UserError(
             f"{group.name}: no linear layer reads it, so the criterion {criterion!r} has nothing to look at. Use taylor."
         )

@@ -110,9 +110,9 @@ class Merged:
 def merge(model: PreTrainedModel, anatomy: Anatomy, axis: str, keep: Keep, batches: Sequence[Batch]) -> list[Merged]:
     """Merge the heads that a cut of `axis` drops into kept ones, in place on the uncut model, which then computes as if cut.
 
-    With v = V x [G D] the values of all groups, without bias, C [R, G D] their first principal components, which hold SHARE of
-    E|v|^2, f_h = A_h C v the components as head h pools them, M_h = O_h S_g(h) C^T [O, X] its path (S_g picks group g), and y
-    what the attention writes less the sum of M_h f_h over the kept heads, the new paths minimise
+    With v = V x [G D] the values of all groups, without bias, C [R, G D] their first principal components (`principal`),
+    f_h = A_h C v the components as head h pools them, M_h = O_h S_g(h) C^T [O, X] its path (S_g picks group g), and y what the
+    attention writes less the sum of M_h f_h over the kept heads, the new paths minimise
     E|y - sum_kept (M'_h - M_h) f_h|^2 + r d |M' - M|^2 over all M'_h = O'_h U_g(h) of rank D, one U_g [D, X] for all queries of a
     group; d is the mean power of a feature (`lowrank.fitted`). The new values are V'_g = U_g C V. r is the one of least error on
     the half of the samples that the fit has not seen, and where a plain refit of O alone has less, that is made.
@@ -210,6 +210,8 @@ def _heard(model: PreTrainedModel, path: Path, batch: Batch, *, text: bool) -> _
             handle.remove()
     if not len(streams) == len(heads) == len(calls) == 1:
         raise NotMergeableError(f"{path.name} is not called once where its values are")
+    if streams[0].shape[:-1] != heads[0].shape[:-1]:
+        raise NotMergeableError(f"{path.name} reads the values of other tokens than it writes for")
     _, mask, first = samples_of(batch, text=text).of(heads[0])
     if mask is None:
         mask = torch.ones(heads[0].shape[:-1], dtype=torch.bool, device=heads[0].device)
@@ -221,7 +223,8 @@ def _heard(model: PreTrainedModel, path: Path, batch: Batch, *, text: bool) -> _
 def principal(path: Path, calls: Iterable[_Heard]) -> Tensor:
     """Return the first principal components of the values of all groups together, whole heads of them; [R, G * D], fp64.
 
-    R is the least that holds SHARE of their mean square in the first calls, or `path.most`.
+    R is the least that holds SHARE of their mean square in the first calls (of their variance, where a bias takes the mean), or
+    `path.most`.
     """
     size = path.value.out_features
     moments = Moments(size, path.value.weight.device, products_of(path.value.weight))
@@ -229,7 +232,7 @@ def principal(path: Path, calls: Iterable[_Heard]) -> Tensor:
         moments.add(call.values_BTC, call.mask_BT, call.first)
         if float(moments.count_2.sum()) >= VECTORS * size:
             break
-    power, vectors = torch.linalg.eigh(moments.gram())
+    power, vectors = torch.linalg.eigh(moments.gram(centred=_centred(path)))
     held = power.flip(0).cumsum(0)
     wanted = int((held < SHARE * held[-1]).sum()) + 1
     count = min(-(-wanted // path.dim) * path.dim, path.most)

@@ -26,8 +26,6 @@ Drop = Literal["unused_tokens", "dead_blocks"]
 DROPS: tuple[Drop, ...] = get_args(Drop)
 Repair = Literal["refit", "rotate", "merge", "bridge", "settle"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
-#: those that are tried unless the recipe says otherwise: merging heads takes half a minute a layer of a 576 wide model on a CPU
-USUAL_REPAIRS: tuple[Repair, ...] = ("refit", "rotate", "merge", "bridge", "settle")
 #: what can fade out in a training, by noun
 FADING = ("ffn", "kv_groups", "queries", "blocks", "decoder_blocks")
 #: multiples of the sizes that are chosen, by noun: matrix units work on tiles of 64 or more
@@ -53,8 +51,8 @@ class Round(Settings):
     criterion: Literal["obs", "taylor", "activation", "magnitude", "random"] = Field(
         "obs",
         description="How the units of other axes are scored. obs (Optimal Brain Surgeon): neurons of FFNs by what is lost "
-        "without them once the matrix that reads them is refitted; what no linear layer alone reads, widths above all, by "
-        "taylor then.",
+        "without them once the linear layer that reads them is refitted; taylor then decides for all other units, and where "
+        "`repair` has no refit.",
     )
     groups: Literal["ablation", "taylor", "activation", "magnitude", "random"] = Field(
         "ablation", description="How key/value groups are scored: few and dear, each can be measured by its absence."
@@ -65,7 +63,7 @@ class Round(Settings):
         "last ones, or random ones.",
     )
     repair: tuple[Repair, ...] = Field(
-        USUAL_REPAIRS,
+        REPAIRS,
         description="Closed-form repairs that are tried where they apply: refit (of what reads the dropped units), rotate (the "
         "residual stream before a width cut), merge (dropped heads into kept ones, values and all), bridge (what dropped blocks "
         "added), settle (the stream, block by block, after all cuts of the round). Of the ways to make a cut the one of least "

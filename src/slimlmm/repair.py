@@ -219,7 +219,7 @@ def fold_best(
     Ways: no repair; refit of consumers on the chosen units; rotation (three of them where the head is tied to
     the embedding); dropped heads merged into kept ones. Measured, because a rotation is approximate behind tied heads and
     opening norms. A way that turns out to be impossible is left out, and the reason is told. Holds one more copy
-    and two cut models, and the moments of `in_parts`' largest part. `first`: the `first_moments`, where they are known.
+    and two cut models, and the moments of two parts of `in_parts`. `first`: the `first_moments`, where they are known.
     """
     parts, fit = in_parts(model, anatomy.axis(axis)), calibration.fit
     if first is None:
