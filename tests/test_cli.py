@@ -89,6 +89,7 @@ def test_cut_saves_a_plain_checkpoint(teacher, tmp_path, monkeypatch, capsys):
         (["cut", "TEACHER", "--set", "text.ffn", "--out", "OUT"], "not axis=size"),
         (["cut", "TEACHER", "--set", "text.ffn=32", "--out", "OUT", "--criterion", "taylr"], "taylor"),
         (["cut", "TEACHER", "--set", "text.ffn=32", "--out", "OUT", "--criterion", "taylor"], "needs --data"),
+        (["cut", "TEACHER", "--set", "text.ffn=32", "--out", "OUT", "--criterion", "obs"], "chooses for a refit"),
         (["compress", "TEACHER", "--data", "ADS", "--out", "OUT", "--shrink", "100000"], "smallest shape"),
         (["compress", "TEACHER", "--data", "ADS", "--out", "OUT"], "--shrink 18"),
         (["compress", "TEACHER", "--data", "nowhere", "--out", "OUT", "--shrink", "2"], "no such file"),

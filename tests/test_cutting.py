@@ -46,6 +46,8 @@ def test_every_way_to_rank_blocks_keeps_as_many_as_asked_in_order(way, teacher, 
 def test_the_way_that_is_recorded_is_the_one_that_decides(axis, way, teacher):
     model = checkpoint.load(teacher).model
     assert cutting.criterion_of(recipe.Round(blocks="last", groups="magnitude"), model, axis) == way
+    unrefitted = recipe.Round(blocks="last", groups="magnitude", repair=("merge",))
+    assert cutting.criterion_of(unrefitted, model, axis) == ("taylor" if way == "obs" else way)
     assert (
         cutting.criterion_of(recipe.Round(criterion="random", groups="random", blocks="random"), model, axis)
         == "random"

@@ -11,6 +11,7 @@ from slimlmm.anatomy import describe
 from slimlmm.calibration import Calibration
 from slimlmm.forward import forward
 from slimlmm.merging import Merged, NotMergeableError, merge, paths
+from slimlmm.prompts import picture_prompt
 from slimlmm.selfcheck import random_model
 from tiny import tiny, tiny_batch
 from zoo import CONFIGS
@@ -278,3 +279,13 @@ def test_what_cannot_be_merged_says_why(name, axis, reason):
     described = describe(model.config)
     with pytest.raises(NotMergeableError, match=reason):
         list(paths(model, described.axis(axis), without_last(described.axis(axis))))
+
+
+def test_attention_to_other_tokens_than_it_writes_for_is_refused():
+    model = random_model(CONFIGS["blip-2-t5"]())
+    described = describe(model.config)
+    axis = described.axis("text.kv_groups")
+    batch = picture_prompt(model.config)
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"])}
+    with pytest.raises(NotMergeableError, match="reads the values of other tokens than it writes for"):
+        merge(model, described, axis.name, without_last(axis), [batch])

@@ -96,9 +96,8 @@ def sight(
     batches = calibration.rank if criterion == "ablation" else calibration.fit
     wanted = moments and not blocks and bool({"refit", "rotate"} & set(turn.repair))
     listen = partial(repair.first_moments, model, anatomy, axis, calibration.fit)
-    first = (
-        listen() if wanted and criterion == "obs" else None
-    )  # which looks at them; others need the room for gradients
+    # obs looks at the moments; others need the room for gradients
+    first = listen() if wanted and criterion == "obs" else None
     known = first.consumers if first else None
     scores = importance.score(model, anatomy, [axis], criterion, batches, loss, seed=job.recipe.seed, moments=known)
     return Sight(scores=scores, moments=first or (listen() if wanted else None))

@@ -34,11 +34,6 @@ class Factors:
         whole: Tensor = torch.einsum("kod,kdx->okx", self.reads, self.values[self.of]).flatten(1)
         return whole
 
-    def rows(self) -> Tensor:
-        """Return the values of all terms as one map from all features, block by block; [K * D, K * X]."""
-        blocks: Tensor = torch.block_diag(*self.values[self.of])
-        return blocks
-
     def like(self, other: Factors) -> Factors:
         """Return the same map with factors balanced as those of `other` and values turned towards its values.
 
