@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from slimlmm import adreview, bridging, checkpoint, data, importance, measure, plan, repair, settling, surgery
+from slimlmm import adreview, bridging, checkpoint, cutting, data, importance, measure, plan, repair, settling, surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import noun_of
 from slimlmm.calibration import EACH, Calibration, calibration_of, loss_against
 from slimlmm.collate import Collator
 from slimlmm.demo import bundled
 from slimlmm.evaluate import Evaluation, drop, evaluate
-from slimlmm.recipe import REPAIRS
+from slimlmm.recipe import REPAIRS, Round
 from slimlmm.teacher import TeacherCache
 
 CASES = {
@@ -125,7 +125,7 @@ def chosen(model: Any, anatomy: Any, axis: str, size: int, calibration: Calibrat
     if noun_of(axis) == "blocks":
         count = anatomy.axis(axis).groups[0].kept(size)
         return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))}
-    criterion = {"kv_groups": "ablation", "ffn": "obs"}.get(noun_of(axis), "taylor")
+    criterion = cutting.criterion_of(Round(), model, axis)
     batches = calibration.rank if criterion == "ablation" else calibration.fit
     return plan.choose(importance.score(model, anatomy, [axis], criterion, batches, loss), anatomy, axis, size)
 

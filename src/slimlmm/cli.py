@@ -138,8 +138,7 @@ def cut(
     out: Out,
     sizes: Annotated[list[str], typer.Option("--set", help="axis=size; repeat for several axes.")],
     criterion: Annotated[
-        str,
-        typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data."),
+        str, typer.Option(help="magnitude or random (no data); taylor, activation or (few units) ablation with --data.")
     ] = "magnitude",
     data: Annotated[Path | None, typer.Option("--data", help="Rows for taylor, activation and ablation.")] = None,
     pictures_from: picture_options.From = None,

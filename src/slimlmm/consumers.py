@@ -84,6 +84,13 @@ class Ears:
 
         self.stack.callback(module.register_forward_pre_hook(hear).remove)
 
+    def beside(self, module: nn.Module) -> Moments:
+        """Return moments of the size of what a linear layer reads, which its inputs feed."""
+        weight = module.get_parameter("weight")
+        moments = Moments(weight.shape[1], weight.device, products_of(weight))
+        self.attach(module, moments)
+        return moments
+
 
 def columns_of(slot: Slot, units: int) -> Tensor:
     """Return the input columns of a consumer that each unit owns; [U, C]."""
@@ -99,9 +106,7 @@ def heard(
     with ExitStack() as stack:
         ears = Ears(stack)
         for parameter in dict.fromkeys(parameters):
-            weight = model.get_parameter(parameter)
-            found[parameter] = Moments(weight.shape[1], weight.device, products_of(weight))
-            ears.attach(model.get_submodule(owner(parameter)), found[parameter])
+            found[parameter] = ears.beside(model.get_submodule(owner(parameter)))
         for batch in batches:
             ears.samples = samples_of(batch, text=text)
             forward(model, batch)

@@ -318,11 +318,13 @@ def _fold(path: Path, components: Tensor, moments: Moments) -> Merged:
     before = _factors(path, components)
     plain, refit_error = _refitted(path, moments)
     beside = moments.transformed(_beside(path, before))
+    gram, seen = (beside.gram(half, centred=_centred(path)) for half in (0, 1))
+    shift = beside.mean(1) - beside.mean(0) if _centred(path) else None
     errors: dict[float, float] = {}
     for ridge in POOLED_RIDGES if float(moments.count_2.min()) else ():  # without held-out samples nothing tells which
-        found = fitted(before, beside.gram(0, centred=_centred(path)), ridge, sweeps=SWEEPS)
+        found = fitted(before, gram, ridge, sweeps=SWEEPS)
         if found.whole().norm() <= GROWTH * before.whole().norm():
-            errors[ridge] = _error(path, beside, before, found)
+            errors[ridge] = _error(before, found, seen, shift)
             if errors[ridge] > min(errors.values()):
                 break
     power = _lost(path, moments)
@@ -346,7 +348,7 @@ def _reads_of(path: Path) -> Tensor:
 
 def _lost(path: Path, moments: Moments) -> float:
     """Return the mean square of what dropped heads write, on the held-out half."""
-    return max(float(moments.gram(1).diagonal()[-path.output.out_features :].sum()), 1e-300)
+    return max(float(moments.last(path.output.out_features).gram(1).diagonal().sum()), 1e-300)
 
 
 def _refitted(path: Path, moments: Moments) -> tuple[Prediction, float]:
@@ -371,12 +373,10 @@ def _beside(path: Path, before: Factors) -> Tensor:
     return view
 
 
-def _error(path: Path, moments: Moments, before: Factors, after: Factors) -> float:
-    """Return E|y - (M' - M) f|^2 on the held-out half, with the fit half's mean where a bias takes it."""
+def _error(before: Factors, after: Factors, gram: Tensor, shift: Tensor | None) -> float:
+    """Return E|y - (M' - M) f|^2 by the held-out half's Gram matrix, `shift` from the fit half's mean where a bias takes that."""
     change = after.whole() - before.whole()
     outputs, features = change.shape
-    gram = moments.gram(1, centred=_centred(path))
-    shift = moments.mean(1) - moments.mean(0) if _centred(path) else None
     read = torch.zeros(outputs, features + outputs, dtype=change.dtype, device=change.device)
     read[:, features:].fill_diagonal_(1.0)
     stays, lost = torch.arange(features + outputs, device=change.device).split([features, outputs])

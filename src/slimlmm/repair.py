@@ -28,7 +28,7 @@ from slimlmm.errors import UserError
 from slimlmm.forward import evaluating, forward
 from slimlmm.importance import Loss, at_least_one, mean_loss
 from slimlmm.merging import NotMergeableError, merge
-from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict, products_of
+from slimlmm.moments import ATTENTION_RIDGE, RIDGES, Moments, Prediction, predict
 from slimlmm.rotation import Stream, listen, rotate
 from slimlmm.wiring import NotRotatable, Wiring, owner, trace
 
@@ -86,11 +86,7 @@ def collect(
                     slot.parameter in found.consumers
                 ):  # groups of one block may share it: the heads of an attention output
                     continue
-                linear = modules[owner(slot.parameter)]
-                weight = linear.get_parameter("weight")
-                moments = Moments(weight.shape[1], model.device, products_of(weight))
-                found.consumers[slot.parameter] = moments
-                ears.attach(linear, moments)
+                found.consumers[slot.parameter] = ears.beside(modules[owner(slot.parameter)])
         for batch in at_least_one(batches, f"repairing {axis}"):
             ears.samples = samples_of(batch, text=text)
             forward(model, batch)
