@@ -89,3 +89,14 @@ def test_settings_of_a_training_without_what_they_are_for_are_in_vain():
     heard = train | {"losses": {"forward_kl": 1.0}, "validate_every": 1, "own_answers": 0.5}
     stages[0]["rounds"][0]["train"] = heard
     assert recipe.parse({"stages": stages}, "r.yaml").unheard() == []
+
+
+def test_what_our_own_checks_find_is_told_in_their_words_alone():
+    with pytest.raises(UserError) as told:
+        recipe.parse(
+            {"stages": [{"name": "one", "rounds": [{"sizes": {"text.width": 9}, "fade": 3, "train": {"steps": 9}}]}]},
+            "r.yaml",
+        )
+    assert "r.yaml: 1 problem(s)\n  stages.0.rounds.0: fade=3: text.width cannot fade" in str(told.value)
+    assert "Value error" not in str(told.value)
+    assert "(got" not in str(told.value)

@@ -63,7 +63,7 @@ def test_all_problems_at_once_with_their_paths():
         "data: Field required",
         "base.shrnk: unknown key. Did you mean 'shrink'",
         "base.seed: has no effect; list `seeds`",
-        "seeds: Value error, name each seed once",
+        "seeds: name each seed once",
         "sweeps.0:",
         "arms.base: this name is taken",
         "arms.a.recipe.data.train_row: unknown key. Did you mean 'train_rows'",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +81,10 @@ def problems(
             known = sorted(kind(one["loc"][:-1]).model_fields)
             lines.append(f"{path}: unknown key. {nearest(str(one['loc'][-1]), known)}")
         else:
-            lines.append(f"{path}: {one['msg']} (got {one['input']!r})")
+            # where a validator of ours judges a whole mapping, it says what in it is wrong
+            ours = one["type"] == "value_error"
+            got = "" if ours and isinstance(one["input"], Mapping) else f" (got {one['input']!r})"
+            lines.append(f"{path}: {one['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
 
