@@ -30,7 +30,7 @@ LAST_SHARE = 0.75
 #: share of a round's row visits that stop at the language model, and the most steps of that training
 STATES_SHARE, MOST_STATES = 0.25, 200
 #: steps that the training of answers needs; where row visits are too few for that, rounds are joined
-LEAST_STEPS = 20
+LEAST_STEPS = 12
 #: peak learning rate of answers for a whole model, the power of whole / left parameters that it grows by, and where that ends
 FIRST_RATE, RATE_POWER, MOST_RATE = 1e-4, 0.6, 6e-4
 #: ratio of parameters from which a step takes twice the pictures, matrices of linear maps move by Muon, and rates of answers fall
