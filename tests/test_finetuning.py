@@ -114,3 +114,17 @@ def test_passes_beside_a_recipe_are_refused(rows, tmp_path):
 def test_an_epoch_ends_in_a_part_of_a_step(pictures, epochs, steps):
     rows = [Row(str(n), b"%d" % (n // 3), "q", "a") for n in range(3 * pictures)]
     assert finetuning.trainings(None, rows, epochs)[0].steps == steps
+
+
+def test_a_training_that_names_no_losses_learns_from_labels_alone(rows, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump([{"steps": 2}, {"steps": 1, "losses": {"pairwise_margin": 1.0}}]))
+    first, second = finetuning.trainings(path, rows.train, None)
+    assert first.losses == finetuning.trainings(None, rows.train, None)[0].losses == {"cross_entropy": 1.0}
+    assert second.losses == {"pairwise_margin": 1.0}
+
+
+def test_what_a_later_training_asks_for_in_vain_is_refused_before_anything_is_written(teacher, ads, tmp_path):
+    with pytest.raises(UserError, match="forward_kl needs a teacher"):
+        tuned(teacher, ads, tmp_path / "new" / "out", [TRAININGS[0], TRAININGS[1] | {"losses": {"forward_kl": 1.0}}])
+    assert [one.name for one in (tmp_path / "new").iterdir()] == ["trainings.yaml"]

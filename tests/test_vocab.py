@@ -184,3 +184,16 @@ def test_what_cannot_be_trimmed_is_refused():
     anatomy = describe(model.config)
     with pytest.raises(UserError, match="token 2 must stay, it is the eos_token_id"):
         cut(model, anatomy, "vocab", {"vocab": torch.tensor([0, 1, 3, 4, 9])})
+
+
+def test_ids_that_a_processor_remembers_under_any_name_are_renumbered_and_switches_are_not():
+    model, processor = tiny(NAMES[0])
+    tokenizer = processor.tokenizer
+    texts = [prompt(processor)[0], "The brand is Alder"]
+    mark = max(tokenizer(texts[1], add_special_tokens=False)["input_ids"])
+    processor.video_start_id, processor.mark_ids, processor.default_use_image_id = mark, [mark], True
+    _, trimmed = trim(model, processor, texts)
+    new = trimmed.tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(mark))
+    assert new < mark
+    assert (trimmed.video_start_id, trimmed.mark_ids) == (new, [new])
+    assert trimmed.default_use_image_id is True

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimlmm import checkpoint, data, leaving, measure
+from slimlmm import checkpoint, data, demands, leaving, measure
 from slimlmm import recipe as recipes
 from slimlmm.collate import Prompter
 from slimlmm.distill import TrainResult, train
@@ -30,8 +30,8 @@ from slimlmm.trainings import Training
 
 #: validation rows that are looked at before and after
 LOOKED_AT = 500
-#: passes over the train rows where nothing else is said
-EPOCHS = 3.0
+#: passes over the train rows, and losses, where nothing else is said
+EPOCHS, LOSSES = 3.0, {"cross_entropy": 1.0}
 
 
 def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float | None) -> list[Training]:
@@ -44,13 +44,12 @@ def trainings(path: Path | None, rows: Sequence[data.Row], epochs: float | None)
     if path is None:
         pictures = len(data.by_picture(rows, 16))
         steps = math.ceil(epochs * math.ceil(pictures / 16))  # an epoch ends in a part of a step
-        return [
-            Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses={"cross_entropy": 1.0})
-        ]
+        return [Training(steps=steps, learning_rate=2e-4, vision_rate=0.4, layer_decay=0.85, losses=LOSSES)]
     raw = read_yaml(path, "list of trainings")
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{path}: must be a list of trainings, each with steps, learning_rate ...")
-    return recipes.parse_trainings(raw, str(path))
+    told = [{"losses": LOSSES, **one} if isinstance(one, Mapping) else one for one in raw]
+    return recipes.parse_trainings(told, str(path))
 
 
 def finetune(
@@ -79,6 +78,8 @@ def finetune(
     rows = splits.need("train", source)
     validation = data.sample(splits.need("validation", source), LOOKED_AT, seed)
     phases = trainings(recipe, rows, epochs)
+    for settings in phases:
+        demands.check(settings, rows, None, None, validation, None)
     told = json.dumps([one.model_dump(mode="json") for one in phases])
     identity = identity_of(loaded, {"train": rows, "validation": validation}) | {"trainings": told, "seed": seed}
     place = out.expanduser().absolute().with_name(f".{out.name}.training")

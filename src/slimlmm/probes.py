@@ -34,6 +34,8 @@ QUESTIONS = (
 SYSTEM = "System7Q"
 #: a picture is this many plain squares a side
 SQUARES = 8
+#: most characters that are told of what stopped it
+MOST_SAID = 400
 #: pixels a side of pictures where the processor names no size, and at most
 USUAL, LARGEST = 224, 1024
 
@@ -220,8 +222,8 @@ def told(order: Order) -> dict[str, Any]:
     try:
         return run(order)
     except Exception as error:  # in a process of its own: the other one tells it
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return {"error": f"{type(error).__name__}: {lines[0] if lines else 'no message'}"}
+        said = " ".join(str(error).split())
+        return {"error": f"{type(error).__name__}: {said[:MOST_SAID] or 'no message'}"}
 
 
 if __name__ == "__main__":

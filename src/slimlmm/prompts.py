@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from slimlmm.families import family_of, part_of
 from slimlmm.token_ids import referenced
 
 Batch = dict[str, Tensor]
-Pictures = Callable[[Any, torch.Generator], tuple[Batch, int]]
+Pictures = Callable[..., tuple[Batch, int]]
 
 
 def picture_prompt(config: Any, seed: int = 0, pixels: int = 0) -> Batch:
@@ -32,10 +32,8 @@ def picture_prompt(config: Any, seed: int = 0, pixels: int = 0) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     if config.model_type not in PICTURES:
         raise UserError(f"no picture prompt is known for model type {config.model_type!r}")
-    if config.model_type in ANY_SIZE or config.vision_config.model_type == "pixtral":
-        pictures, count = ANY_SIZE.get(config.model_type, _any_size)(config, rng, pixels)
-    else:
-        pictures, count = PICTURES[config.model_type](config, rng)
+    draw = _any_size if config.vision_config.model_type == "pixtral" else PICTURES[config.model_type]
+    pictures, count = draw(config, rng, pixels) if draw in SIZED else draw(config, rng)
     data = config.to_dict()
     parts = family_of(config).token_data(data)
     size = parts[family_of(config).tower("text").config]["vocab_size"]
@@ -355,19 +353,17 @@ PICTURES: Mapping[str, Pictures] = {
     "lfm2_vl": _flat_shapes,
 }
 
-#: by model type: (config, random numbers, pixels per side), where a picture may have any size
-ANY_SIZE: Mapping[str, Callable[[Any, torch.Generator, int], tuple[Batch, int]]] = {
-    **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe"),
-        _patch_rows,
-    ),
-    "minicpmv4_6": _packed,
-    "florence2": _stages,
-    "fast_vlm": _map,
-    "mistral3": _any_size,
-    "gemma4": _flat_positions,
-    "lfm2_vl": _flat_shapes,
-}
+#: those that draw a picture of about so many pixels per side
+SIZED: Sequence[Callable[..., tuple[Batch, int]]] = (
+    _patch_rows,
+    _patch_squares,
+    _packed,
+    _stages,
+    _map,
+    _any_size,
+    _flat_positions,
+    _flat_shapes,
+)
 
 #: by model type: (config, input ids) -> what else forward wants
 EXTRAS: Mapping[str, Callable[[Any, Tensor], Batch]] = {

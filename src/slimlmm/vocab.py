@@ -225,6 +225,6 @@ def _with_tokenizer(processor: Any, tokenizer: PreTrainedTokenizerFast, ids: lis
     renewed = copy.copy(processor)
     renewed.tokenizer = tokenizer
     for key, value in vars(processor).items():
-        if is_id(key) or key.endswith("_ids"):
+        if (is_id(key) or key.endswith(("_id", "_ids"))) and not isinstance(value, bool):  # use_image_id is a switch
             setattr(renewed, key, renumber(key, value, new, ids[-1] + 1))
     return renewed
