@@ -141,7 +141,6 @@ def test_rates_rise_with_what_was_cut_and_end_and_muon_takes_over():
         assert answers.optimizer == states.optimizer == ("muon" if far else "adamw")
         assert answers.learning_rate == pytest.approx(rate * (staging.MUON_RATE if far else 1), rel=0.05)
         assert states.learning_rate == pytest.approx(staging.STATES_RATE * rate, rel=0.05)
-        assert answers.schedule == ("linear" if far else "cosine")
         rates.append(answers.learning_rate)
     assert rates == sorted(rates)
     assert rates[-1] > 5 * staging.FIRST_RATE

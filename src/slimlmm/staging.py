@@ -33,8 +33,7 @@ STATES_SHARE, MOST_STATES = 0.25, 200
 LEAST_STEPS = 12
 #: peak learning rate of answers for a whole model, the power of whole / left parameters that it grows by, and where that ends
 FIRST_RATE, RATE_POWER, MOST_RATE = 1e-4, 0.6, 6e-4
-#: ratio of parameters from which a step takes twice the pictures, matrices of linear maps move by Muon, and rates of answers fall
-#: on a line
+#: ratio of parameters from which a step takes twice the pictures, and matrices of linear maps move by Muon
 MANY_RATIO = 6.0
 #: how many times AdamW's rate of answers Muon bears
 MUON_RATE = 5 / 3
@@ -127,12 +126,12 @@ def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRo
     A picture costs far less where the language model does not run, and says more: one state a picture token; in long rounds that
     is soon learnt (MOST_STATES). The further a model is cut (`ratio`: whole / left parameters), the higher a learning rate it
     bears and needs; a nearly whole one is damaged by it: rate = FIRST_RATE ratio^RATE_POWER, at most MOST_RATE, and STATES_RATE
-    times that for states. From MANY_RATIO on it moves by Muon; the rate of answers begins at MUON_RATE times that there, and
-    falls on a line (docs/lab-notes.md).
+    times that for states. From MANY_RATIO on it moves by Muon, at MUON_RATE times the rate for answers (docs/lab-notes.md).
     """
     far, questions = ratio >= MANY_RATIO, Training.model_fields["questions_per_picture"].default
-    pictures, optimizer, schedule = (16, "muon", "linear") if far else (8, "adamw", "cosine")
+    pictures, optimizer = (16, "muon") if far else (8, "adamw")
     rate = min(MOST_RATE, FIRST_RATE * ratio**RATE_POWER)
+    answers_rate = rate * MUON_RATE if far else rate
 
     def steps(visits: float, pictures: int) -> int:
         return max(1, round(visits / a_step(pictures, questions)))
@@ -147,18 +146,16 @@ def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRo
             **more,
         )
 
-    def answers(visits: float, **more: Any) -> Training:
-        begins = rate * MUON_RATE if far else rate
-        return training(steps(visits, pictures), pictures, begins, schedule=schedule, **more)
-
     if anatomy.axes["text.blocks"].refusal or FAMILIES[anatomy.model_type].beside:
-        return (answers(row_visits),)
+        return (training(steps(row_visits, pictures), pictures, answers_rate),)
     states, before = {"picture_states": 1.0}, ("patch_embedding", "text")
     seen = min(MOST_STATES, steps(row_visits * STATES_SHARE, 2 * pictures))
     left = row_visits - seen * a_step(2 * pictures, questions)
     return (
         training(seen, 2 * pictures, STATES_RATE * rate, losses=states, freeze=before),
-        answers(left, losses=Training.model_fields["losses"].default | states),
+        training(
+            steps(left, pictures), pictures, answers_rate, losses=Training.model_fields["losses"].default | states
+        ),
     )
 
 
