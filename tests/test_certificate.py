@@ -176,7 +176,7 @@ DAMAGE = {
     "a broken certificate": (lambda folder: (folder / NAME).write_text("{"), "is not a certificate of schema"),
     "fewer margins than tokens": (
         lambda folder: probes_of(folder, lambda _: {"margins": []}),
-        r"probes\.0: Value error, \d+ tokens, 0 margins",
+        r"probes\.0: \d+ tokens, 0 margins",
     ),
     "no certificate": (lambda folder: (folder / NAME).unlink(), "there is no certificate.json; --without-certificate"),
 }

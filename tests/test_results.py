@@ -128,7 +128,7 @@ def test_saved_results_load_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "file: Invalid JSON"),
+        ("{", "schema version 1: Invalid JSON"),
         ("{}", "name: Field required"),
         ('{"schema_version": 9}', "schema_version: Input should be 1"),
         ('{"surprise": 1}', "surprise: Extra inputs"),

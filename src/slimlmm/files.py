@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from slimlmm.errors import UserError
+from slimlmm.settings import on_one_line
 
 T = TypeVar("T")
 
@@ -42,10 +43,9 @@ def read_json(adapter: TypeAdapter[T], path: Path) -> T:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg']}" for one in error.errors()[:8])
         raise UserError(
-            f"{path} is not what was written there ({wrong}). Put the file back, or remove it: the same command makes anew "
-            "what it held."
+            f"{path} is not what was written there ({on_one_line(error)}). Put the file back, or remove it: the same command "
+            "makes anew what it held."
         ) from error
 
 

@@ -20,6 +20,7 @@ from slimlmm.evaluate import Accuracy, Evaluation, Interval, Record, Score, agre
 from slimlmm.files import write_text
 from slimlmm.measure import Comparison, Environment, Memory
 from slimlmm.recipe import Recipe
+from slimlmm.settings import on_one_line
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -41,8 +42,9 @@ class File(Record):
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}.") from error
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
-            raise UserError(f"{path} is not a {cls.WHAT} of schema version {SCHEMA_VERSION}: {wrong}.") from error
+            raise UserError(
+                f"{path} is not a {cls.WHAT} of schema version {SCHEMA_VERSION}: {on_one_line(error)}."
+            ) from error
 
 
 class Dataset(Record):

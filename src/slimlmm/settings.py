@@ -76,7 +76,7 @@ def problems(
     """
     lines = []
     for one in error.errors():
-        path = ".".join(map(str, (*under, *one["loc"]))) or "recipe"
+        path = _path((*under, *one["loc"])) or "recipe"
         if one["type"] == "extra_forbidden":
             known = sorted(kind(one["loc"][:-1]).model_fields)
             lines.append(f"{path}: unknown key. {nearest(str(one['loc'][-1]), known)}")
@@ -84,8 +84,23 @@ def problems(
             # where a validator of ours judges a whole mapping, it says what in it is wrong
             ours = one["type"] == "value_error"
             got = "" if ours and isinstance(one["input"], Mapping) else f" (got {one['input']!r})"
-            lines.append(f"{path}: {one['msg'].removeprefix('Value error, ')}{got}")
+            lines.append(f"{path}: {_said(one['msg'])}{got}")
     return lines
+
+
+def on_one_line(error: ValidationError) -> str:
+    """Return the first eight problems of what was not written by hand: what is wrong, and where if not with the whole."""
+    return "; ".join(": ".join([*filter(None, [_path(one["loc"])]), _said(one["msg"])]) for one in error.errors()[:8])
+
+
+def _path(places: tuple[Any, ...]) -> str:
+    """Return where a value lies as settings name it, "" for the whole."""
+    return ".".join(map(str, places))
+
+
+def _said(message: str) -> str:
+    """Return a message of pydantic's without what it puts before those of our validators."""
+    return message.removeprefix("Value error, ")
 
 
 def fields(kind: type[Settings], title: str) -> list[str]:

@@ -27,6 +27,7 @@ from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
+from slimlmm.settings import on_one_line
 from slimlmm.snapshot import identity_of
 from slimlmm.studies import BASE, Group, Study, merged
 from slimlmm.study_results import Arm, StudyResults
@@ -299,8 +300,7 @@ def _arm(
     except UserError as error:
         return arm.model_copy(update={"reason": str(error)})
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return arm.model_copy(update={"reason": f"its recipe is not valid: {told}"})
+        return arm.model_copy(update={"reason": f"its recipe is not valid: {on_one_line(error)}"})
     recipes[name] = found
     same = next((other for other in arms if recipes.get(other) == found), None)
     return arm.model_copy(update={**facts, "same_as": arms[same].same_as or same if same else None})
