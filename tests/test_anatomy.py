@@ -1,10 +1,15 @@
 """What probing must find, and what it must refuse: axes, sizes, groups, roles, configs."""
 
+import re
+
 import pytest
 import torch
+import transformers
+from transformers import AutoConfig
 
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
+from slimlmm.families import FAMILIES, HOLDS
 from slimlmm.probing import edited, skeleton
 from slimlmm.resizing import dead_blocks, predict_parameters, resized
 from tiny import NAMES, tiny_config
@@ -102,6 +107,16 @@ def test_refusals_say_why():
         anatomy.axis("text.wdth")
     with pytest.raises(UserError, match="'llama' is not supported"):
         describe(tiny_config("llava-clip-llama").text_config)
+
+
+def test_a_model_that_holds_one_of_a_family_says_how_to_take_it_out():
+    for holder, told in HOLDS.items():
+        with pytest.raises(UserError) as caught:
+            describe(AutoConfig.for_model(holder))
+        assert str(caught.value) == f"model type '{holder}' is not supported. {told}"
+        model, processor = (getattr(transformers, name) for name in re.findall(r"(\w+)\.from_pretrained", told))
+        assert model.config_class.model_type in FAMILIES
+        assert issubclass(processor, transformers.ProcessorMixin)
 
 
 def test_an_unknown_tower_refuses_its_own_axes_only():

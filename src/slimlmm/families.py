@@ -399,6 +399,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+#: model types that hold a model of a family, and how to take it out
+HOLDS: dict[str, str] = {
+    "qwen2_5_omni": "The part of it that sees and writes is: save_pretrained "
+    "Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(MODEL) and Qwen2_5OmniProcessor.from_pretrained(MODEL) "
+    "of transformers into one folder, and name that.",
+}
+
+
 def stock_class(config: Any) -> Any:
     """Return the Auto class of transformers that builds and loads this configuration."""
     only = set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -413,7 +421,7 @@ def part_of(config: Any, tower: Tower) -> Any:
 def family_of(config: Any) -> Family:
     """Return the family of a top-level configuration, or refuse with the nearest known model type."""
     if config.model_type not in FAMILIES:
-        hint = nearest(config.model_type, list(FAMILIES))
+        hint = HOLDS.get(config.model_type) or nearest(config.model_type, list(FAMILIES))
         raise UserError(f"model type {config.model_type!r} is not supported. {hint}")
     family = FAMILIES[config.model_type]
     towers = []
