@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slimlmm import checkpoint, cutting, importance, recipe, repair, sensitivity
+from slimlmm import bridging, checkpoint, cutting, importance, recipe, repair, sensitivity
 from slimlmm.anatomy import describe
 from slimlmm.calibration import calibration_of, loss_against
 from slimlmm.collate import Collator
@@ -73,14 +73,20 @@ def test_sizes_of_an_axis_share_what_they_can_and_cost_what_they_cost_alone(
         return cutting.Trials(job, loaded.model, loaded.processor, sensitivity.TRIAL, tmp_path)
 
     alone = {size: trials().loss(axis, size) for size in sizes}
-    seen, scored, collected = trials(), [], []
-    for module, name, calls in ((importance, "score", scored), (repair, "collect", collected)):
+    seen, scored, collected, left_out = trials(), [], [], []
+    calls_of = ((importance, "score", scored), (repair, "collect", collected), (bridging, "mean_loss", left_out))
+    for module, name, calls in calls_of:
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1])
     assert {size: seen.loss(axis, size) for size in sizes} == alone
-    assert (len(scored), len(collected)) == (1, 0 if axis == "vision.blocks" else 1)
+    blocks = axis == "vision.blocks"
+    # three blocks: each left out once, then each of the two that stay
+    assert (len(scored), len(collected), len(left_out)) == ((0, 0, 3 + 2) if blocks else (1, 1, 0))
     seen.loss("text.kv_groups", 1)
     assert seen.loss(axis, sizes[0]) == alone[sizes[0]]
-    assert len(scored) == 3
+    assert len(scored) == (1 if blocks else 3)
+    if blocks:  # from a smaller size there is no way back to a larger one
+        assert seen.loss(axis, sizes[1]) == alone[sizes[1]]
+        assert seen.loss(axis, sizes[0]) == alone[sizes[0]]
     judges = calibration_of(job.calibration, Collator(loaded.processor, packed=True), loaded.model.device).judge
     assert seen.uncut() == importance.mean_loss(loaded.model.eval(), judges, loss_against(job.cache))

@@ -299,6 +299,28 @@ def test_ablation_of_a_group_agrees_with_the_cut_model(name, axis):
             assert float(scores[group.name][unit]) == pytest.approx(growth, abs=1e-5)
 
 
+def test_ablation_of_many_units_takes_the_first_batches_and_of_too_many_none(monkeypatch):
+    model, described, batches = case(MAIN)
+    assert len(batches) >= 2
+    units = sum(group.units for group in described.axis("text.kv_groups").groups)
+
+    def scores(batches):
+        found = score(model, described, ["text.kv_groups"], "ablation", batches, loss)
+        return torch.cat([found[name] for name in sorted(found)])
+
+    whole, first = scores(batches), scores(batches[:1])
+    assert not torch.equal(whole, first)
+    monkeypatch.setattr(importance, "ABLATED_ON_ALL", units)
+    assert torch.equal(scores(batches), whole)
+    monkeypatch.setattr(importance, "ABLATED_ON_ALL", units // len(batches))
+    assert torch.equal(scores(batches), first)
+    monkeypatch.setattr(importance, "ABLATED_ON_ALL", 1)
+    assert torch.equal(scores(batches), first)
+    monkeypatch.setattr(importance, "MOST_ABLATED", units - 1)
+    with pytest.raises(UserError, match=f"there are {units}; up to {units - 1} it may"):
+        scores(batches)
+
+
 def test_greedy_drops_first_what_costs_least_and_then_measures_again():
     model, described, batches = case(MAIN)
     growth = rank_blocks(model, described, "text.blocks", batches, loss)
@@ -311,14 +333,17 @@ def test_greedy_drops_first_what_costs_least_and_then_measures_again():
         costs[block] = mean_loss(student, batches, loss)
     assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1) == [min(costs, key=costs.get)]
     assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=3) == [0, 1, 2]
+    assert greedy_blocks(model, described, "text.blocks", batches, loss, keep=1, stays=first) == [
+        min(costs, key=costs.get)
+    ]
+    (other,) = set(range(3)) - set(first)
+    assert other in greedy_blocks(model, described, "text.blocks", batches, loss, keep=2, stays=[other, first[0]])
 
 
 def test_refusals_name_what_is_missing():
     model, described, batches = case(MAIN)
     with pytest.raises(UserError, match="Did you mean 'taylor'"):
         score(model, described, ["text.ffn"], "tailor")
-    with pytest.raises(UserError, match="once per unit, and there are"):
-        score(model, described, ["text.ffn", "vision.ffn"], "ablation", batches, loss)
     with pytest.raises(UserError, match=r"what some matrix reads, not text\.width"):
         score(model, described, ["text.width"], "ablation", batches, loss)
     with pytest.raises(UserError, match=r"what some matrix reads, not text\.head_dim\.pairs"):

@@ -78,22 +78,28 @@ def bridge_best(
 
 
 def greedy_bridged(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, calibration: Calibration, loss: Loss, keep: int
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    axis: str,
+    calibration: Calibration,
+    loss: Loss,
+    keep: int,
+    stays: Sequence[int] = (),
 ) -> list[int]:
     """Return the `keep` units of blocks that stay when, one by one, the one that costs least once bridged is dropped; ascending.
 
-    As `ranking.greedy_blocks`, but gaps are bridged before they are judged, on rows that no bridge was fitted on: the block
-    whose absence hurts most may be the one that its neighbour can stand in for. One pass for each choice that is tried and two
-    for each gap; weights are changed in place while a choice is judged, and put back.
+    As `ranking.greedy_blocks` (`stays` too), but gaps are bridged before they are judged, on rows that no bridge was fitted
+    on: the block whose absence hurts most may be the one that its neighbour can stand in for. One pass for each choice that is
+    tried and two for each gap; weights are changed in place while a choice is judged, and put back.
     """
     group, layers = anatomy.axis(axis).groups[0], anatomy.axis(axis).layers
     patches: dict[tuple[int, int], Patch | None] = {}
     with evaluating(model):
         memory = Memory.of(model, anatomy, list(at_least_one(calibration.fit, "ranking blocks")))
 
-    def cost(stays: list[int]) -> float:
-        gone = group.layers(unit for unit in range(group.units) if unit not in stays)
-        found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(stays)}))
+    def cost(left: list[int]) -> float:
+        gone = group.layers(unit for unit in range(group.units) if unit not in left)
+        found = list(gaps(model, anatomy, axis, {group.name: torch.tensor(left)}))
         for gap in found:
             if (gap.first, gap.last) not in patches:
                 patches[gap.first, gap.last] = _patch(model, anatomy.axis(axis), gap, calibration.fit, memory)
@@ -108,7 +114,7 @@ def greedy_bridged(
             stack.enter_context(memory.resumed(model, f"{layers}.{first}"))
             return mean_loss(model, calibration.judge, loss)
 
-    return greedily(group, keep, cost)
+    return greedily(group, keep, cost, stays)
 
 
 def _patch(model: PreTrainedModel, axis: Axis, gap: Gap, batches: Sequence[Batch], memory: Memory) -> Patch | None:

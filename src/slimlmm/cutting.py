@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +34,13 @@ NEURONS = ("ffn", "expert_ffn")
 class Sight:
     """What an uncut model shows of an axis, whatever size it is cut to.
 
-    `scores` of its units, where those alone decide; `moments` for its repair (`repair.first_moments`), where one fits any.
+    `scores` of its units, where those alone decide; `moments` for its repair (`repair.first_moments`), where one fits any;
+    `stays`: blocks that are left at a larger size, where they are dropped one by one.
     """
 
     scores: importance.Scores = field(default_factory=dict)
     moments: repair.Statistics | None = None
+    stays: tuple[int, ...] = ()
 
 
 def criterion_of(turn: Round, model: PreTrainedModel, axis: str) -> str:
@@ -118,9 +120,10 @@ def chosen(
     if turn.blocks == "random":
         generator = torch.Generator().manual_seed(job.recipe.seed)
         return {axis: group.best(torch.rand(group.units, generator=generator), count)}
+    left = seen.stays if len(seen.stays) >= count else ()
     if "bridge" in turn.repair:
-        return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count))}
-    return {axis: torch.tensor(ranking.greedy_blocks(model, anatomy, axis, calibration.judge, loss, count))}
+        return {axis: torch.tensor(bridging.greedy_bridged(model, anatomy, axis, calibration, loss, count, left))}
+    return {axis: torch.tensor(ranking.greedy_blocks(model, anatomy, axis, calibration.judge, loss, count, left))}
 
 
 def _cut(
@@ -187,7 +190,8 @@ def written(
 class Trials:
     """Cuts of one axis at a time with the repairs of a round, untrained, and the loss of each on rows that no fit saw.
 
-    Sizes of one axis share its scores and moments; those of the axis that was tried last are held.
+    Sizes of one axis share its scores and moments, or the blocks that a larger size leaves; those of the axis that was tried
+    last are held.
     """
 
     def __init__(self, job: Job, model: PreTrainedModel, processor: object, turn: Round, folder: Path) -> None:
@@ -204,7 +208,11 @@ class Trials:
         if self._seen[0] != axis:
             self._seen = "", Sight()  # not both at once
             self._seen = axis, sight(self.job, self.model, self.turn, axis, self.by)
-        return self._judged(_cut(self.job, self.model, self.turn, (axis, size), self.by, self.folder, self._seen[1])[0])
+        seen = self._seen[1]
+        student, keep = _cut(self.job, self.model, self.turn, (axis, size), self.by, self.folder, seen)
+        if describe(self.model.config).axis(axis).kind == "blocks":
+            self._seen = axis, replace(seen, stays=tuple(keep[axis].tolist()))
+        return self._judged(student)
 
     def _judged(self, model: PreTrainedModel) -> float:
         (calibration, loss) = self.by

@@ -37,8 +37,9 @@ Loss = Callable[[PreTrainedModel, Batch], Tensor]
 Scores = dict[str, Tensor]
 #: elements of a tensor that are squared at once
 SQUARED_AT_ONCE = 1 << 24
-#: most units that the criterion `ablation` measures one by one
-MOST_ABLATED = 256
+#: units that the criterion `ablation` measures on all of its batches, and the most that it measures at all
+ABLATED_ON_ALL = 256
+MOST_ABLATED = 4096
 Needs = Literal["nothing", "weights", "activations", "loss"]
 
 
@@ -295,8 +296,9 @@ def activation(task: Task) -> Scores:
 def ablation(task: Task) -> Scores:
     """Score by ablation: how much the mean loss grows when nothing reads this unit alone; one pass over the batches per unit.
 
-    The right measure where units are few and dear (key/value groups): taking one away is no small change, so that the
-    first order misleads (docs/lab-notes.md).
+    Of more than `ABLATED_ON_ALL` units the passes are shorter in proportion, over the first batches, one at least. The right
+    measure where units are few and dear (key/value groups): taking one away is no small change, so that the first order
+    misleads (docs/lab-notes.md).
     """
     other = [g.name for g in task.groups if task.anatomy.axis(g.axis).kind != "inner" or g.masked_role != "consume"]
     if other:
@@ -309,6 +311,7 @@ def ablation(task: Task) -> Scores:
         )
     assert task.loss is not None
     batches = list(at_least_one(task.batches, "ablation"))
+    batches = batches[: max(1, len(batches) * ABLATED_ON_ALL // max(units, ABLATED_ON_ALL))]
     named, totals = dict(task.model.named_parameters(remove_duplicate=False)), _zeros(task)
     memory = Memory.of(task.model, task.anatomy, batches)
     with memory.resumed(task.model, memory.last):

@@ -34,9 +34,17 @@ def rank_blocks(model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Se
 
 
 def greedy_blocks(
-    model: PreTrainedModel, anatomy: Anatomy, axis: str, batches: Sequence[Batch], loss: Loss, keep: int
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    axis: str,
+    batches: Sequence[Batch],
+    loss: Loss,
+    keep: int,
+    stays: Sequence[int] = (),
 ) -> list[int]:
     """Return the `keep` blocks that stay when, one at a time, the one that costs least is dropped; ascending.
+
+    `stays`: those that are left already, where a choice of more goes on; all of them if none is said.
 
     Each step measures every remaining block with the earlier ones already skipped: (L + keep + 1)(L - keep) /
     2 passes for L blocks. Better than dropping the lowest of one ranking, because neighbouring blocks stand
@@ -46,17 +54,20 @@ def greedy_blocks(
     if not group.least <= keep <= len(blocks):
         raise UserError(f"{axis}: cannot keep {keep} blocks of {len(blocks)}; ask for {group.least} to {len(blocks)}.")
 
-    def cost(stays: list[int]) -> float:
-        with skipped([block for unit, each in enumerate(blocks) if unit not in stays for block in each]):
+    def cost(left: list[int]) -> float:
+        with skipped([block for unit, each in enumerate(blocks) if unit not in left for block in each]):
             return mean_loss(model, batches, loss)
 
     with evaluating(model):
-        return greedily(group, keep, cost)
+        return greedily(group, keep, cost, stays)
 
 
-def greedily(group: Group, keep: int, cost: Callable[[list[int]], float]) -> list[int]:
-    """Return the `keep` units that stay when, one by one, the unit is dropped without which the others cost least; ascending."""
-    kept = list(range(group.units))
+def greedily(group: Group, keep: int, cost: Callable[[list[int]], float], stays: Sequence[int] = ()) -> list[int]:
+    """Return the `keep` units that stay when, one by one, the unit is dropped without which the others cost least; ascending.
+
+    `stays`: those that are left already; all of them if none is said.
+    """
+    kept = list(stays or range(group.units))
     while len(kept) > keep:
         tries = [[other for other in kept if other != unit] for unit in kept]
         least, kept = min(((cost(stays), stays) for stays in tries if group.allows(stays)), key=lambda one: one[0])

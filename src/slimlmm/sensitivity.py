@@ -23,8 +23,8 @@ from slimlmm.recipe import Round
 
 #: smaller sizes of an axis that are measured, evenly spaced in ratio; few and cheap, because each is a cut with its repair
 POINTS = 3
-#: how a trial cut is made: as a round does it, without what takes minutes (ablation of blocks and groups, merging, settling)
-TRIAL = Round(groups="taylor", blocks="taylor", repair=("refit", "rotate", "bridge"))
+#: how a trial cut is made: as a round does it, without what gains little at one axis alone and takes long (merging, settling)
+TRIAL = Round(repair=("refit", "rotate", "bridge"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
