@@ -70,7 +70,7 @@ def greedily(group: Group, keep: int, cost: Callable[[list[int]], float], stays:
     kept = list(stays or range(group.units))
     while len(kept) > keep:
         tries = [[other for other in kept if other != unit] for unit in kept]
-        least, kept = min(((cost(stays), stays) for stays in tries if group.allows(stays)), key=lambda one: one[0])
+        least, kept = min(((cost(left), left) for left in tries if group.allows(left)), key=lambda one: one[0])
         if math.isinf(least):
             raise UserError(
                 f"{group.name}: without any one of {len(tries)} blocks the loss is no number, so none can be chosen."
