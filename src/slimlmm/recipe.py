@@ -55,7 +55,9 @@ class Round(Settings):
         "`repair` has no refit.",
     )
     groups: Literal["ablation", "taylor", "activation", "magnitude", "random"] = Field(
-        "ablation", description="How key/value groups are scored: few and dear, each can be measured by its absence."
+        "ablation",
+        description="How key/value groups are scored: few and dear, each can be measured by its absence (more than 256 of them "
+        "on fewer rows).",
     )
     blocks: Literal["ablation", "taylor", "last", "random"] = Field(
         "ablation",

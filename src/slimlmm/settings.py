@@ -90,7 +90,7 @@ def problems(
 
 def on_one_line(error: ValidationError) -> str:
     """Return the first eight problems of what was not written by hand: what is wrong, and where if not with the whole."""
-    return "; ".join(": ".join([*filter(None, [_path(one["loc"])]), _said(one["msg"])]) for one in error.errors()[:8])
+    return "; ".join(": ".join(filter(None, (_path(one["loc"]), _said(one["msg"])))) for one in error.errors()[:8])
 
 
 def _path(places: tuple[Any, ...]) -> str:

@@ -27,6 +27,7 @@ from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, Round, Stage
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from slimlmm.runfolder import IDENTITY, claim, held
+from slimlmm.sensitivity import TRIAL
 from slimlmm.settings import on_one_line
 from slimlmm.snapshot import identity_of
 from slimlmm.studies import BASE, Group, Study, merged
@@ -152,8 +153,8 @@ class _Planner:
             return made(None, self.tell)
         with held(self.out, self.identity):
             folder.mkdir(parents=True, exist_ok=True)
-            tried_on = planned.data.model_dump_json(), planned.curve_rows, planned.seed
-            return made(folder, self.tell, folder.with_name(f"trials-{self._hashed(*tried_on)}.json"))
+            tried = TRIAL.model_dump_json(), planned.data.model_dump_json(), planned.curve_rows, planned.seed
+            return made(folder, self.tell, folder.with_name(f"trials-{self._hashed(*tried)}.json"))
 
     def _hashed(self, *what: Any) -> str:
         """Return a name for what was asked of this model and these rows."""
