@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint, data, results
+from slimlmm.beginnings import Beginnings, Start
 from slimlmm.calibration import EACH
 from slimlmm.checkdata import alignment
 from slimlmm.collate import Collator
@@ -87,8 +88,14 @@ class Job:
     keeping: Keeping = KEEPING
     stored: torch.dtype = torch.float32
     """number format of the files of the model that was given, and of what is handed over"""
+    beginnings: Beginnings | None = None
+    """what this run has in common with others that are to be made"""
     notes: tuple[str, ...] = ()
     """what a reader of the results should know of the schedule"""
+
+    def start(self, place: Place) -> Start | None:
+        """Return where a round may begin; the half of one is a way of its own."""
+        return None if self.beginnings is None or place.half else self.beginnings.start(self.recipe, place.number)
 
     def ask(self) -> None:
         """Take up what the teacher has said, once.

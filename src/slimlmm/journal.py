@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel
 
 from slimlmm import checkpoint
+from slimlmm.beginnings import Start
 from slimlmm.distill import TrainResult
 from slimlmm.evaluate import Score
 from slimlmm.files import digests, read_json, write_json
@@ -33,10 +34,10 @@ class Parts(BaseModel):
 
 
 class Journal:
-    """The parts of one round, in its folder."""
+    """The parts of one round, in its folder; with a `start`, those that runs have in common are shared."""
 
-    def __init__(self, folder: Path) -> None:
-        self.round, self.folder = folder, folder / "parts"
+    def __init__(self, folder: Path, start: Start | None = None) -> None:
+        self.round, self.folder, self.start = folder, folder / "parts", start
         self._began, self._earlier = time.perf_counter(), 0.0
 
     @property
@@ -54,6 +55,10 @@ class Journal:
                 shutil.rmtree(path)
         return max(found, default=None)
 
+    def take_over(self) -> int | None:
+        """Return the number of the last part that a run with the same beginning has made, now also this one's; None for none."""
+        return None if self.start is None else self.start.take(self.round)
+
     def keep(self, number: int, model: PreTrainedModel, processor: Any, parts: Parts) -> None:
         """Write down what a part left, and what was found so far; the part before goes."""
         facts = parts.model_copy(update={"seconds": self.seconds}).model_dump(mode="json")
@@ -61,6 +66,8 @@ class Journal:
         part.mkdir(parents=True, exist_ok=True)
         checkpoint.save(model, processor, part / "model")
         write_json(part / "part.json", facts | {"files": digests(part / "model")})
+        if self.start is not None:
+            self.start.keep(number, self.round)
         for path in self.folder.iterdir():
             if path != part:
                 shutil.rmtree(path)

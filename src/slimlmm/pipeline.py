@@ -13,6 +13,7 @@ import torch
 
 from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, staging, vocab
 from slimlmm.anatomy import describe
+from slimlmm.beginnings import Beginnings
 from slimlmm.budget import by_shrink
 from slimlmm.collate import Collator, Prompter, texts_of
 from slimlmm.errors import UserError
@@ -44,12 +45,13 @@ def run(
     tell: Reporter | None = None,
     cache: Path | None = None,
     keeping: Keeping = KEEPING,
+    beginnings: Beginnings | None = None,
 ) -> Results:
     """Compress `model` on the rows of `source` by `recipe` into the run folder `out`; a run that was killed goes on.
 
     It goes on at the last state on disk: that of a round, of a training in it, or of a training's steps, written as often as
     `keeping` says. What the teacher said is kept in `cache`, which several runs may share (one after the other), else in
-    the run folder.
+    the run folder. `beginnings`: what it has in common with other runs of this model and these rows.
 
     Raises:
         UserError: bad model, data or recipe, a budget or an axis that cannot be met, a folder of another run, a full disk.
@@ -61,7 +63,7 @@ def run(
         told = {"model": _lasting(model), "data": _lasting(source), "trust_remote_code": trust_remote_code}
         told |= {"shared_cache": cache is not None}
         job, stages, facts, test = _prepared(loaded, source, RunFolder(out, cache), recipe, tell, told)
-        job.keeping = keeping
+        job.keeping, job.beginnings = keeping, beginnings
         found = _compressed(job, loaded, stages, test).model_copy(update={"data": facts})
         found = found.model_copy(update={"command": command, "remote_code": remote_code(loaded.model)})
         found.save(out / "results.json")

@@ -86,7 +86,7 @@ def _promise(job: Job, score: Score | None) -> bool:
 
 def _round(job: Job, model: PreTrainedModel, processor: Any, turn: Round, place: Place, folder: Path) -> Done:
     """Score, choose, repair, cut, recover, evaluate; written down before it counts."""
-    journal = Journal(folder)
+    journal = Journal(folder, job.start(place))
     before, counted = describe(model.config).sizes, model.num_parameters()
     given = model
     for what in turn.drop:
@@ -135,12 +135,15 @@ def _cut_part(
     journal: Journal,
     known: Evaluation | None,
 ) -> tuple[PreTrainedModel, Any, Parts]:
-    """Return the model after its cuts, or after the last training that an interrupted run finished, and what was found so far.
+    """Return the model after its cuts, or after the last training that this or another run finished, and what was found so far.
 
     `known`: its answers to the validation rows, where nothing was cut.
     """
     if (number := journal.last()) is not None:
         job.tell.say(f"{place} goes on", trainings_done=number)
+    elif (number := journal.take_over()) is not None:
+        job.tell.say(f"{place} begins with what another run has made", trainings_done=number)
+    if number is not None:
         return *journal.model(number, model.device), journal.taken_up(number)
     start = model
     model, faded = _without(job, model, processor, turn, place, journal.round)

@@ -290,6 +290,10 @@ first round that is not finished. Sizes that `sizes_by` has the model run for ar
 `DIR/sizes/`; a dry run reads them there, or says that they are not chosen yet. An arm that cannot be carried out is reported
 with its reason, and the others go on.
 
+Arms with the same beginning (cuts, then training after training, with one seed) make it once: what the first of them got to
+is kept in `DIR/beginnings/`, a model for each place where arms to come will go on, and each goes on from the last place that
+it has in common with one before. Its record counts those seconds as its own, so that they say what the arm alone would take.
+
 ```
 slimlmm study STUDY.yaml --out DIR --dry-run         # arms with final sizes, parameters, rounds, row visits; runs nothing
 slimlmm study STUDY.yaml --out DIR --arms base fast  # these arms only, and those whose shape they take

@@ -1,7 +1,7 @@
 """Many runs for one question: plan the arms of a study, run each with every seed, gather what came out; all of it resumable.
 
-DIR/run.json  study.yaml  cache/  sizes/ (choices that ran the model)  runs/ARM/seed-N/ (run folders)  study.json  README.md
-plots/
+DIR/run.json  study.yaml  cache/  sizes/ (choices that ran the model)  beginnings/ (what arms to come share)  study.json
+runs/ARM/seed-N/ (run folders)  README.md  plots/
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from slimlmm import checkpoint, controls, data, pipeline, recipe, study_page, study_results, sweeps
 from slimlmm.anatomy import describe
+from slimlmm.beginnings import Beginnings
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json, write_text
 from slimlmm.lessons import asked_of
@@ -343,7 +344,8 @@ def run(
         for turn, seed in enumerate(study.seeds, 1):
             for number, name in enumerate(names, 1):
                 where = f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})"
-                work.settle(name, seed, where)
+                work.settle(name, seed, where, names[number:])
+            Beginnings.of(work.beginnings, [])
             found = gathered(planned, out, command)
             found.save(out / "study.json")
             study_page.write([found], out / "README.md")
@@ -375,8 +377,13 @@ class _Work:
     trust_remote_code: bool
     tell: Reporter
 
-    def settle(self, name: str, seed: int, place: str) -> None:
-        """Run one arm with one seed unless it is finished; a UserError becomes its recorded reason."""
+    @property
+    def beginnings(self) -> Path:
+        """Where what arms have in common is kept until the last of them is made."""
+        return self.out / "beginnings"
+
+    def settle(self, name: str, seed: int, place: str, later: Sequence[str]) -> None:
+        """Run one arm with one seed, before those that come `later`, unless it is finished; a UserError becomes its reason."""
         failed = study_results.failure_of(self.out, name, seed)
         if self.planned.finished(self.out, name, seed):
             failed.unlink(missing_ok=True)
@@ -384,23 +391,29 @@ class _Work:
             return
         self.tell.say(place)
         try:
-            (self._compress if self.planned.arms[name].kind == "compress" else self._control)(name, seed)
+            if self.planned.arms[name].kind == "compress":
+                self._compress(name, seed, later)
+            else:
+                self._control(name, seed)
             failed.unlink(missing_ok=True)
         except UserError as error:
             self.tell.say(f"{place} failed: {error}")
             failed.parent.mkdir(parents=True, exist_ok=True)
             write_json(failed, {"reason": str(error)})
 
-    def _compress(self, name: str, seed: int) -> None:
+    def _compress(self, name: str, seed: int, later: Sequence[str]) -> None:
+        todo = [one for one in later if one in self.planned.recipes and not self.planned.finished(self.out, one, seed)]
+        recipes = [self.planned.recipes[one].model_copy(update={"seed": seed}) for one in (name, *todo)]
         pipeline.run(
             self.planned.study.model,
             self.planned.study.data,
             study_results.folder_of(self.out, name, seed),
-            self.planned.recipes[name].model_copy(update={"seed": seed}),
+            recipes[0],
             command=self.command,
             trust_remote_code=self.trust_remote_code,
             tell=self.tell,
             cache=self.out / "cache",
+            beginnings=Beginnings.of(self.beginnings, recipes),
         )
 
     def _control(self, name: str, seed: int) -> None:
