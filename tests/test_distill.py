@@ -227,7 +227,14 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-    "losses", [["answer_states"], ["picture_states"], ["picture_states", "answer_states", "forward_kl"]]
+    "losses",
+    [
+        ["answer_states"],
+        ["picture_states"],
+        ["picture_states", "answer_states", "forward_kl"],
+        ["block_states"],
+        ["block_states", "forward_kl"],
+    ],
 )
 @pytest.mark.parametrize("some", [False, True])
 def test_the_states_of_a_step_weigh_the_same_in_however_many_batches(tmp_path, rows, losses, some):

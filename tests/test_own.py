@@ -90,7 +90,7 @@ def test_where_no_picture_is_drawn_the_training_is_the_same_to_the_bit(tmp_path,
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_own_answers(tmp_path, rows, taught):
     cache, processor = taught
-    states = dict.fromkeys(("picture_states", "answer_states"), 1.0)
+    states = dict.fromkeys(("picture_states", "answer_states", "block_states"), 1.0)
     every = settings(steps=1, own_answers=1.0, losses=LOSSES | states)
     history = train(student_of(cache), processor, rows.train[:40], every, tmp_path, teacher=cache).history
     assert history[0]["loss/forward_kl"] == pytest.approx(0, abs=2e-4)  # fp16 states

@@ -99,6 +99,7 @@ def same(one, other):
         {"validate_every": 2, "stop_after": 1, "learning_rate": 0.1},
         thorough({"losses": {"picture_states": 1.0}, "freeze": ("text",)}),
         thorough({"schedule": "linear", "steps": 9, "log_every": 20}),
+        {"losses": {"block_states": 1.0, "forward_kl": 1.0}},
         {"optimizer": "muon", "losses": {"cross_entropy": 1.0, "picture_states": 1.0}},
     ],
 )

@@ -67,11 +67,12 @@ def test_a_model_distilled_from_itself_has_nothing_to_learn(case, rows, tmp_path
     few = [row for group in by_picture(rows.train, 4)[:6] for row in group[:2]]
     packed = can_pack(model, processor, few)
     cache = TeacherCache(copy.deepcopy(model), Collator(processor, packed=packed), tmp_path / "cache")
-    losses = {"forward_kl": 1.0} | ({} if family.beside else {"picture_states": 1.0})
+    losses = {"forward_kl": 1.0, "block_states": 1.0} | ({} if family.beside else {"picture_states": 1.0})
     settings = Training(
         steps=1, pictures_per_step=3, losses=losses, log_every=1, precision="float32", learning_rate=1e-9
     )
     found = train(model, processor, few, settings, tmp_path, teacher=cache)
+    assert abs(found.history[0]["loss/block_states"]) < 1e-6
     assert abs(found.history[0]["loss"]) < 2e-2  # states come back in half precision, pictures' through a fitted map
 
 

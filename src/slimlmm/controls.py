@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from slimlmm import checkpoint, data
+from slimlmm import checkpoint, data, lineage
 from slimlmm.checkpoint import usual_device
 from slimlmm.collate import Collator
 from slimlmm.distill import train
@@ -103,6 +103,7 @@ def untrained(
         training,
         out / "training",
         teacher=teacher,
+        kept=lineage.of_run(folder.finished()),
         taught=taught,
         seed=settings.seed,
         progress=lambda facts: tell.step(f"{kind} training", facts["step"], facts["steps"], loss=facts["loss"]),

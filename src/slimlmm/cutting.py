@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlmm import bridging, importance, plan, ranking, repair, surgery
+from slimlmm import bridging, importance, lineage, plan, ranking, repair, surgery
 from slimlmm.anatomy import describe
 from slimlmm.axes import Keep, noun_of
 from slimlmm.calibration import Calibration, calibration_of, loss_against
@@ -78,6 +78,7 @@ def smaller(
         student, keep = _cut(job, student, turn, (axis, size), by, folder, sight(job, student, turn, axis, by))
         if found.kind == "blocks":
             kept[axis] = found.groups[0].layers(keep[axis].tolist())
+    lineage.keep(folder, kept)
     if student is model or "settle" not in turn.repair:
         return student
     student, tries = settle_best(student, model, kept, *by)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +17,6 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -31,28 +28,19 @@ from transformers import (
 
 from slimlmm import demands, leaving
 from slimlmm.anatomy import describe
-from slimlmm.axes import Anatomy
 from slimlmm.collate import Batch, Collator
 from slimlmm.compiling import quick
 from slimlmm.costs import flop_counter
 from slimlmm.data import Row, by_picture
 from slimlmm.decoding import end_as_taught
 from slimlmm.errors import LossError
-from slimlmm.forward import refuse_encoder_decoder, to_device
+from slimlmm.forward import TEACHER_STREAMS, refuse_encoder_decoder, to_device
 from slimlmm.half import as_it_was, trains_in_half
 from slimlmm.launchers import processes
-from slimlmm.lessons import (
-    Collate,
-    Readouts,
-    Taught,
-    collator_for,
-    fitted_readouts,
-    learnt_from,
-    look,
-    matched_tokens,
-    taught_tokens,
-)
+from slimlmm.lessons import Lessons, Taught, lessons_of, look, matched_tokens, taught_tokens
+from slimlmm.lineage import Kept
 from slimlmm.losses import (
+    BLOCKS,
     DIVERGENCES,
     MATCHES,
     TEACHER_ENTRIES,
@@ -100,28 +88,6 @@ class TrainResult(BaseModel):
         return self.history[-1]["loss"] if self.history else None
 
 
-class _Groups(Dataset[list[Row]]):
-    """Rows grouped by picture, so that one visit pays the picture once."""
-
-    def __init__(self, rows: Sequence[Row], most: int) -> None:
-        self.groups = by_picture(rows, most)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> list[Row]:
-        return self.groups[index]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lessons:
-    """What a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
-
-    groups: _Groups
-    collate: Collate
-    readouts: Readouts
-
-
 class DistillTrainer(SavingTrainer):
     """Trainer with the summed answer-token losses divided by the global answer-token count."""
 
@@ -129,7 +95,7 @@ class DistillTrainer(SavingTrainer):
         self,
         model: PreTrainedModel,
         arguments: TrainingArguments,
-        lessons: _Lessons,
+        lessons: Lessons,
         settings: Training,
         teachers: Teachers | None,
         own: OwnAnswers | None,
@@ -141,7 +107,7 @@ class DistillTrainer(SavingTrainer):
         demands.refuse_shards(self, settings)
         self.weights: Mapping[Any, float] = settings.losses
         self.temperature, self.shapes = settings.temperature, settings.shapes
-        self.readouts = lessons.readouts
+        self.readouts, self.streams = lessons.readouts, lessons.streams
         self.held = frozen(model, settings.freeze)
         self.teachers = teachers
         self.own = own
@@ -162,8 +128,9 @@ class DistillTrainer(SavingTrainer):
             student: Any = self.model
             epoch_iterator = self.own.batches(student, epoch_iterator, device, self.state.global_step)
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [taught_tokens(batch) for batch in found[0]] if "picture_states" in self.weights else []
-        self.step = {name: sum(count[name] for count in counts) for name in MATCHES} if len(counts) > 1 else {}
+        uneven = {"picture_states", BLOCKS} & set(self.weights)
+        counts = [taught_tokens(batch) for batch in found[0]] if uneven else []
+        self.step = {name: sum(count[name] for count in counts) for name in counts[0]} if len(counts) > 1 else {}
         return found
 
     def compute_loss(
@@ -175,7 +142,7 @@ class DistillTrainer(SavingTrainer):
     ) -> Any:
         """Return the total loss; each part is kept for the log."""
         self.row_visits += int(inputs["row_count"])
-        shown = self.seen(model, inputs)
+        shown = self.seen(model, self.asked(inputs))
         parts = combine(self.weights, shown)
         tokens = shown.labels_A.numel()
         count = num_items_in_batch if num_items_in_batch is not None else tokens
@@ -183,7 +150,7 @@ class DistillTrainer(SavingTrainer):
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.sums["tokens"] = self.sums.get("tokens", 0.0) + tokens
         total = parts["total"]
-        if self.accelerator.num_processes > 1 and self.weights.keys() <= MATCHES.keys():
+        if self.accelerator.num_processes > 1 and self.weights.keys() <= {*MATCHES, BLOCKS}:
             # these leave the logits alone, and DDP waits for a gradient of everything that its outputs come from
             total = total + 0 * shown.student_AV.sum()
         loss = total / count * self.accelerator.num_processes
@@ -197,10 +164,17 @@ class DistillTrainer(SavingTrainer):
         tokens = self.step.get(match, 0)
         return self.step["answer_states"] * taught_tokens(inputs)[match] / tokens if tokens else None
 
+    def asked(self, inputs: Batch) -> Batch:
+        """Return a batch with what the teacher says of it now, where a loss wants that."""
+        return inputs if self.streams is None else {**inputs, TEACHER_STREAMS: self.streams.said(inputs)}
+
     def seen(self, model: Any, inputs: Batch) -> Seen:
         """Run the student, as far as the losses look; over several processes whole, so that its gradients are shared out."""
         stop = set(self.weights) == {"picture_states"} and self.accelerator.num_processes == 1
-        logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
+        nothing: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+        hearing = self.streams.student(inputs) if self.streams is not None else nothing
+        with hearing as streams:
+            logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
         teacher_AV = second_AV = None
         if self.teachers and not DIVERGENCES.keys().isdisjoint(self.weights):
             teacher_AV = self.teachers.lead.logits(inputs["teacher_hidden"])
@@ -218,6 +192,17 @@ class DistillTrainer(SavingTrainer):
                     self.share(name, inputs),
                 )
                 for name, readout in self.readouts.maps.items()
+                if name in MATCHES
+            }
+            | {
+                name: Match(
+                    states_NS.float(),
+                    inputs[TEACHER_STREAMS][name].float(),
+                    self.readouts.maps[name],
+                    self.share(self.streams.counted(name), inputs),
+                )
+                for name, states_NS in streams.items()
+                if self.streams is not None
             },
             self.temperature,
             inputs.get("taught_answers"),
@@ -295,6 +280,7 @@ def train(
     *,
     teacher: TeacherCache | None = None,
     previous: TeacherCache | None = None,
+    kept: Kept | None = None,
     taught: Taught = None,
     validation: Sequence[Row] = (),
     seed: int = 0,
@@ -305,8 +291,8 @@ def train(
     """Train `model` in place on rows for ``settings.steps`` optimizer steps; with a teacher cache, distil from it.
 
     `taught` are the pictures that the teacher is asked about (default: all); the others count in the losses of labels alone.
-    `previous` is the teacher of that name, `validation` are rows that are looked at, `span` the steps made. With `saving` the
-    state is written to `out` now and then, and taken up. Of several processes each takes its pictures and needs own caches.
+    `previous` is the teacher of that name, `kept` the layers of the teacher that the student still has. With `saving` the state
+    is written to `out` now and then, and taken up. Of several processes each takes its pictures and needs own caches.
 
     Raises:
         UserError: a loss needs a teacher and there is none, or no rows.
@@ -316,7 +302,7 @@ def train(
     demands.check(settings, rows, teacher, previous, validation, saving)
     anatomy, report = describe(model.config), _Report(progress)
     teachers = Teachers.of(settings.teachers, teacher, previous) if teacher else None
-    lessons = _lessons(model, processor, anatomy, rows, settings, teachers, taught)
+    lessons = lessons_of(model, processor, anatomy, rows, settings, teachers, taught, kept or {})
     keeper = _keeper(model, processor, validation, settings)
     trainer = DistillTrainer(
         model,
@@ -328,8 +314,7 @@ def train(
         optimizers=optimizers(model, anatomy, settings, lessons.readouts, span),
         callbacks=[report, *keeper, *(span.callbacks if span else ())],
     )
-    batch = to_device(lessons.collate(lessons.groups.groups[:2]), model.device)
-    row_flops = _row_flops(trainer, model, batch)
+    row_flops = _row_flops(trainer, model, batch := to_device(lessons.collate(lessons.groups.groups[:2]), model.device))
     state = _State(trainer, report, keeper)
     state.take_up(out, saving, teachers)
     with settled_statistics(model), quick(model, anatomy, settings, batch, in_half=bool(trainer.args.bf16)):
@@ -408,24 +393,6 @@ def _keeper(model: PreTrainedModel, processor: Any, rows: Sequence[Row], setting
     return [KeepBest(model, batches, settings.validate_every, settings.stop_after)]
 
 
-def _lessons(
-    model: PreTrainedModel,
-    processor: Any,
-    anatomy: Anatomy,
-    rows: Sequence[Row],
-    settings: Training,
-    teachers: Teachers | None,
-    taught: Taught,
-) -> _Lessons:
-    packed = can_pack(model, processor, rows)
-    lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
-    collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
-    groups = _Groups(learnt_from(rows, settings.losses, taught), settings.questions_per_picture)
-    known = (group for group in groups.groups if taught is None or group[0].picture_key() in taught)
-    readouts = fitted_readouts(model, anatomy, settings, collate, list(islice(known, 32)))
-    return _Lessons(groups, collate, readouts)
-
-
 def _run(trainer: DistillTrainer, model: PreTrainedModel, teachers: Teachers | None, found: Path | None) -> None:
     """Train; whatever happens, the model is in eval mode afterwards and what the teachers answered is on disk."""
     with trainer.held:
@@ -443,7 +410,7 @@ def _run(trainer: DistillTrainer, model: PreTrainedModel, teachers: Teachers | N
 
 def _row_flops(trainer: DistillTrainer, model: PreTrainedModel, batch: Batch) -> float:
     """Return floating-point operations per row of one forward and backward pass, as far as losses look and gradients go."""
-    counter = flop_counter()
+    counter, batch = flop_counter(), trainer.asked(batch)
     with trainer.held, counter:
         combine(trainer.weights, trainer.seen(model, batch))["total"].backward()
     model.zero_grad(set_to_none=True)

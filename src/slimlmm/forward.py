@@ -18,6 +18,8 @@ from slimlmm.axes import Anatomy
 from slimlmm.collate import IGNORE, Batch
 from slimlmm.errors import UserError
 
+#: batch entry with the teacher's states behind its blocks
+TEACHER_STREAMS = "teacher_streams"
 NOT_INPUTS = (
     "labels",
     "shift_labels",
@@ -31,6 +33,7 @@ NOT_INPUTS = (
     "given_answers",
     "taught_answers",
     "taught_pictures",
+    TEACHER_STREAMS,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from slimlmm.collate import Collator
 from slimlmm.errors import UserError
 from slimlmm.evaluate import Evaluation
 from slimlmm.lessons import Taught, asked_of
+from slimlmm.lineage import Kept
 from slimlmm.packing import can_pack
 from slimlmm.progress import Reporter
 from slimlmm.recipe import Recipe
@@ -88,6 +89,8 @@ class Job:
     keeping: Keeping = KEEPING
     stored: torch.dtype = torch.float32
     """number format of the files of the model that was given, and of what is handed over"""
+    kept: Kept = field(default_factory=dict)
+    """layers of the teacher that are still there, by block axis"""
     beginnings: Beginnings | None = None
     """what this run has in common with others that are to be made"""
     notes: tuple[str, ...] = ()

@@ -5,21 +5,27 @@ Shape legend: A answer tokens, N tokens whose states are matched, S and H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from slimlmm.axes import Anatomy
-from slimlmm.collate import IGNORE, Batch, Collator
-from slimlmm.data import Row, sample
+from slimlmm.collate import IGNORE, Batch, Collator, real_tokens
+from slimlmm.data import Row, by_picture, sample
+from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
-from slimlmm.losses import MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES, Readout, fitted_readout
-from slimlmm.teacher import TeacherCache
+from slimlmm.lineage import Kept
+from slimlmm.losses import BLOCKS, MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES, Readout, SameBasis, fitted_readout
+from slimlmm.packing import can_pack
+from slimlmm.streams import TEXT, Streams, streams_of
+from slimlmm.teacher import TeacherCache, Teachers
 from slimlmm.trainings import Training
 
 #: keys of the pictures that the teacher answers about, None for all
@@ -31,9 +37,12 @@ Collate = Callable[[list[list[Row]]], Batch]
 
 @dataclass(slots=True)
 class Readouts:
-    """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states."""
+    """The throw-away maps of one training, by the loss that matches states through them, and where that looks up states.
 
-    maps: dict[str, Readout]
+    Those of `block_states` are named by it and the student's block.
+    """
+
+    maps: Mapping[str, Readout | SameBasis]
     block: nn.Module | None
     """what picture states enter; None where no loss looks at them"""
 
@@ -119,9 +128,14 @@ def matched_tokens(batch: Batch, loss: str, states_NS: Tensor) -> Tensor:
 
 
 def taught_tokens(batch: Batch) -> dict[str, int]:
-    """Return how many tokens of a batch each match of states is about."""
+    """Return how many tokens of a batch each match of states is about; by `TEXT` those of the language model's blocks.
+
+    Behind blocks of a tower there are as many as picture tokens, or the same multiple of that in every batch.
+    """
     whole = {"answer_states": batch["shift_labels"] != IGNORE, "picture_states": batch["picture_tokens"]}
-    return {loss: int(batch.get(mask, whole[loss]).sum()) for loss, mask in TAUGHT.items()}
+    real_BT = real_tokens(batch)
+    text = batch["input_ids"].numel() if real_BT is None else int(real_BT.sum())
+    return {loss: int(batch.get(mask, whole[loss]).sum()) for loss, mask in TAUGHT.items()} | {TEXT: text}
 
 
 def look(model: Any, batch: Batch, block: nn.Module | None, *, stop: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -163,3 +177,59 @@ def fitted_readouts(
                 student[name].append(matched_tokens(batch, name, states[name]))
                 teacher[name].append(batch[TEACHER_ENTRIES[name]])
     return Readouts({name: fitted_readout(torch.cat(student[name]), torch.cat(teacher[name])) for name in names}, block)
+
+
+class Groups(Dataset[list[Row]]):
+    """Rows grouped by picture, so that one visit pays the picture once."""
+
+    def __init__(self, rows: Sequence[Row], most: int) -> None:
+        self.groups = by_picture(rows, most)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        return self.groups[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What a training goes through: pictures with their rows, as batches, with the maps of its state matches."""
+
+    groups: Groups
+    collate: Collate
+    readouts: Readouts
+    streams: Streams | None = None
+
+
+def lessons_of(
+    model: PreTrainedModel,
+    processor: Any,
+    anatomy: Anatomy,
+    rows: Sequence[Row],
+    settings: Training,
+    teachers: Teachers | None,
+    taught: Taught,
+    kept: Kept,
+) -> Lessons:
+    """Return the rows of a training as its model sees them, with what its losses ask of the teachers.
+
+    Raises:
+        UserError: `block_states` cannot be had (`streams.streams_of`), or not of all pictures.
+    """
+    if BLOCKS in settings.losses and taught is not None and not set(settings.losses) <= NEEDS_TEACHER:
+        raise UserError(
+            "train.losses: block_states asks the teacher about every picture of a step, and data.teacher_rows has it asked about "
+            "some; leave out one of them, or the losses of labels."
+        )
+    packed = can_pack(model, processor, rows)
+    lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
+    collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
+    groups = Groups(learnt_from(rows, settings.losses, taught), settings.questions_per_picture)
+    known = (group for group in groups.groups if taught is None or group[0].picture_key() in taught)
+    few = list(islice(known, 32))
+    readouts = fitted_readouts(model, anatomy, settings, collate, few)
+    if BLOCKS not in settings.losses or lead is None:
+        return Lessons(groups, collate, readouts)
+    streams, maps = streams_of(model, lead, kept, Collator(processor, packed=packed), few)
+    return Lessons(groups, collate, Readouts({**readouts.maps, **maps}, readouts.block), streams)

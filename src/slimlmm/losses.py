@@ -101,18 +101,32 @@ def pairwise_margin(student_AV: Tensor, labels_A: Tensor) -> Tensor:
     return (margin * margin.abs().clamp(max=1)).clamp(min=0).sum()
 
 
+def spread_of(teacher_NH: Tensor) -> Tensor:
+    """Return how far states spread, the mean of |t - mean(t)|^2."""
+    return (teacher_NH - teacher_NH.mean(0)).square().sum(1).mean()
+
+
 class Readout(nn.Linear):
-    """A throw-away map from student to teacher states, W [H, S] and b [H], and how far the teacher's spread, |t - mean(t)|^2."""
+    """A throw-away map from student to teacher states, W [H, S] and b [H], and how far the teacher's spread."""
 
     spread: Tensor
 
     def __init__(self, size: int, teacher_NH: Tensor) -> None:
         super().__init__(size, teacher_NH.shape[1], device=teacher_NH.device)
-        spread = (teacher_NH - teacher_NH.mean(0)).square().sum(1).mean()
-        self.register_buffer("spread", spread.to(self.weight.dtype))
+        self.register_buffer("spread", spread_of(teacher_NH).to(self.weight.dtype))
 
 
-def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: Readout) -> Tensor:
+class SameBasis(nn.Identity):
+    """What stands for a map where student and teacher states have one basis, and how far the teacher's spread."""
+
+    spread: Tensor
+
+    def __init__(self, teacher_NH: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("spread", spread_of(teacher_NH))
+
+
+def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: Readout | SameBasis) -> Tensor:
     """Return the squared error a token of the teacher's states read linearly from the student's, in parts of their spread.
 
     mean |W f + b - t|^2 / spread, with student states f [N, S] and teacher states t [N, H]: 0 when the student's states tell all
@@ -154,7 +168,7 @@ class Match:
 
     student_NS: Tensor
     teacher_NH: Tensor
-    readout: Readout
+    readout: Readout | SameBasis
     count: float | None = None
     """answer tokens that the mean over these tokens counts for; None for those of the batch"""
 
@@ -223,7 +237,16 @@ def _labelled(seen: Seen) -> tuple[Tensor, Tensor]:
 
 def _matched(name: str, seen: Seen) -> Tensor:
     """Return a match of states, whose mean counts once per answer token, so that its weight compares with the others'."""
-    match = _needed(seen.matches.get(name), name)
+    return _counted(_needed(seen.matches.get(name), name), seen)
+
+
+def _blocks_matched(seen: Seen) -> Tensor:
+    """Return the mean over the matches behind blocks."""
+    found = [_counted(match, seen) for name, match in seen.matches.items() if name.startswith(f"{BLOCKS} ")]
+    return torch.stack(_needed(found or None, BLOCKS)).mean()
+
+
+def _counted(match: Match, seen: Seen) -> Tensor:
     if not len(match.teacher_NH):  # a batch without any picture that the teacher was asked about
         nothing: Tensor = match.readout(match.student_NS).sum()
         return nothing
@@ -233,6 +256,8 @@ def _matched(name: str, seen: Seen) -> Tensor:
     return count * state_match(match.student_NS, match.teacher_NH, match.readout)
 
 
+#: match of states behind every block; each has a map of its own, named by this and the student's block
+BLOCKS = "block_states"
 #: match of states -> the batch entry with the teacher's: at answer tokens its last ones, at picture tokens those that enter its
 #: language model
 MATCHES = {"answer_states": "teacher_hidden", "picture_states": "teacher_pictures"}
@@ -244,8 +269,9 @@ LOSSES: dict[str, Callable[[Seen], Tensor]] = {
     "pairwise_margin": lambda seen: pairwise_margin(*_labelled(seen)),
     **{name: partial(_divergence, name) for name in DIVERGENCES},
     **{name: partial(_matched, name) for name in MATCHES},
+    BLOCKS: _blocks_matched,
 }
-NEEDS_TEACHER = frozenset(TEACHER_ENTRIES)
+NEEDS_TEACHER = frozenset((*TEACHER_ENTRIES, BLOCKS))
 
 
 def combine(weights: Mapping[str, float], seen: Seen) -> dict[str, Tensor]:

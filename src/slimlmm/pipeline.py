@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from slimlmm import certificate, checkpoint, choosing, data, plan, report, results, room, staging, vocab
+from slimlmm import certificate, checkpoint, choosing, data, lineage, plan, report, results, room, staging, vocab
 from slimlmm.anatomy import describe
 from slimlmm.beginnings import Beginnings
 from slimlmm.budget import by_shrink
@@ -277,6 +277,7 @@ def _walked(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
             break
         assert kept is not None
         handed = kept.left
+        job.kept = lineage.after(handed.folder.parent, job.kept) if not turn.drop else {}
         planned |= turn.sizes
         if job.keeping.rounds is not None and job.teacher is not None:
             job.folder.let_go(job.keeping.rounds, job.teacher.folder, handed.folder)

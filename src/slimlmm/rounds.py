@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from slimlmm import checkpoint, cutting, leaving, plan, results, room, surgery, vocab
+from slimlmm import checkpoint, cutting, leaving, lineage, plan, results, room, surgery, vocab
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator, texts_of
 from slimlmm.distill import TrainResult, train
@@ -218,6 +218,7 @@ def _train(
             folder / TRAINING,
             teacher=job.cache,
             previous=job.previous,
+            kept=lineage.after(folder, job.kept if "first" in settings.teachers else {}),
             taught=job.taught,
             validation=job.validation,
             seed=seed,
@@ -271,6 +272,8 @@ def _without(
         seen = cutting.sight(job, model, turn, axis, by, moments=False)
         keeps[axis] = cutting.chosen(job, model, turn, (axis, sizes[axis]), by, seen)
         cutting.written(job, (axis, anatomy.axis(axis).size, sizes[axis]), keeps[axis], seen.scores, folder)
+    blocks = [axis for axis in keeps if anatomy.axis(axis).kind == "blocks"]
+    lineage.keep(folder, {axis: anatomy.axis(axis).groups[0].layers(keeps[axis][axis].tolist()) for axis in blocks})
     student = copy.deepcopy(model)  # the model itself may be the teacher, or what a rollback hands over
     with fading(student, anatomy, keeps, gate):
         check_cut(student, keeps, gate, by[0].judge[0])

@@ -10,7 +10,7 @@ Shape legend: B sequences, T tokens, H residual channels, I FFN neurons.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
-from slimlmm.bridging import NoBridgeError, count, mend, read_blocks, stream, writer_of
+from slimlmm.bridging import NoBridgeError, count, mend, stream, writer_of
 from slimlmm.calibration import Calibration
 from slimlmm.collate import Batch
 from slimlmm.forward import evaluating, output_of
 from slimlmm.importance import Loss, at_least_one
+from slimlmm.lineage import TOWERS, Kept, pairs_of
 from slimlmm.moments import Moments, products_of
 from slimlmm.repair import Choice, judged
 from slimlmm.resuming import Memory
@@ -32,7 +33,7 @@ from slimlmm.resuming import Memory
 def settle_best(
     student: PreTrainedModel,
     before: PreTrainedModel,
-    kept: Mapping[str, Sequence[int]],
+    kept: Kept,
     calibration: Calibration,
     loss: Loss,
 ) -> tuple[PreTrainedModel, list[Choice]]:
@@ -47,9 +48,7 @@ def settle_best(
     return (trial if tries[1].loss < tries[0].loss else student), tries
 
 
-def settled(
-    student: PreTrainedModel, before: PreTrainedModel, kept: Mapping[str, Sequence[int]], batches: Sequence[Batch]
-) -> list[str]:
+def settled(student: PreTrainedModel, before: PreTrainedModel, kept: Kept, batches: Sequence[Batch]) -> list[str]:
     """Fit the stream of `student` to that of `before` in place; return the blocks that were mended, by name.
 
     With h [I] the inputs of a block's last FFN matrix W, d [H] the stream of `before` less that of `student` behind it, and
@@ -95,29 +94,21 @@ class _Side:
             return stream(output_of(self.model, self.model.get_submodule(block), batch))
 
 
-def _pairs(
-    student: PreTrainedModel, before: PreTrainedModel, kept: Mapping[str, Sequence[int]]
-) -> list[tuple[str, str]]:
+def _pairs(student: PreTrainedModel, before: PreTrainedModel, kept: Kept) -> list[tuple[str, str]]:
     """Return each block of the student with the block of `before` behind which the stream should be the same, inputs first.
 
     Towers before the first one that was cut are left out: nothing is lacking there.
     """
     now, then = describe(student.config), describe(before.config)
     changed = {name.partition(".")[0] for name, size in now.sizes.items() if size != then.sizes.get(name)}
-    pairs = []
-    towers = ("vision", "qformer", "projector", "text")
-    first = min((towers.index(tower) for tower in changed if tower in towers), default=len(towers))
-    for tower in towers[first:]:
-        axis, width = now.axes.get(f"{tower}.blocks"), f"{tower}.width"
-        if axis is None or axis.refusal or now.sizes.get(width) != then.sizes.get(width):
-            continue
-        whole = then.axes[axis.name]
-        stays = [*kept.get(axis.name, range(whole.size)), whole.size]
-        read = read_blocks(before, axis.name, whole.size)
-        for number in range(axis.size):  # what dropped blocks added is the task of the kept one before them
-            if stays[number] < read:
-                pairs.append((f"{axis.layers}.{number}", f"{whole.layers}.{min(stays[number + 1], read) - 1}"))
-    return pairs
+    first = min((TOWERS.index(tower) for tower in changed if tower in TOWERS), default=len(TOWERS))
+
+    def lacks(tower: str) -> bool:
+        width = f"{tower}.width"
+        refused = now.axes[f"{tower}.blocks"].refusal
+        return TOWERS.index(tower) >= first and not refused and now.sizes.get(width) == then.sizes.get(width)
+
+    return [(one.block, one.before) for one in pairs_of(student, before, kept) if lacks(one.axis.partition(".")[0])]
 
 
 def _lacking(

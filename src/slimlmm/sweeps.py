@@ -23,7 +23,7 @@ from slimlmm.trainings import DIVERGENCES, LossName, Training
 Stages = tuple[Stage, ...]
 Change = Callable[[Stages], Stages]
 #: losses on answer tokens
-ANSWERS = tuple(name for name in get_args(LossName) if name != "picture_states")
+ANSWERS = tuple(name for name in get_args(LossName) if name not in ("picture_states", "block_states"))
 CRITERIA = ("obs", "taylor", "activation", "magnitude", "random")
 
 
@@ -135,7 +135,7 @@ def each(stages: Stages, turned: Callable[[Round], Round], trained: Callable[[Tr
 
 
 def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, float]]) -> Stages:
-    """Return the stages with the losses on answer tokens replaced where there are any; picture_states stays.
+    """Return the stages with the losses on answer tokens replaced where there are any; picture_states and block_states stay.
 
     Raises:
         UserError: no loss would be left.

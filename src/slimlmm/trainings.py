@@ -18,6 +18,7 @@ LossName = Literal[
     "top_k_kl",
     "answer_states",
     "picture_states",
+    "block_states",
 ]
 #: losses that compare the student's distribution with the teacher's
 DIVERGENCES = frozenset(("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "top_k_kl"))
@@ -64,7 +65,9 @@ class Training(Settings):
         description="Weight of each loss by name: cross_entropy and pairwise_margin of the labels; forward_kl, reverse_kl, "
         "jensen_shannon, skew_kl and top_k_kl from the teacher's distribution; answer_states (last hidden states at answers) and "
         "picture_states (what enters the language model at pictures), both about 0 to 1 a token. picture_states alone trains "
-        "what comes before the language model, which then does not run.",
+        "what comes before the language model, which then does not run. block_states: the stream behind every block of both "
+        "towers, read linearly where widths differ, 0 to 1 a token in the mean over blocks; the teacher runs at every step, and "
+        "nothing of that is cached.",
     )
     temperature: float = Field(
         1.0,
@@ -137,6 +140,10 @@ class Training(Settings):
     @model_validator(mode="after")
     def _with_effect(self) -> Self:
         """Refuse what would change nothing."""
+        if self.compile and "block_states" in self.losses:
+            raise ValueError(
+                "compile: block_states looks behind every block, so none can be compiled; leave one of them out"
+            )
         if DIVERGENCES & set(self.losses):
             return self
         known = ", ".join(sorted(DIVERGENCES))
@@ -148,7 +155,7 @@ class Training(Settings):
             raise ValueError(
                 f"teachers: a second one needs one of {known} among the losses; leave out first or previous"
             )
-        if "previous" in self.teachers and not {"answer_states", "picture_states"} & set(self.losses):
+        if "previous" in self.teachers and not {"answer_states", "picture_states", "block_states"} & set(self.losses):
             raise ValueError("teachers: previous has no effect on losses of labels alone; leave it out")
         return self
 
