@@ -151,4 +151,14 @@ def test_what_cannot_be_had_is_refused(rows, tmp_path):
     few = frozenset({rows.train[0].picture_key()})
     with pytest.raises(UserError, match="about every picture of a step"):
         lessons_of(teacher, processor, describe(teacher.config), rows.train, some, Teachers(cache), few, {})
-    assert Recipe.model_validate({"stages": [{"name": "a", "rounds": [{"train": {"steps": 1, "losses": BLOCKS}}]}]})
+    for losses in (BLOCKS, some.losses):
+        asked = {"stages": [{"name": "a", "rounds": [{"train": {"steps": 1, "losses": losses}}]}]}
+        assert Recipe.model_validate(asked)
+        some_rows = {**asked, "data": {"teacher_rows": 10}}
+        if losses is BLOCKS:
+            assert Recipe.model_validate(some_rows)
+        else:
+            with pytest.raises(
+                ValueError, match=r"teacher_rows=10: block_states \(in a\) asks the teacher about every"
+            ):
+                Recipe.model_validate(some_rows)

@@ -217,7 +217,7 @@ def lessons_of(
     Raises:
         UserError: `block_states` cannot be had (`streams.streams_of`), or not of all pictures.
     """
-    if BLOCKS in settings.losses and taught is not None and not set(settings.losses) <= NEEDS_TEACHER:
+    if taught is not None and settings.asks_of_every_picture:
         raise UserError(
             "train.losses: block_states asks the teacher about every picture of a step, and data.teacher_rows has it asked about "
             "some; leave out one of them, or the losses of labels."

@@ -237,6 +237,18 @@ class Recipe(Settings):
                 raise ValueError(f"{name} has no effect with sizes_by: {self.sizes_by}")
         return self
 
+    @model_validator(mode="after")
+    def _asks_whom_it_may(self) -> Recipe:
+        """Refuse streams of pictures that the teacher is not asked about."""
+        turns = ((stage.name, turn) for stage in self.stages for turn in stage.rounds)
+        some = {name for name, turn in turns for one in turn.train if one.asks_of_every_picture}
+        if self.data.teacher_rows is not None and some:
+            raise ValueError(
+                f"data.teacher_rows={self.data.teacher_rows}: block_states (in {', '.join(sorted(some))}) asks the teacher about "
+                "every picture of a step; leave out one of them, or the losses of labels"
+            )
+        return self
+
     def resolved(self, stages: tuple[Stage, ...]) -> Recipe:
         """Return the recipe with these stages, the keys that led to them as if nobody had set them."""
         return self.model_copy(update={"stages": stages} | {key: _default(key) for key in self._spent()})

@@ -184,6 +184,11 @@ class Training(Settings):
         return {loss: {argument: getattr(self, key)} for key, (loss, argument) in SHAPES.items()}
 
     @property
+    def asks_of_every_picture(self) -> bool:
+        """Tell whether a loss asks the teacher about all pictures of a step, those too that are there for their labels alone."""
+        return "block_states" in self.losses and bool({"cross_entropy", "pairwise_margin"} & set(self.losses))
+
+    @property
     def sees_pictures_alone(self) -> bool:
         """Tell whether its losses look no further than what enters the language model."""
         return set(self.losses) == {"picture_states"}
