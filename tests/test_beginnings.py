@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slimlmm import studies, study
+from slimlmm import beginnings, studies, study
 from slimlmm import study_results as sr
 from slimlmm.beginnings import Beginnings, keys_of
 from slimlmm.recipe import Recipe
@@ -86,6 +86,32 @@ def test_a_study_that_was_killed_shares_what_it_had_and_what_is_not_whole_is_mad
     taken = [text for text in heard.said if "another run has made" in text]
     assert len(taken) == 3, "blocks-rate begins where inner-rate did, and makes the last training of that round itself"
     assert not (tmp_path / "beginnings").exists()
+
+
+def test_other_seeds_and_arms_leave_what_a_killed_one_has_made(settings, tmp_path):
+    settings["seeds"] = [4, 5]
+    planned = study.plan(studies.parse(settings, "s"))
+    study.run(planned, tmp_path, only=["base"])
+    kept = sorted(one.name for one in (tmp_path / "beginnings").iterdir())
+    assert len(kept) == 6, "three a seed: its other arms are not made"
+    (tmp_path / "beginnings" / ".DS_Store").write_text("not ours")
+    study.run(planned, tmp_path, only=["other-units"])
+    assert kept == sorted(one.name for one in (tmp_path / "beginnings").iterdir() if one.is_dir())
+    study.run(planned, tmp_path, tell=(heard := Recorder()))
+    assert sum("another run has made" in text for text in heard.said) == 6
+    assert not (tmp_path / "beginnings").exists()
+
+
+def test_where_there_is_no_room_for_beginnings_every_arm_makes_its_own(settings, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(beginnings, "_link", full)
+    planned = study.plan(studies.parse(settings, "s"))
+    found = study.run(planned, tmp_path, only=["base"], tell=(heard := Recorder()))
+    assert found.arms[0].runs
+    assert any("cannot keep what other runs could begin with" in text for text in heard.said)
+    assert not list((tmp_path / "beginnings").glob("*"))
 
 
 def test_what_decides_a_model_is_in_its_key():

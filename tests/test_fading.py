@@ -219,7 +219,8 @@ def test_a_part_that_is_taken_up_begins_at_the_gate_of_its_step():
     assert gate.value == pytest.approx(0.5)
 
 
-FADE = {"sizes": {"text.ffn": 32, "vision.blocks": 2}, "fade": 2, "repair": [], "train": {"steps": 3}}
+LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "block_states": 1.0}
+FADE = {"sizes": {"text.ffn": 32, "vision.blocks": 2}, "fade": 2, "repair": [], "train": {"steps": 3, "losses": LOSSES}}
 FADING = {**RAW, "bench_calls": 0, "stages": [{"name": "inner", "rounds": [FADE]}]}
 
 

@@ -16,7 +16,6 @@ from slimlmm.losses import (
     Seen,
     combine,
     cross_entropy,
-    fitted_readout,
     forward_kl,
     jensen_shannon,
     pairwise_margin,
@@ -24,6 +23,7 @@ from slimlmm.losses import (
     state_match,
     top_k_kl,
 )
+from slimlmm.readouts import Fit, fitted_readout
 from slimlmm.trainings import LossName, Training
 
 A, V = 5, 11
@@ -286,6 +286,22 @@ def test_fitted_readout_is_the_least_squares_solution():
     expected = torch.linalg.lstsq(design, teacher).solution
     assert torch.allclose(readout.weight.double(), expected[:4].T, atol=1e-6)
     assert torch.allclose(readout.bias.double(), expected[4], atol=1e-6)
+
+
+def test_a_map_is_the_same_in_however_many_batches_its_tokens_come():
+    torch.manual_seed(2)
+    student, teacher = torch.randn(50, 4) + 30, torch.randn(50, 3) - 20
+    for same in (False, True):
+        fits = [Fit(same=same) for _ in range(2)]
+        fits[0].add(student, teacher)
+        for a, b in ((0, 1), (1, 20), (20, 50)):
+            fits[1].add(student[a:b], teacher[a:b])
+        one, other = (fit.map() for fit in fits)
+        spread = (teacher - teacher.mean(0)).square().sum(1).mean()
+        assert float(one.spread) == pytest.approx(float(spread), rel=1e-5)
+        assert all(
+            torch.allclose(value, other.state_dict()[name], rtol=1e-5) for name, value in one.state_dict().items()
+        )
 
 
 def test_state_match_has_the_gradient_of_finite_differences():

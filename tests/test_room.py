@@ -175,6 +175,22 @@ def test_rounds_whose_models_went_are_made_again_where_they_are_needed(teacher, 
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+def test_blocks_that_went_are_those_of_the_whole_model_when_rounds_are_made_again(teacher, ads, tmp_path):
+    cuts, train = ({"vision.blocks": 2}, {"text.ffn": 32}, {"text.ffn": 16}), {"steps": 1, "pictures_per_step": 4}
+    turns = [{"sizes": one, "repair": [], "train": train} for one in cuts]
+    raw = {**RAW, "stages": [{"name": "all", "rounds": turns}]}
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(
+            teacher, ads, out, recipe.parse(raw, "test"), tell=Recorder("all.3 recovered"), keeping=Keeping(rounds=1)
+        )
+    last = out / "stages" / "02-all.2" / "model" / "model.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    found = pipeline.run(teacher, ads, out, recipe.parse(raw, "test"), tell=(told := Recorder()))
+    assert any("01-all.1/model was let go, and is needed; the rounds" in text for text in told.said)
+    assert len(found.rounds) == 3
+
+
 def test_a_run_killed_while_a_model_goes_is_none_the_worse(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from slimlmm.errors import UserError
 from slimlmm.forward import output_of
 from slimlmm.lessons import lessons_of
 from slimlmm.lineage import pairs_of
-from slimlmm.losses import Match, Readout, SameBasis, Seen, combine
+from slimlmm.losses import Match, Seen, combine
+from slimlmm.readouts import Readout, SameBasis
 from slimlmm.recipe import Recipe
-from slimlmm.selfcheck import some_units
-from slimlmm.streams import streams_of
+from slimlmm.selfcheck import random_model, some_units
+from slimlmm.streams import Streams, _heard, streams_of
 from slimlmm.teacher import TeacherCache, Teachers
 from slimlmm.trainings import Training
+from slimlmm.vocab import trim
 from tiny import tiny
+from zoo import CONFIGS
 
 BLOCKS = {"block_states": 1.0}
 
@@ -145,8 +149,15 @@ def test_what_cannot_be_had_is_refused(rows, tmp_path):
     with pytest.raises(UserError, match="needs a teacher"):
         train(copy.deepcopy(teacher), processor, rows.train, Training(steps=1, losses=BLOCKS), tmp_path / "o")
     cache = cache_of(teacher, processor, tmp_path / "c")
+    groups = by_picture(rows.train[:40], 16)[:2]
+    assert streams_of(teacher, cache, {}, Collator(processor, packed=False), groups)
+    apart = cache_of(teacher, processor, tmp_path / "d", packed=False)
+    with pytest.raises(UserError, match="questions about a picture in one sequence, which it cannot"):
+        streams_of(teacher, apart, {}, Collator(processor, packed=True), groups)
+    cache.collator.processor = trim(teacher, processor, ["other words"])[1]
     with pytest.raises(UserError, match="its processor makes other tokens"):
-        streams_of(teacher, cache, {}, Collator(processor, packed=False), by_picture(rows.train[:40], 16)[:2])
+        streams_of(teacher, cache, {}, Collator(processor, packed=True), groups)
+    cache.collator.processor = processor
     some = Training(steps=1, losses={**BLOCKS, "cross_entropy": 1.0})
     few = frozenset({rows.train[0].picture_key()})
     with pytest.raises(UserError, match="about every picture of a step"):
@@ -162,3 +173,23 @@ def test_what_cannot_be_had_is_refused(rows, tmp_path):
                 ValueError, match=r"teacher_rows=10: block_states \(in a\) asks the teacher about every"
             ):
                 Recipe.model_validate(some_rows)
+
+
+def test_padded_patches_do_not_count_where_the_processor_tells_them():
+    block = torch.nn.Linear(3, 3)
+    pairs = {"a": lineage.Pair("vision.blocks", "x", "x"), "b": lineage.Pair("text.blocks", "x", "x")}
+    mask_BT = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"pixel_attention_mask": mask_BT, "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 1]])}
+    with _heard({"a": block, "b": block}, pairs, batch) as states:
+        block(torch.randn(2, 3, 3))
+    assert [len(states[name]) for name in "ab"] == [5, 4]
+    with _heard({"a": block}, pairs, batch) as states:
+        block(torch.randn(2, 7, 3))
+    assert len(states["a"]) == 14, "a mask of something else"
+    assert not block._forward_hooks
+
+
+def test_towers_whose_blocks_are_not_known_are_not_left_out_in_silence():
+    model = random_model(CONFIGS["fast_vlm"]())
+    with pytest.raises(UserError, match="where the blocks of vision are is not known for fast_vlm"):
+        Streams(model, SimpleNamespace(model=model), {})

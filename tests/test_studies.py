@@ -271,6 +271,12 @@ def test_arms_without_a_teachers_distribution_leave_out_what_needs_one():
     for name, changed in (("losses-ce", True), ("losses-no-teacher", True), ("losses-kl", False)):
         (one,) = arms[name].change(stages)[0].rounds[0].train
         assert (one.own_answers, one.teachers) == ((0.0, {"first": 1.0}) if changed else (0.5, teachers)), name
+    states = {"losses": {"cross_entropy": 1.0, "forward_kl": 1.0, "block_states": 1.0}}
+    for asked in ({"previous": 1.0}, teachers):
+        one = Training(steps=1, teachers=asked, **states)
+        (left,) = arms["losses-ce"].change((Stage(name="a", rounds=(Round(train=(one,)),)),))[0].rounds[0].train
+        assert left.losses == {"cross_entropy": 1.0, "block_states": 1.0}
+        assert left.teachers == ({"first": 1.0} if "first" in asked else asked), "states are those of the same teacher"
     labels = arms["losses-ce"].change(stages)
     with pytest.raises(UserError, match="no training of the base has one of"):
         arms["teachers-both"].change(labels)

@@ -2,8 +2,8 @@
 
     key_0 of a round = hash(h, its cuts), h = the last key of the round before; key_n = hash(key_(n-1), its n-th training)
 
-The first h is a hash of all that the recipe says beside its rounds. Runs of one model on one data set with an equal key make the
-same choices with the same seed up to there, so one model will do for all of them.
+The first h is a hash of all that the recipe says beside its rounds, and of the versions. Runs of one model on one data set with
+an equal key make the same choices with the same seed up to there, so one model will do for all of them.
 
     DIR/KEY/{part/{model/, part.json}, what the round wrote down about its cuts}
 """
@@ -14,10 +14,13 @@ import hashlib
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from slimlmm import __version__
 from slimlmm.recipe import Recipe, Round, dump
 from slimlmm.runfolder import is_whole
 
@@ -27,7 +30,7 @@ UNHEARD = {"stages": (), "bench_calls": 0}
 
 def keys_of(recipe: Recipe) -> list[tuple[str, ...]]:
     """Return the keys of every round of a recipe: that of the model behind its cuts, then those behind each training."""
-    last = _hash(dump(recipe.model_copy(update=UNHEARD)))
+    last = _hash(__version__, torch.__version__, dump(recipe.model_copy(update=UNHEARD)))
     found = []
     for stage in recipe.stages:
         for index, turn in enumerate(stage.rounds, 1):
@@ -55,6 +58,7 @@ class Start:
     folder: Path
     keys: tuple[str, ...]
     wanted: frozenset[str]
+    say: Callable[[str], None]
 
     def take(self, of: Path) -> int | None:
         """Put the last part that another run has made of this round into the folder `of`; return its number, None for none."""
@@ -68,16 +72,20 @@ class Start:
         return None
 
     def keep(self, number: int, of: Path) -> None:
-        """Keep a part of the round in the folder `of` for those that begin with it."""
+        """Keep a part of the round in the folder `of` for those that begin with it; where there is no room, say so."""
         if number >= len(self.keys) or self.keys[number] not in self.wanted:
             return
         place = self.folder / self.keys[number]
         new = place.with_suffix(".new")
         for one in (new, place):
             shutil.rmtree(one, ignore_errors=True)
-        _link(of / "parts" / str(number), new / "part")
-        _link_files(of, new)
-        new.rename(place)
+        try:
+            _link(of / "parts" / str(number), new / "part")
+            _link_files(of, new)
+            new.rename(place)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            self.say(f"cannot keep what other runs could begin with ({error}); they make it themselves")
 
 
 def _link(folder: Path, to: Path) -> None:
@@ -102,7 +110,7 @@ def _link_files(folder: Path, to: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Beginnings:
-    """What runs that are still to be made have in common, kept in a folder; the first of them is the one that is made now."""
+    """What runs that are still to be made have in common, kept in a folder."""
 
     folder: Path
     wanted: frozenset[str]
@@ -114,16 +122,16 @@ class Beginnings:
         for number, one in enumerate(recipes):
             for key in (key for keys in keys_of(one) for key in keys):
                 owners[key].add(number)
-        for entry in folder.glob("*"):
+        for entry in folder.glob("*/"):
             if entry.name not in owners:
                 shutil.rmtree(entry)
         if not owners:
             shutil.rmtree(folder, ignore_errors=True)
         return cls(folder, frozenset(_wanted(owners, recipes)))
 
-    def start(self, recipe: Recipe, number: int) -> Start:
-        """Return where the round of a number, from 1, may begin."""
-        return Start(self.folder, keys_of(recipe)[number - 1], self.wanted)
+    def start(self, recipe: Recipe, number: int, say: Callable[[str], None]) -> Start:
+        """Return where the round of a number, from 1, may begin; `say` hears what could not be kept."""
+        return Start(self.folder, keys_of(recipe)[number - 1], self.wanted, say)
 
 
 def _wanted(owners: dict[str, set[int]], recipes: Sequence[Recipe]) -> Iterator[str]:

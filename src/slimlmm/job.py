@@ -98,7 +98,11 @@ class Job:
 
     def start(self, place: Place) -> Start | None:
         """Return where a round may begin; the half of one is a way of its own."""
-        return None if self.beginnings is None or place.half else self.beginnings.start(self.recipe, place.number)
+        return (
+            None
+            if self.beginnings is None or place.half
+            else self.beginnings.start(self.recipe, place.number, self.tell.say)
+        )
 
     def ask(self) -> None:
         """Take up what the teacher has said, once.

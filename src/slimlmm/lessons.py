@@ -22,8 +22,9 @@ from slimlmm.data import Row, by_picture, sample
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, first_text_block, states_into, states_until, to_device
 from slimlmm.lineage import Kept
-from slimlmm.losses import BLOCKS, MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES, Readout, SameBasis, fitted_readout
+from slimlmm.losses import BLOCKS, MATCHES, NEEDS_TEACHER, TEACHER_ENTRIES
 from slimlmm.packing import can_pack
+from slimlmm.readouts import Fit, Readout, SameBasis
 from slimlmm.streams import TEXT, Streams, streams_of
 from slimlmm.teacher import TeacherCache, Teachers
 from slimlmm.trainings import Training
@@ -167,16 +168,14 @@ def fitted_readouts(
     if not names:
         return Readouts({}, None)
     block = first_text_block(model, anatomy) if "picture_states" in names else None
-    student: dict[str, list[Tensor]] = {name: [] for name in names}
-    teacher: dict[str, list[Tensor]] = {name: [] for name in names}
+    fits = {name: Fit(same=False) for name in names}
     with torch.inference_mode():
         for start in range(0, min(32, len(groups)), 8):
             batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
             _, _, states = look(model, batch, block, stop=names == ["picture_states"])
             for name in names:
-                student[name].append(matched_tokens(batch, name, states[name]))
-                teacher[name].append(batch[TEACHER_ENTRIES[name]])
-    return Readouts({name: fitted_readout(torch.cat(student[name]), torch.cat(teacher[name])) for name in names}, block)
+                fits[name].add(matched_tokens(batch, name, states[name]), batch[TEACHER_ENTRIES[name]])
+    return Readouts({name: fit.map() for name, fit in fits.items()}, block)
 
 
 class Groups(Dataset[list[Row]]):
@@ -231,5 +230,6 @@ def lessons_of(
     readouts = fitted_readouts(model, anatomy, settings, collate, few)
     if BLOCKS not in settings.losses or lead is None:
         return Lessons(groups, collate, readouts)
-    streams, maps = streams_of(model, lead, kept, Collator(processor, packed=packed), few)
+    a_batch = max(1, settings.pictures_per_step // settings.accumulate)
+    streams, maps = streams_of(model, lead, kept, Collator(processor, packed=packed), few, a_batch)
     return Lessons(groups, collate, Readouts({**readouts.maps, **maps}, readouts.block), streams)

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from slimlmm.errors import UserError, nearest
+from slimlmm.readouts import Readout, SameBasis
 
 T = TypeVar("T")
 
@@ -101,31 +102,6 @@ def pairwise_margin(student_AV: Tensor, labels_A: Tensor) -> Tensor:
     return (margin * margin.abs().clamp(max=1)).clamp(min=0).sum()
 
 
-def spread_of(teacher_NH: Tensor) -> Tensor:
-    """Return how far states spread, the mean of |t - mean(t)|^2."""
-    return (teacher_NH - teacher_NH.mean(0)).square().sum(1).mean()
-
-
-class Readout(nn.Linear):
-    """A throw-away map from student to teacher states, W [H, S] and b [H], and how far the teacher's spread."""
-
-    spread: Tensor
-
-    def __init__(self, size: int, teacher_NH: Tensor) -> None:
-        super().__init__(size, teacher_NH.shape[1], device=teacher_NH.device)
-        self.register_buffer("spread", spread_of(teacher_NH).to(self.weight.dtype))
-
-
-class SameBasis(nn.Identity):
-    """What stands for a map where student and teacher states have one basis, and how far the teacher's spread."""
-
-    spread: Tensor
-
-    def __init__(self, teacher_NH: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("spread", spread_of(teacher_NH))
-
-
 def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: Readout | SameBasis) -> Tensor:
     """Return the squared error a token of the teacher's states read linearly from the student's, in parts of their spread.
 
@@ -136,30 +112,6 @@ def state_match(student_NS: Tensor, teacher_NH: Tensor, readout: Readout | SameB
     """
     error_N: Tensor = (readout(student_NS) - teacher_NH.to(student_NS.dtype)).square().sum(1)
     return error_N.mean() / readout.spread
-
-
-@torch.no_grad()
-def fitted_readout(student_NS: Tensor, teacher_NH: Tensor, ridge: float = 1e-2) -> Readout:
-    """Return the map of least squares from student to teacher states, W = ((F'F + r I)^-1 F'T)', both centred; fp64 inside.
-
-    Raises:
-        UserError: the teacher's states are all the same, so that there is nothing to match.
-    """
-    student, teacher = student_NS.double(), teacher_NH.double()
-    shift_S, shift_H = student.mean(0), teacher.mean(0)
-    centred = student - shift_S
-    gram = centred.T @ centred
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    readout = Readout(len(shift_S), teacher)
-    if not readout.spread > 0:
-        raise UserError(
-            f"the teacher's states at {len(teacher)} token(s) of the pictures that maps are fitted on are all the same, so "
-            "there is nothing to match; leave answer_states and picture_states out, or give more rows."
-        )
-    weight = torch.linalg.solve(gram, centred.T @ (teacher - shift_H)).T
-    readout.weight.copy_(weight)
-    readout.bias.copy_(shift_H - weight @ shift_S)
-    return readout
 
 
 @dataclass(frozen=True, slots=True)

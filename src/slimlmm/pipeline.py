@@ -255,7 +255,7 @@ def _rounds(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tup
 def _walked(job: Job, loaded: checkpoint.Loaded, stages: Sequence[Stage]) -> tuple[list[results.Round], Done | None]:
     records: list[results.Round] = []
     kept: Done | None = None
-    handed = Handed.of(loaded)
+    handed, job.kept = Handed.of(loaded), {}
     planned = dict(describe(handed.config).sizes)
     turns = [(stage.name, index, turn) for stage in stages for index, turn in enumerate(stage.rounds, 1)]
     for number, (name, index, turn) in enumerate(turns, 1):

@@ -25,6 +25,7 @@ from slimlmm.files import digests, read_json, write_json, write_text
 from slimlmm.grid import Grid
 from slimlmm.job import Done, Handed, Job, Place
 from slimlmm.journal import Journal, Parts
+from slimlmm.lineage import Kept
 from slimlmm.packing import can_pack
 from slimlmm.recipe import Round
 from slimlmm.resizing import cut_in_turn, predict_parameters
@@ -208,6 +209,9 @@ def _train(
     place, part = where
     seed = job.recipe.seed + place.number + 1000 * part + (500 if span and span.first else 0)
 
+    before: Kept = job.kept if "first" in settings.teachers else {}
+    fades = span is not None and not span.first  # what fades is still there
+
     def make(settings: Training) -> TrainResult:
         of = f"{place.name}, training {part}, seed {seed}, {span and (span.first, span.last)}, {settings.model_dump_json()}"
         return train(
@@ -218,7 +222,7 @@ def _train(
             folder / TRAINING,
             teacher=job.cache,
             previous=job.previous,
-            kept=lineage.after(folder, job.kept if "first" in settings.teachers else {}),
+            kept=before if fades else lineage.after(folder, before),
             taught=job.taught,
             validation=job.validation,
             seed=seed,

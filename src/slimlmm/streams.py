@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, N tokens that count, S and H hidden size of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,26 +13,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimlmm.anatomy import describe
 from slimlmm.bridging import stream
 from slimlmm.collate import Batch, Collator, fitting, real_tokens
 from slimlmm.data import Row
 from slimlmm.errors import UserError
-from slimlmm.forward import evaluating, forward, to_device
+from slimlmm.forward import answer_logits, evaluating, to_device
 from slimlmm.half import half
-from slimlmm.lineage import Kept, Pair, pairs_of
-from slimlmm.losses import BLOCKS, Readout, SameBasis, fitted_readout
+from slimlmm.lineage import TOWERS, Kept, Pair, pairs_of
+from slimlmm.losses import BLOCKS
+from slimlmm.readouts import Fit, Readout, SameBasis
 from slimlmm.teacher import TeacherCache
 
 #: axis whose blocks see text
 TEXT = "text.blocks"
-#: pictures in a batch that maps are fitted on
-A_BATCH = 8
 
 
 class Streams:
     """Pairs of blocks whose streams should be the same, with what is heard behind them."""
 
     def __init__(self, student: PreTrainedModel, teacher: TeacherCache, kept: Kept) -> None:
+        axes = describe(student.config).axes
+        if deaf := [tower for tower in TOWERS if f"{tower}.blocks" in axes and not axes[f"{tower}.blocks"].layers]:
+            raise UserError(
+                f"train.losses: block_states: where the blocks of {', '.join(deaf)} are is not known for "
+                f"{student.config.model_type}; leave it out."
+            )
         self.teacher = teacher
         self.pairs = {f"{BLOCKS} {one.block}": one for one in pairs_of(student, teacher.model, kept)}
         self._blocks = {name: student.get_submodule(one.block) for name, one in self.pairs.items()}
@@ -54,46 +60,47 @@ class Streams:
         model = self.teacher.model
         batch = to_device(batch, model.device)
         with half(model.device), evaluating(model), _heard(self._before, self.pairs, batch) as states:
-            forward(model, batch)
+            answer_logits(model, batch)
         return states
 
-    def fitted(self, student: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Readout | SameBasis]:
+    def fitted(self, student: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Readout | SameBasis]:
         """Return the maps by name: none where the widths are the same, else least squares over the batches.
+
+        Only a cut of the width changes a basis (`rotation`), so where widths are the same the bases are.
 
         Raises:
             UserError: a block of the student does not give as many tokens as the one that it stands for.
         """
-        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in self.pairs}
+        fits: dict[str, Fit] = {}
         with torch.no_grad(), half(student.device), evaluating(student):
             for batch in batches:
                 with self.student(batch) as now:
-                    forward(student, batch)
+                    answer_logits(student, batch)
                 then = self.said(batch)
-                for name, (mine, others) in found.items():
+                for name in self.pairs:
                     if len(now[name]) != len(then[name]):
                         raise UserError(
                             f"train.losses: block_states: {self.pairs[name].block} gives {len(now[name])} tokens, the teacher's "
                             f"{self.pairs[name].before} {len(then[name])}; leave block_states out."
                         )
-                    mine.append(now[name].float())
-                    others.append(then[name].float())
-        return {name: _map(torch.cat(mine), torch.cat(others)) for name, (mine, others) in found.items()}
-
-
-def _map(student_NS: Tensor, teacher_NH: Tensor) -> Readout | SameBasis:
-    return SameBasis(teacher_NH) if student_NS.shape == teacher_NH.shape else fitted_readout(student_NS, teacher_NH)
+                    same = now[name].shape == then[name].shape
+                    fits.setdefault(name, Fit(same=same)).add(now[name], then[name])
+        return {name: fit.map() for name, fit in fits.items()}
 
 
 @contextmanager
 def _heard(blocks: Mapping[str, nn.Module], pairs: Mapping[str, Pair], batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """Within the block collect the stream behind blocks, at tokens that are no padding, all passes of a block in one."""
-    real_BT = real_tokens(batch)
+    """Within the block collect the stream behind blocks, at tokens that are no padding, all passes of a block in one.
+
+    Of a tower that is told where a processor's mask is one of patches (lfm2_vl); else padding of smaller pictures counts too.
+    """
+    real_BT, patches_BT = real_tokens(batch), batch.get("pixel_attention_mask")
     states: dict[str, Tensor] = {}
 
     def hear(name: str, output: Any) -> None:
         values = stream(output)
-        mask_BT = fitting(real_BT, values) if pairs[name].axis == TEXT else None
-        heard_N = values[mask_BT] if mask_BT is not None else values.flatten(0, -2)
+        mask_BT = fitting(real_BT if pairs[name].axis == TEXT else patches_BT, values)
+        heard_N = values[mask_BT.bool()] if mask_BT is not None else values.flatten(0, -2)
         states[name] = torch.cat((states[name], heard_N)) if name in states else heard_N
 
     with ExitStack() as stack:
@@ -104,20 +111,29 @@ def _heard(blocks: Mapping[str, nn.Module], pairs: Mapping[str, Pair], batch: Ba
 
 
 def streams_of(
-    student: PreTrainedModel, teacher: TeacherCache, kept: Kept, collator: Collator, groups: Sequence[list[Row]]
+    student: PreTrainedModel,
+    teacher: TeacherCache,
+    kept: Kept,
+    collator: Collator,
+    groups: Sequence[list[Row]],
+    a_batch: int = 8,
 ) -> tuple[Streams, dict[str, Readout | SameBasis]]:
-    """Return the pairs of blocks of student and teacher, and their maps, fitted on pictures with their rows.
+    """Return the pairs of blocks of student and teacher, and their maps, fitted on pictures with their rows, `a_batch` at once.
 
     Raises:
-        UserError: the teacher does not read the same tokens, so that it cannot run on the student's batches; as `Streams.fitted`.
+        UserError: the teacher cannot run on the student's batches, as it reads other tokens or cannot be packed; as `Streams`.
     """
-    parts = [groups[at : at + A_BATCH] for at in range(0, len(groups), A_BATCH)]
-    batches = [to_device(collator(part), student.device) for part in parts]
-    own = teacher.collator(parts[0])["input_ids"] if teacher.collator.packed == collator.packed else torch.empty(0)
-    if not torch.equal(own, batches[0]["input_ids"].cpu()):
+    parts = [groups[at : at + a_batch] for at in range(0, len(groups), a_batch)]
+    if collator.packed and not teacher.collator.packed:
+        raise UserError(
+            "train.losses: block_states has the teacher read the student's batches, questions about a picture in one sequence, "
+            "which it cannot; leave block_states out."
+        )
+    own = Collator(teacher.collator.processor, packed=collator.packed)(parts[0])["input_ids"]
+    if not torch.equal(own, collator(parts[0])["input_ids"]):
         raise UserError(
             "train.losses: block_states has the teacher read the student's batches, and its processor makes other tokens of "
             "them; leave block_states out."
         )
     streams = Streams(student, teacher, kept)
-    return streams, streams.fitted(student, batches)
+    return streams, streams.fitted(student, (to_device(collator(part), student.device) for part in parts))

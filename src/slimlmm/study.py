@@ -134,6 +134,7 @@ class _Planner:
         found = whole.resolved(stages).model_copy(update={"seed": 0})  # that of a run is put in when it starts
         if vain := found.unheard():
             raise UserError("; ".join(vain))
+        Recipe.model_validate(found.model_dump())  # sweeps put stages together that nobody has looked at as a whole
         return found
 
     def _schedule(self, planned: Recipe, asked: str) -> sweeps.Stages:
@@ -344,11 +345,11 @@ def run(
         for turn, seed in enumerate(study.seeds, 1):
             for number, name in enumerate(names, 1):
                 where = f"arm {number} of {len(names)}: {name}, seed {seed} ({turn} of {len(study.seeds)})"
-                work.settle(name, seed, where, names[number:])
-            Beginnings.of(work.beginnings, [])
+                work.settle(name, seed, where)
             found = gathered(planned, out, command)
             found.save(out / "study.json")
             study_page.write([found], out / "README.md")
+        work.shared()
     return found
 
 
@@ -377,13 +378,17 @@ class _Work:
     trust_remote_code: bool
     tell: Reporter
 
-    @property
-    def beginnings(self) -> Path:
-        """Where what arms have in common is kept until the last of them is made."""
-        return self.out / "beginnings"
+    def shared(self) -> Beginnings:
+        """Return what runs that are not finished have in common, of all arms and seeds; what is kept for none of them goes."""
+        recipes = self.planned.recipes
+        own = [name for name in recipes if self.planned.run_of(name) == name]
+        todo = [(name, seed) for seed in self.planned.study.seeds for name in own]
+        todo = [one for one in todo if not self.planned.finished(self.out, *one)]
+        seeded = [recipes[name].model_copy(update={"seed": seed}) for name, seed in todo]
+        return Beginnings.of(self.out / "beginnings", seeded)
 
-    def settle(self, name: str, seed: int, place: str, later: Sequence[str]) -> None:
-        """Run one arm with one seed, before those that come `later`, unless it is finished; a UserError becomes its reason."""
+    def settle(self, name: str, seed: int, place: str) -> None:
+        """Run one arm with one seed unless it is finished; a UserError becomes its recorded reason."""
         failed = study_results.failure_of(self.out, name, seed)
         if self.planned.finished(self.out, name, seed):
             failed.unlink(missing_ok=True)
@@ -391,29 +396,24 @@ class _Work:
             return
         self.tell.say(place)
         try:
-            if self.planned.arms[name].kind == "compress":
-                self._compress(name, seed, later)
-            else:
-                self._control(name, seed)
+            (self._compress if self.planned.arms[name].kind == "compress" else self._control)(name, seed)
             failed.unlink(missing_ok=True)
         except UserError as error:
             self.tell.say(f"{place} failed: {error}")
             failed.parent.mkdir(parents=True, exist_ok=True)
             write_json(failed, {"reason": str(error)})
 
-    def _compress(self, name: str, seed: int, later: Sequence[str]) -> None:
-        todo = [one for one in later if one in self.planned.recipes and not self.planned.finished(self.out, one, seed)]
-        recipes = [self.planned.recipes[one].model_copy(update={"seed": seed}) for one in (name, *todo)]
+    def _compress(self, name: str, seed: int) -> None:
         pipeline.run(
             self.planned.study.model,
             self.planned.study.data,
             study_results.folder_of(self.out, name, seed),
-            recipes[0],
+            self.planned.recipes[name].model_copy(update={"seed": seed}),
             command=self.command,
             trust_remote_code=self.trust_remote_code,
             tell=self.tell,
             cache=self.out / "cache",
-            beginnings=Beginnings.of(self.beginnings, recipes),
+            beginnings=self.shared(),
         )
 
     def _control(self, name: str, seed: int) -> None:

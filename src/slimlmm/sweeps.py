@@ -148,7 +148,9 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         rest = {name: weight for name, weight in one.losses.items() if name not in ANSWERS}
         if not (wanted := losses(answer)):
             raise UserError(f"the base trains answers with {', '.join(answer)} alone; without it no loss is left.")
-        plain = {} if DIVERGENCES & set(wanted) else controls.NO_TEACHER
+        plain = {} if DIVERGENCES & set(wanted) else dict(controls.NO_TEACHER)
+        if rest:  # states are still those of the teacher that they were
+            plain["teachers"] = {"first": 1.0} if "first" in one.teachers else one.teachers
         return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}}).heard()
 
     return each(stages, lambda turn: turn, trained)
