@@ -251,6 +251,7 @@ def test_a_study_killed_inside_an_arm_and_between_arms_runs_nothing_twice(
     found = sr.StudyResults.model_validate_json(told)
     arms = {arm.name: arm for arm in found.arms}
     assert "must be a multiple of train.accumulate=3" in arms["broken"].failures[4]
+    assert not (out / "beginnings").exists(), "an arm that failed is not to come"
     assert {name for name, arm in arms.items() if arm.runs} == {"base", "plain", "scratch", "init"}
     for name in ("scratch", "init"):
         assert arms[name].runs[0].parameters == arms["base"].runs[0].parameters == arms["base"].planned_parameters

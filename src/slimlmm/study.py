@@ -378,12 +378,18 @@ class _Work:
     trust_remote_code: bool
     tell: Reporter
 
-    def shared(self) -> Beginnings:
-        """Return what runs that are not finished have in common, of all arms and seeds; what is kept for none of them goes."""
-        recipes = self.planned.recipes
+    def shared(self, now: tuple[str, int] | None = None) -> Beginnings:
+        """Return what runs that are to come have in common, of all arms and seeds; what is kept for none of them goes.
+
+        Those that are finished or have failed are not to come, but for the one that is made `now`.
+        """
+        recipes, out = self.planned.recipes, self.out
         own = [name for name in recipes if self.planned.run_of(name) == name]
-        todo = [(name, seed) for seed in self.planned.study.seeds for name in own]
-        todo = [one for one in todo if not self.planned.finished(self.out, *one)]
+        every = [(name, seed) for seed in self.planned.study.seeds for name in own]
+        over = [
+            one for one in every if self.planned.finished(out, *one) or study_results.failure_of(out, *one).exists()
+        ]
+        todo = [one for one in every if one == now or one not in over]
         seeded = [recipes[name].model_copy(update={"seed": seed}) for name, seed in todo]
         return Beginnings.of(self.out / "beginnings", seeded)
 
@@ -413,7 +419,7 @@ class _Work:
             trust_remote_code=self.trust_remote_code,
             tell=self.tell,
             cache=self.out / "cache",
-            beginnings=self.shared(),
+            beginnings=self.shared((name, seed)),
         )
 
     def _control(self, name: str, seed: int) -> None:
