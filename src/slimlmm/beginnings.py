@@ -119,24 +119,25 @@ class Beginnings:
     def of(cls, folder: Path, recipes: Sequence[Recipe]) -> Beginnings:
         """Return those of the runs of these recipes; what lies in the folder for none of them goes."""
         owners: dict[str, set[int]] = defaultdict(set)
-        for number, one in enumerate(recipes):
-            for key in (key for keys in keys_of(one) for key in keys):
+        runs = [keys_of(one) for one in recipes]
+        for number, rounds in enumerate(runs):
+            for key in (key for keys in rounds for key in keys):
                 owners[key].add(number)
         for entry in folder.glob("*/"):
             if entry.name not in owners:
                 shutil.rmtree(entry)
         if not owners:
             shutil.rmtree(folder, ignore_errors=True)
-        return cls(folder, frozenset(_wanted(owners, recipes)))
+        return cls(folder, frozenset(_wanted(owners, [keys for rounds in runs for keys in rounds])))
 
     def start(self, recipe: Recipe, number: int, say: Callable[[str], None]) -> Start:
         """Return where the round of a number, from 1, may begin; `say` hears what could not be kept."""
         return Start(self.folder, keys_of(recipe)[number - 1], self.wanted, say)
 
 
-def _wanted(owners: dict[str, set[int]], recipes: Sequence[Recipe]) -> Iterator[str]:
+def _wanted(owners: dict[str, set[int]], rounds: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Yield the keys that several runs have, but those behind which, in the same round, they all go on alike."""
-    for keys in (keys for one in recipes for keys in keys_of(one)):
+    for keys in rounds:
         for key, behind in zip(keys, (*keys[1:], None), strict=True):
             if len(owners[key]) > 1 and (behind is None or owners[behind] != owners[key]):
                 yield key
