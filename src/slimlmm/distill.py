@@ -184,26 +184,7 @@ class DistillTrainer(SavingTrainer):
             logits_AV.float(),
             labels_A,
             teacher_AV,
-            {
-                name: Match(
-                    matched_tokens(inputs, name, states[name]).float(),
-                    inputs[TEACHER_ENTRIES[name]],
-                    readout,
-                    self.share(name, inputs),
-                )
-                for name, readout in self.readouts.maps.items()
-                if name in MATCHES
-            }
-            | {
-                name: Match(
-                    states_NS.float(),
-                    inputs[TEACHER_STREAMS][name].float(),
-                    self.readouts.maps[name],
-                    self.share(self.streams.counted(name), inputs),
-                )
-                for name, states_NS in streams.items()
-                if self.streams is not None
-            },
+            {name: self.match(name, inputs, states | streams) for name in self.readouts.maps},
             self.temperature,
             inputs.get("taught_answers"),
             second_AV,
@@ -211,6 +192,20 @@ class DistillTrainer(SavingTrainer):
             inputs.get("given_answers"),
             self.shapes,
         )
+
+    def match(self, name: str, inputs: Batch, states: Mapping[str, Tensor]) -> Match:
+        """Return the states of student and teacher that a map stands between."""
+        if name in MATCHES:
+            student_NS, teacher_NH, counted = (
+                matched_tokens(inputs, name, states[name]),
+                inputs[TEACHER_ENTRIES[name]],
+                name,
+            )
+        else:
+            assert self.streams is not None
+            student_NS, teacher_NH = states[name], inputs[TEACHER_STREAMS][name].float()
+            counted = self.streams.counted(name)
+        return Match(student_NS.float(), teacher_NH, self.readouts.maps[name], self.share(counted, inputs))
 
     def visited(self) -> int:
         """Return the row visits of all processes."""

@@ -34,11 +34,10 @@ def after(folder: Path, before: Kept) -> dict[str, list[int]]:
     """Return which layers of the first model stay behind a round, of those that were there `before`."""
     path = folder / FILE
     found = read_json(TypeAdapter(dict[str, list[int]]), path) if path.exists() else {}
-    left = {
-        axis: [before[axis][number] for number in layers] if axis in before else layers
-        for axis, layers in found.items()
-    }
-    return {**{axis: list(layers) for axis, layers in before.items()}, **left}
+    left = {axis: list(layers) for axis, layers in before.items()}
+    for axis, layers in found.items():
+        left[axis] = [left[axis][number] for number in layers] if axis in left else layers
+    return left
 
 
 def of_run(rounds: Sequence[Path]) -> Kept:

@@ -42,8 +42,8 @@ class Fit:
 
     def __init__(self, *, same: bool, ridge: float = RIDGE) -> None:
         self.same, self.ridge = same, ridge
-        self.count, self.power = 0, torch.zeros((), dtype=torch.float64)
-        self.gram_SS = self.cross_SH = self.sum_S = self.sum_H = torch.zeros(0, dtype=torch.float64)
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, student_NS: Tensor, teacher_NH: Tensor) -> None:
@@ -53,8 +53,7 @@ class Fit:
         if not self.same:
             student = student_NS.double()
             sums |= {"sum_S": student.sum(0), "gram_SS": student.T @ student, "cross_SH": student.T @ teacher}
-        for name, value in sums.items():
-            setattr(self, name, getattr(self, name).to(value.device) + value if self.count else value)
+        self.sums = {name: self.sums[name] + value if self.sums else value for name, value in sums.items()}
         self.count += len(teacher)
 
     @torch.no_grad()
@@ -64,19 +63,19 @@ class Fit:
         Raises:
             UserError: the teacher's states are all the same, so that there is nothing to match.
         """
-        shift_H = self.sum_H / self.count
-        spread = self.power / self.count - shift_H.square().sum()
-        if not spread > 1e-12 * self.power / self.count:
+        shift_H, power = self.sums["sum_H"] / self.count, self.sums["power"] / self.count
+        spread = power - shift_H.square().sum()
+        if not spread > 1e-12 * power:
             raise UserError(
                 f"the teacher's states at {self.count} token(s) of the pictures that maps are fitted on are all the same, so "
                 "there is nothing to match; leave matches of states out, or give more rows."
             )
         if self.same:
             return SameBasis(spread, dtype)
-        shift_S = self.sum_S / self.count
-        gram = self.gram_SS - self.count * torch.outer(shift_S, shift_S)
+        shift_S = self.sums["sum_S"] / self.count
+        gram = self.sums["gram_SS"] - self.count * torch.outer(shift_S, shift_S)
         gram += self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(gram, self.cross_SH - self.count * torch.outer(shift_S, shift_H)).T
+        weight = torch.linalg.solve(gram, self.sums["cross_SH"] - self.count * torch.outer(shift_S, shift_H)).T
         return Readout(weight, shift_H - weight @ shift_S, spread, dtype)
 
 

@@ -61,13 +61,17 @@ class Planned:
         """Return the arm that is run for this one: itself, or the first one of equal recipe."""
         return self.arms[name].same_as or name
 
+    def seeded(self, name: str, seed: int) -> Recipe:
+        """Return the recipe of an arm with a seed."""
+        return self.recipes[name].model_copy(update={"seed": seed})
+
     def signature(self, name: str, seed: int) -> dict[str, Any]:
         """Return what the ``run.json`` of an arm with a seed says if its folder belongs to this plan; {} where none can."""
         arm = self.arms[name]
         run = self.run_of(arm.like) if arm.like else name
         if run not in self.recipes:
             return {}
-        settings = recipe.dump(self.recipes[run].model_copy(update={"seed": seed}))
+        settings = recipe.dump(self.seeded(run, seed))
         return {"kind": arm.kind, "like": run, "recipe": settings} if arm.like else {"recipe": settings}
 
     def finished(self, out: Path, name: str, seed: int) -> bool:
@@ -383,15 +387,15 @@ class _Work:
 
         Those that are finished or have failed are not to come, but for the one that is made `now`.
         """
-        recipes, out = self.planned.recipes, self.out
-        own = [name for name in recipes if self.planned.run_of(name) == name]
-        every = [(name, seed) for seed in self.planned.study.seeds for name in own]
-        over = [
-            one for one in every if self.planned.finished(out, *one) or study_results.failure_of(out, *one).exists()
-        ]
-        todo = [one for one in every if one == now or one not in over]
-        seeded = [recipes[name].model_copy(update={"seed": seed}) for name, seed in todo]
-        return Beginnings.of(self.out / "beginnings", seeded)
+        planned, out = self.planned, self.out
+
+        def comes(name: str, seed: int) -> bool:
+            over = planned.finished(out, name, seed) or study_results.failure_of(out, name, seed).exists()
+            return (name, seed) == now or not over
+
+        arms = [name for name in planned.todo() if name in planned.recipes]
+        recipes = [planned.seeded(name, seed) for seed in planned.study.seeds for name in arms if comes(name, seed)]
+        return Beginnings.of(out / "beginnings", recipes)
 
     def settle(self, name: str, seed: int, place: str) -> None:
         """Run one arm with one seed unless it is finished; a UserError becomes its recorded reason."""
@@ -414,7 +418,7 @@ class _Work:
             self.planned.study.model,
             self.planned.study.data,
             study_results.folder_of(self.out, name, seed),
-            self.planned.recipes[name].model_copy(update={"seed": seed}),
+            self.planned.seeded(name, seed),
             command=self.command,
             trust_remote_code=self.trust_remote_code,
             tell=self.tell,
