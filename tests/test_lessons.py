@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from slimlmm import lessons
 from slimlmm.anatomy import describe
 from slimlmm.collate import Collator
 from slimlmm.data import by_picture
@@ -12,7 +13,7 @@ from slimlmm.distill import train
 from slimlmm.forward import answer_logits
 from slimlmm.lessons import collator_for, fitted_readouts, look, matched_tokens
 from slimlmm.losses import TEACHER_ENTRIES, Match, Seen, combine, forward_kl
-from slimlmm.teacher import TeacherCache
+from slimlmm.teacher import TeacherCache, Teachers
 from slimlmm.trainings import Training
 from tiny import tiny
 
@@ -102,3 +103,18 @@ def test_a_training_asks_the_teacher_about_no_other_picture(lesson, rows, tmp_pa
     states = Training(steps=2, pictures_per_step=2, losses={"picture_states": 1.0})
     train(student, processor, rows.train, states, tmp_path, teacher=cache, taught=taught)
     assert {key for key in cache._where if key.startswith("picture-")} == asked
+
+
+@pytest.mark.parametrize(("more", "most"), [({"accumulate": 4}, 2), ({"accumulate": 8}, 1), ({}, 8)])
+def test_maps_are_fitted_on_no_more_pictures_at_once_than_a_training_takes(more, most, rows, tmp_path, monkeypatch):
+    model, processor = tiny("llava-dinov2-llama")
+    settings = Training(steps=1, pictures_per_step=8, losses={"answer_states": 1.0, "picture_states": 1.0}, **more)
+    cache, sizes = TeacherCache(model, Collator(processor, packed=True), tmp_path), []
+
+    def counted(model, batch, block, *, stop):
+        sizes.append(len(batch["picture_tokens"]))  # one sequence a picture
+        return look(model, batch, block, stop=stop)
+
+    monkeypatch.setattr(lessons, "look", counted)
+    lessons.lessons_of(model, processor, describe(model.config), rows.train[:120], settings, Teachers(cache), None, {})
+    assert max(sizes) == most

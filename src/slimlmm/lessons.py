@@ -162,16 +162,17 @@ def fitted_readouts(
     settings: Training,
     collate: Collate,
     groups: Sequence[list[Row]],
+    a_batch: int = 8,
 ) -> Readouts:
-    """Return the maps of the state matches that the recipe weighs, each fitted on 32 pictures."""
+    """Return the maps of the state matches that the recipe weighs, each fitted on 32 pictures, `a_batch` at once."""
     names = [name for name in MATCHES if name in settings.losses]
     if not names:
         return Readouts({}, None)
     block = first_text_block(model, anatomy) if "picture_states" in names else None
     fits = {name: Fit(same=False) for name in names}
     with torch.inference_mode():
-        for start in range(0, min(32, len(groups)), 8):
-            batch = to_device(collate([groups[at] for at in range(start, min(start + 8, len(groups)))]), model.device)
+        for start in range(0, min(32, len(groups)), a_batch):
+            batch = to_device(collate(list(groups[start : min(start + a_batch, 32)])), model.device)
             _, _, states = look(model, batch, block, stop=names == ["picture_states"])
             for name in names:
                 fits[name].add(matched_tokens(batch, name, states[name]), batch[TEACHER_ENTRIES[name]])
@@ -227,9 +228,9 @@ def lessons_of(
     groups = Groups(learnt_from(rows, settings.losses, taught), settings.questions_per_picture)
     known = (group for group in groups.groups if taught is None or group[0].picture_key() in taught)
     few = list(islice(known, 32))
-    readouts = fitted_readouts(model, anatomy, settings, collate, few)
+    a_batch = min(8, max(1, settings.pictures_per_step // settings.accumulate))
+    readouts = fitted_readouts(model, anatomy, settings, collate, few, a_batch)
     if BLOCKS not in settings.losses or lead is None:
         return Lessons(groups, collate, readouts)
-    a_batch = max(1, settings.pictures_per_step // settings.accumulate)
     streams, maps = streams_of(model, lead, kept, Collator(processor, packed=packed), few, a_batch)
     return Lessons(groups, collate, Readouts({**readouts.maps, **maps}, readouts.block), streams)
