@@ -20,10 +20,11 @@ from test_cli import call
 from tiny import tiny
 
 NAME = "llava-dinov2-llama"
-LOSSES = {"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1, "answer_states": 0.5}
+STATES = {"answer_states": 0.5, "picture_states": 1.0, "block_states": 1.0}
+LOSSES = [{"cross_entropy": 1.0, "forward_kl": 1.0, "pairwise_margin": 0.1} | STATES, {"picture_states": 1.0}]
 
 
-def trained(folder, out):
+def trained(folder, out, losses):
     """Train on the rows of a folder, save the weights, return what the training told."""
     rows = data.load(folder).train
     model, processor = tiny(NAME, 3)
@@ -35,19 +36,20 @@ def trained(folder, out):
         warmup=0.0,
         optimizer="muon",
         precision="float32",
-        losses=LOSSES,
+        losses=losses,
     )
     found = train(model, processor, rows, settings, out / "training", teacher=cache, seed=5)
     torch.save(model.state_dict(), out / "weights.pt")
     return found
 
 
-def test_two_processes_make_the_steps_of_one(ads, tmp_path):
+@pytest.mark.parametrize("losses", LOSSES)
+def test_two_processes_make_the_steps_of_one(losses, ads, tmp_path):
     (alone := tmp_path / "alone").mkdir()
-    wanted = trained(ads, alone)
+    wanted = trained(ads, alone, losses)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     told = subprocess.run(
-        [*command, str(ads), str(tmp_path)],
+        [*command, str(ads), str(tmp_path), json.dumps(losses)],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
@@ -83,4 +85,4 @@ def told(**more):
 if __name__ == "__main__":
     mine = Path(sys.argv[2]) / os.environ["RANK"]
     mine.mkdir()
-    (mine / "told.json").write_text(json.dumps(trained(Path(sys.argv[1]), mine).row_visits))
+    (mine / "told.json").write_text(json.dumps(trained(Path(sys.argv[1]), mine, json.loads(sys.argv[3])).row_visits))

@@ -108,7 +108,7 @@ class DistillTrainer(SavingTrainer):
         self.weights: Mapping[Any, float] = settings.losses
         self.temperature, self.shapes = settings.temperature, settings.shapes
         self.readouts, self.streams = lessons.readouts, lessons.streams
-        self.held = frozen(model, settings.freeze)
+        self.held = frozen(model, settings.still)
         self.teachers = teachers
         self.own = own
         self.remove_callback(PrinterCallback)  # the run's own reporter tells it
@@ -129,9 +129,16 @@ class DistillTrainer(SavingTrainer):
             epoch_iterator = self.own.batches(student, epoch_iterator, device, self.state.global_step)
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
         uneven = {"picture_states", BLOCKS} & set(self.weights)
-        counts = [taught_tokens(batch) for batch in found[0]] if uneven else []
-        self.step = {name: sum(count[name] for count in counts) for name in counts[0]} if len(counts) > 1 else {}
+        parts = len(found[0]) * self.accelerator.num_processes
+        self.step = self._taught(found[0]) if uneven and parts > 1 else {}
         return found
+
+    def _taught(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Return how many tokens of a step each match of states is about, over its micro-batches and all processes."""
+        counts = [taught_tokens(batch) for batch in batches]
+        mine = torch.tensor([[*count.values()] for count in counts], device=self.accelerator.device).sum(0)
+        every = cast(Tensor, self.accelerator.reduce(mine, "sum")).tolist()
+        return dict(zip(counts[0], every, strict=True))
 
     def compute_loss(
         self,
@@ -159,7 +166,7 @@ class DistillTrainer(SavingTrainer):
     def share(self, match: str, inputs: Batch) -> float | None:
         """Return the answer tokens that a micro-batch' match counts for: those of the step, by its share of the tokens matched.
 
-        So that a picture weighs as much in whatever micro-batch it comes; None where the step is one batch.
+        So that a picture weighs as much in whatever micro-batch and process it comes; None where the step is one batch.
         """
         tokens = self.step.get(match, 0)
         return self.step["answer_states"] * taught_tokens(inputs)[match] / tokens if tokens else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ def parts_in(model: PreTrainedModel) -> dict[str, frozenset[str]]:
 class frozen:  # noqa: N801 - a context manager, used like a function
     """Within the block the named parts take no gradient: ``vision``, ``text``, ``projector``, ``patch_embedding``."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, names: Collection[str]) -> None:
         parts = parts_in(model)
         self.parameters = [parameter for name, parameter in model.named_parameters() if parts[name] & set(names)]
 
@@ -97,7 +97,7 @@ def _optimizer(
     inner, parts = _inner(model) if settings.optimizer == "muon" else set(), parts_in(model)
     for name, parameter in model.named_parameters():
         here = parts[name]
-        if here & set(settings.freeze):
+        if here & settings.still:
             continue
         scale = _rate_scale(name, anatomy, settings) if "vision" in here else 1.0
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0

@@ -192,3 +192,11 @@ class Training(Settings):
     def sees_pictures_alone(self) -> bool:
         """Tell whether its losses look no further than what enters the language model."""
         return set(self.losses) == {"picture_states"}
+
+    @property
+    def still(self) -> frozenset[str]:
+        """The parts that do not move: those without gradient, and the language model where no loss looks at it.
+
+        Over several processes it would get gradients of 0, which weight decay takes for a step.
+        """
+        return frozenset(self.freeze) | ({"text"} if self.sees_pictures_alone else set())
