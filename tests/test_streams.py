@@ -151,9 +151,6 @@ def test_what_cannot_be_had_is_refused(rows, tmp_path):
     cache = cache_of(teacher, processor, tmp_path / "c")
     groups = by_picture(rows.train[:40], 16)[:2]
     assert streams_of(teacher, cache, {}, Collator(processor, packed=False), groups)
-    apart = cache_of(teacher, processor, tmp_path / "d", packed=False)
-    with pytest.raises(UserError, match="questions about a picture in one sequence, which it cannot"):
-        streams_of(teacher, apart, {}, Collator(processor, packed=True), groups)
     cache.collator.processor = trim(teacher, processor, ["other words"])[1]
     with pytest.raises(UserError, match="its processor makes other tokens"):
         streams_of(teacher, cache, {}, Collator(processor, packed=True), groups)
@@ -193,3 +190,15 @@ def test_towers_whose_blocks_are_not_known_are_not_left_out_in_silence():
     model = random_model(CONFIGS["fast_vlm"]())
     with pytest.raises(UserError, match="where the blocks of vision are is not known for fast_vlm"):
         Streams(model, SimpleNamespace(model=model), {})
+
+
+def test_a_student_that_can_be_packed_is_not_where_its_teacher_cannot(rows, tmp_path):
+    teacher, processor = tiny("llava-dinov2-llama")
+    settings, found = Training(steps=1, losses=BLOCKS), {}
+    for packed in (True, False):
+        teachers = Teachers(cache_of(teacher, processor, tmp_path / str(packed), packed=packed))
+        lessons = lessons_of(
+            teacher, processor, describe(teacher.config), rows.train[:40], settings, teachers, None, {}
+        )
+        found[packed] = len(lessons.collate(lessons.groups.groups[:2])["input_ids"])
+    assert found == {True: 2, False: sum(len(group) for group in lessons.groups.groups[:2])}

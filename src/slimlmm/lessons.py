@@ -222,15 +222,16 @@ def lessons_of(
             "train.losses: block_states asks the teacher about every picture of a step, and data.teacher_rows has it asked about "
             "some; leave out one of them, or the losses of labels."
         )
-    packed = can_pack(model, processor, rows)
     lead, second = (teachers.lead, teachers.second) if teachers else (None, None)
+    live = lead if BLOCKS in settings.losses else None  # reads the very batches of the student
+    packed = can_pack(model, processor, rows) and (live is None or live.collator.packed)
     collate = collator_for(processor, packed=packed, teacher=lead, losses=settings.losses, taught=taught, second=second)
     groups = Groups(learnt_from(rows, settings.losses, taught), settings.questions_per_picture)
     known = (group for group in groups.groups if taught is None or group[0].picture_key() in taught)
     few = list(islice(known, 32))
     a_batch = min(8, max(1, settings.pictures_per_step // settings.accumulate))
     readouts = fitted_readouts(model, anatomy, settings, collate, few, a_batch)
-    if BLOCKS not in settings.losses or lead is None:
+    if live is None:
         return Lessons(groups, collate, readouts)
-    streams, maps = streams_of(model, lead, kept, Collator(processor, packed=packed), few, a_batch)
+    streams, maps = streams_of(model, live, kept, Collator(processor, packed=packed), few, a_batch)
     return Lessons(groups, collate, Readouts({**readouts.maps, **maps}, readouts.block), streams)

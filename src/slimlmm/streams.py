@@ -121,14 +121,9 @@ def streams_of(
     """Return the pairs of blocks of student and teacher, and their maps, fitted on pictures with their rows, `a_batch` at once.
 
     Raises:
-        UserError: the teacher cannot run on the student's batches, as it reads other tokens or cannot be packed; as `Streams`.
+        UserError: the teacher cannot run on the student's batches, as it reads other tokens; as `Streams`.
     """
     parts = [groups[at : at + a_batch] for at in range(0, len(groups), a_batch)]
-    if collator.packed and not teacher.collator.packed:
-        raise UserError(
-            "train.losses: block_states has the teacher read the student's batches, questions about a picture in one sequence, "
-            "which it cannot; leave block_states out."
-        )
     own = Collator(teacher.collator.processor, packed=collator.packed)(parts[0])["input_ids"]
     if not torch.equal(own, collator(parts[0])["input_ids"]):
         raise UserError(
