@@ -6,8 +6,10 @@ from slimlmm.checkpoint import load_config
 from slimlmm.data import Row
 from slimlmm.demo import bundled
 from slimlmm.errors import UserError
+from slimlmm.recipe import DataSettings, Recipe
 from slimlmm.resizing import cut_in_turn, predict_parameters, resized
 from tiny import tiny, tiny_config
+from zoo import CONFIGS
 
 
 def ten_each(pictures, questions):
@@ -163,3 +165,43 @@ def test_a_schedule_that_cuts_nothing_is_refused():
     config, _ = teacher()
     with pytest.raises(UserError, match="no axis has to be cut"):
         staging.stages_for(config, describe(config).sizes, row_visits=1000)
+
+
+def trainings(stages):
+    return [turn.train[-1] for stage in stages for turn in stage.rounds if turn.sizes]
+
+
+@pytest.mark.parametrize(
+    ("repeats", "matched"), [(0.0, "picture_states"), (3.9, "picture_states"), (4.0, "block_states")]
+)
+def test_rows_that_come_again_and_again_are_learnt_behind_every_block_by_shapes_near_the_teachers(repeats, matched):
+    config = load_config(bundled("teacher"))
+    for shrink in (3, 18):
+        sizes, whole = plan.sizes_for(config, shrink, predict_parameters(config, {})), predict_parameters(config, {})
+        stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each, repeats=repeats)
+        for one, turn in zip(trainings(stages), ratios(config, stages, whole), strict=True):
+            assert matched in one.losses if turn < staging.MANY_RATIO else "picture_states" in one.losses
+            assert len({"picture_states", "block_states"} & set(one.losses)) == 1
+            assert {"cross_entropy", "forward_kl", "pairwise_margin"} <= set(one.losses)
+
+
+def ratios(config, stages, whole):
+    for turn in (turn for stage in stages for turn in stage.rounds if turn.sizes):
+        config = cut_in_turn(config, turn.sizes)
+        yield whole / predict_parameters(config, {})
+
+
+def test_towers_whose_blocks_are_not_known_are_not_asked_for_what_is_behind_them():
+    config = CONFIGS["fast_vlm"]()
+    sizes = plan.sizes_for(config, 1.5, predict_parameters(config, {}))
+    stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each, repeats=100.0)
+    assert all("block_states" not in one.losses for one in trainings(stages))
+
+
+@pytest.mark.parametrize(
+    ("said", "rows", "repeats"),
+    [({}, 1_000, 400.0), ({"train_rows": 100}, 1_000, 4_000.0), ({"train_rows": 5_000}, 1_000, 400.0),
+     ({"teacher_rows": 100}, 1_000, 0.0), ({}, 0, 0.0)],
+)  # fmt: skip
+def test_how_often_rows_are_visited(said, rows, repeats):
+    assert staging.repeats_of(Recipe(data=DataSettings(**said)), rows) == repeats

@@ -224,6 +224,9 @@ def test_fewer_questions_and_fewer_rows_of_the_teacher_take_as_many_visits(ads, 
         assert found.arms[name].planned_row_visits == pytest.approx(visits, rel=0.02), name
     for stage in found.recipes["few-questions"].stages:
         assert all(one.questions_per_picture == 2 for turn in stage.rounds for one in turn.train)
+    for name, matched in (("base", "block_states"), ("few-asked", "picture_states")):
+        answers = [turn.train[-1].losses for stage in found.recipes[name].stages for turn in stage.rounds if turn.train]
+        assert all({"block_states", "picture_states"} & set(losses) == {matched} for losses in answers), name
 
 
 def test_what_cannot_be_reached_is_skipped_with_the_numbers(planned):
@@ -240,8 +243,8 @@ def test_an_arm_changes_what_it_says_and_nothing_else(planned):
         return [one for stage in planned.recipes[name].stages for turn in stage.rounds for one in turn.train]
 
     for one, had in zip(trainings("losses-ce"), trainings("base"), strict=True):
-        pictures = {"picture_states"} & set(had.losses)
-        assert set(one.losses) == pictures | ({"cross_entropy"} if set(had.losses) - pictures else set())
+        states = {"picture_states", "block_states"} & set(had.losses)
+        assert set(one.losses) == states | ({"cross_entropy"} if set(had.losses) - states else set())
         assert one.model_copy(update={"losses": had.losses}) == had
     assert {str(one.losses) for one in trainings("losses-no-teacher")} == {"{'cross_entropy': 1.0}"}
     assert {one.learning_rate for one in trainings("lone")} == {1e-5}

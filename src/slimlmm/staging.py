@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from slimlmm import vocab
@@ -16,12 +17,13 @@ from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.families import FAMILIES
 from slimlmm.grid import Grid
+from slimlmm.lineage import TOWERS
 from slimlmm.lossless import living_blocks
 from slimlmm.plan import follow_width
-from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Round, Stage
+from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Recipe, Round, Stage
 from slimlmm.resizing import predict_parameters, resized
 from slimlmm.selfcheck import shallow
-from slimlmm.trainings import Training
+from slimlmm.trainings import LossName, Training
 
 #: most that one round may divide the parameters by, and most that it may divide an axis by
 ROUND_RATIO, AXIS_RATIO = 2.5, 2.0
@@ -39,6 +41,11 @@ MANY_RATIO = 6.0
 MUON_RATE = 5 / 3
 #: how many times the rate of answers the states of pictures bear
 STATES_RATE = 2.5
+#: visits of each train row from which a shape below `MANY_RATIO` learns the stream behind every block, and the weight of that
+MANY_VISITS = 4.0
+BLOCK_STATES: dict[LossName, float] = {"block_states": 10.0}
+#: what of the teacher's states is matched elsewhere
+PICTURE_STATES: dict[LossName, float] = {"picture_states": 1.0}
 
 
 def one_row_each(pictures: int, questions: int) -> float:
@@ -64,16 +71,18 @@ def stages_for(
     order: Sequence[Level] = LEVELS,
     grid: Grid | None = None,
     drops: tuple[Drop, ...] = DROPS,
+    repeats: float = 0.0,
 ) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
     Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
     shared, not visits: a visit of a small shape is cheap, so the last one gets most of them. Where that leaves a training
-    of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes.
+    of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes. `repeats`: see `repeats_of`.
     """
     anatomy = describe(config)
     levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).level == level} for level in order}
-    planned = _planned(config, levels, row_visits, a_step, grid or Grid())
+    recovery = partial(_trainings, anatomy, a_step=a_step, states=_states(anatomy, repeats))
+    planned = _planned(config, levels, row_visits, recovery, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
         rounds = [turn for name, turn in planned if name == level]
@@ -81,17 +90,28 @@ def stages_for(
     return tuple(stages)
 
 
+def repeats_of(recipe: Recipe, rows: int) -> float:
+    """Return how often the default schedule visits each of the train rows that it has, 0 where the teacher answers some alone."""
+    if not rows or recipe.data.teacher_rows is not None:
+        return 0.0
+    return recipe.row_visits / min(rows, recipe.data.train_rows or rows)
+
+
 def _planned(
-    config: Any, levels: Mapping[Level, Mapping[str, int]], row_visits: int, a_step: StepRows, grid: Grid
+    config: Any,
+    levels: Mapping[Level, Mapping[str, int]],
+    row_visits: int,
+    recovery: Callable[[float, float], tuple[Training, ...]],
+    grid: Grid,
 ) -> list[tuple[Level, Round]]:
-    """Return the rounds, each with its level: as few joined as leaves answers their least steps."""
-    anatomy, whole = describe(config), _count(config, {})
+    """Return the rounds, each with its level and the `recovery` of a ratio and row visits: as few joined as answers need."""
+    whole = _count(config, {})
     for joined in itertools.count(1):
         cuts = _cuts(config, levels, grid, joined)
         if not cuts:
             raise UserError("no axis has to be cut for that; ask for a smaller model.")
         planned = [
-            (cut.level, Round(sizes=cut.stated, train=_trainings(anatomy, whole / cut.parameters, visits, a_step)))
+            (cut.level, Round(sizes=cut.stated, train=recovery(whole / cut.parameters, visits)))
             for cut, visits in zip(cuts, _visits(cuts, row_visits), strict=True)
         ]
         least = min(turn.train[-1].steps for _, turn in planned)
@@ -120,7 +140,19 @@ def _visits(cuts: Sequence[_Cut], row_visits: int) -> list[float]:
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRows) -> tuple[Training, ...]:
+def _states(anatomy: Anatomy, repeats: float) -> dict[LossName, float]:
+    """Return what of the teacher's states is matched beside answers, by weight, while a shape is near the teacher's.
+
+    What few pictures lack is places to look at: the stream behind every block tells hundreds of times as much of each as its
+    answers do. The teacher runs at every step for it, so that it is worth its price only where rows come again and again.
+    """
+    heard = all(axis.layers for name, axis in anatomy.axes.items() if name in {f"{tower}.blocks" for tower in TOWERS})
+    return BLOCK_STATES if repeats >= MANY_VISITS and heard else PICTURE_STATES
+
+
+def _trainings(
+    anatomy: Anatomy, ratio: float, row_visits: float, *, a_step: StepRows, states: dict[LossName, float]
+) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
     A picture costs far less where the language model does not run, and says more: one state a picture token; in long rounds that
@@ -148,13 +180,15 @@ def _trainings(anatomy: Anatomy, ratio: float, row_visits: float, a_step: StepRo
 
     if anatomy.axes["text.blocks"].refusal or FAMILIES[anatomy.model_type].beside:
         return (training(steps(row_visits, pictures), pictures, answers_rate),)
-    states, before = {"picture_states": 1.0}, ("patch_embedding", "text")
     seen = min(MOST_STATES, steps(row_visits * STATES_SHARE, 2 * pictures))
     left = row_visits - seen * a_step(2 * pictures, questions)
     return (
-        training(seen, 2 * pictures, STATES_RATE * rate, losses=states, freeze=before),
+        training(seen, 2 * pictures, STATES_RATE * rate, losses=PICTURE_STATES, freeze=("patch_embedding", "text")),
         training(
-            steps(left, pictures), pictures, answers_rate, losses=Training.model_fields["losses"].default | states
+            steps(left, pictures),
+            pictures,
+            answers_rate,
+            losses=Training.model_fields["losses"].default | (PICTURE_STATES if far else states),
         ),
     )
 

@@ -133,7 +133,10 @@ class _Planner:
         asked = recipe.dump(planned)
         if asked not in self.schedules:
             self.schedules[asked] = self._schedule(planned, asked)
-        stages = self._as_many_visits(wanted.change(self.schedules[asked]), planned, whole, wanted.train)
+        stages = self.schedules[asked]
+        if whole.data.teacher_rows is not None and not whole.stages:
+            stages = sweeps.asked_of_some(stages)
+        stages = self._as_many_visits(wanted.change(stages), planned, whole, wanted.train)
         stages = sweeps.everywhere(stages, wanted.rounds, {})
         found = whole.resolved(stages).model_copy(update={"seed": 0})  # that of a run is put in when it starts
         if vain := found.unheard():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from slimlmm import controls
+from slimlmm import controls, staging
 from slimlmm.anatomy import describe
 from slimlmm.errors import UserError
 from slimlmm.plan import follow_width
@@ -152,6 +152,16 @@ def answered_by(stages: Stages, losses: Callable[[dict[str, float]], dict[str, f
         if rest:  # states are still those of the teacher that they were
             plain["teachers"] = {"first": 1.0} if "first" in one.teachers else one.teachers
         return Training.model_validate({**one.model_dump(), **plain, "losses": {**wanted, **rest}}).heard()
+
+    return each(stages, lambda turn: turn, trained)
+
+
+def asked_of_some(stages: Stages) -> Stages:
+    """Return a default schedule for a teacher that is asked about some pictures: none of what needs it at each is matched."""
+
+    def trained(one: Training) -> Training:
+        rest = {name: weight for name, weight in one.losses.items() if name not in staging.BLOCK_STATES}
+        return one if rest == one.losses else one.model_copy(update={"losses": rest | staging.PICTURE_STATES})
 
     return each(stages, lambda turn: turn, trained)
 
