@@ -20,7 +20,7 @@ conformance: $(READY)
 	$(BIN)/python -m pytest --whole-grid --thorough --numprocesses 2 --dist load
 
 # docs/results.md and its plots, from the committed records of studies, in this order
-STUDIES := stages frontier visits batches orders planner schedule-4x sizes-18x sizes-by-18x small losses units
+STUDIES := stages frontier visits batches orders planner schedule-4x sizes-18x sizes-by-18x small few-4x losses units
 results: $(READY)
 	$(BIN)/slimlmm study $(STUDIES:%=benchmarks/results/study-%.json) --page docs/results.md
 

@@ -61,7 +61,7 @@ def test_every_round_teaches_the_picture_first_without_the_language_model():
         states, answers = turn.train
         assert set(states.losses) == {"picture_states"}
         assert "text" in states.freeze
-        assert set(answers.losses) == {"cross_entropy", "forward_kl", "pairwise_margin", "picture_states"}
+        assert set(answers.losses) == {"cross_entropy", "forward_kl", "pairwise_margin", "block_states"}
         spent = states.steps * states.pictures_per_step
         assert spent / pictures(turn) == pytest.approx(staging.STATES_SHARE, abs=0.1)
 
@@ -171,17 +171,16 @@ def trainings(stages):
     return [turn.train[-1] for stage in stages for turn in stage.rounds if turn.sizes]
 
 
-@pytest.mark.parametrize(
-    ("repeats", "matched"), [(0.0, "picture_states"), (3.9, "picture_states"), (4.0, "block_states")]
-)
-def test_rows_that_come_again_and_again_are_learnt_behind_every_block_by_shapes_near_the_teachers(repeats, matched):
-    config = load_config(bundled("teacher"))
+@pytest.mark.parametrize("asked", [None, 100])
+def test_shapes_near_the_teachers_are_matched_behind_every_block_where_it_is_asked_about_all_rows(asked):
+    config, near = load_config(bundled("teacher")), staging.near_of(Recipe(data=DataSettings(teacher_rows=asked)))
     for shrink in (3, 18):
         sizes, whole = plan.sizes_for(config, shrink, predict_parameters(config, {})), predict_parameters(config, {})
-        stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each, repeats=repeats)
-        for one, turn in zip(trainings(stages), ratios(config, stages, whole), strict=True):
-            assert matched in one.losses if turn < staging.MANY_RATIO else "picture_states" in one.losses
-            assert len({"picture_states", "block_states"} & set(one.losses)) == 1
+        stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each, near=near)
+        for one, ratio in zip(trainings(stages), ratios(config, stages, whole), strict=True):
+            behind = asked is None and ratio < staging.MANY_RATIO
+            matched = {"picture_states", "block_states"} & set(one.losses)
+            assert matched == {"block_states" if behind else "picture_states"}
             assert {"cross_entropy", "forward_kl", "pairwise_margin"} <= set(one.losses)
 
 
@@ -194,14 +193,5 @@ def ratios(config, stages, whole):
 def test_towers_whose_blocks_are_not_known_are_not_asked_for_what_is_behind_them():
     config = CONFIGS["fast_vlm"]()
     sizes = plan.sizes_for(config, 1.5, predict_parameters(config, {}))
-    stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each, repeats=100.0)
+    stages = staging.stages_for(config, sizes, row_visits=400_000, a_step=ten_each)
     assert all("block_states" not in one.losses for one in trainings(stages))
-
-
-@pytest.mark.parametrize(
-    ("said", "rows", "repeats"),
-    [({}, 1_000, 400.0), ({"train_rows": 100}, 1_000, 4_000.0), ({"train_rows": 5_000}, 1_000, 400.0),
-     ({"teacher_rows": 100}, 1_000, 0.0), ({}, 0, 0.0)],
-)  # fmt: skip
-def test_how_often_rows_are_visited(said, rows, repeats):
-    assert staging.repeats_of(Recipe(data=DataSettings(**said)), rows) == repeats

@@ -233,7 +233,7 @@ def tried_shape(
         a_step=ground.a_step,
         order=recipe.order,
         grid=Grid.of(recipe),
-        repeats=staging.repeats_of(recipe, len(job.train_rows)),
+        near=staging.near_of(recipe),
     )
     turn = sweeps.one_shot(planned, space.config)[-1].rounds[-1]
     told = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]  # a run that goes on must find this very shape

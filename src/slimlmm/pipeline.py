@@ -217,7 +217,7 @@ def schedule(
         order=recipe.order,
         grid=grid,
         drops=cuts.drops,
-        repeats=staging.repeats_of(recipe, len(rows["train"])),
+        near=staging.near_of(recipe),
     )
     return stages, (*cuts.notes, *filter(None, [final.note]))
 

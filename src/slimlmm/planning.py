@@ -35,7 +35,7 @@ from slimlmm.plan import Space, space_of
 from slimlmm.progress import Quiet, Reporter
 from slimlmm.recipe import Recipe, SizesBy, Stage
 from slimlmm.resizing import cut_in_turn, most_parameters, predict_parameters, resized
-from slimlmm.staging import check_stages, one_row_each, repeats_of, stages_for
+from slimlmm.staging import check_stages, near_of, one_row_each, stages_for
 from slimlmm.surgery import new_config
 from slimlmm.teacher import config_fingerprint
 from slimlmm.tree import human, plain, ratio
@@ -171,7 +171,7 @@ def _schedule(start: _Start, space: Space, choice: Choice, settings: Recipe, out
         order=settings.order,
         grid=grid,
         drops=start.lossless.drops,
-        repeats=repeats_of(settings, len(start.rows.get("train", ()))),
+        near=near_of(settings),
     )
     check_stages(start.config, stages, settings.tensor_parallel)
     stated = space.stated(sizes)

@@ -201,9 +201,9 @@ class Recipe(Settings):
     row_visits: int = Field(
         400_000,
         gt=0,
-        description="Row visits of all recoveries of the default schedule, most of them on the last shape. Where they come to "
-        "four or more of each train row, and the teacher is asked about all, shapes less than six times smaller learn the "
-        "stream behind every block too (block_states): few pictures need that most.",
+        description="Row visits of all recoveries of the default schedule, most of them on the last shape. Where the "
+        "teacher is asked about all train rows, shapes less than six times smaller match the stream behind every block "
+        "(block_states; the teacher runs at every step), others what enters the language model at pictures.",
     )
     max_drop: float | None = Field(
         None,

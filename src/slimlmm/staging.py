@@ -41,10 +41,9 @@ MANY_RATIO = 6.0
 MUON_RATE = 5 / 3
 #: how many times the rate of answers the states of pictures bear
 STATES_RATE = 2.5
-#: visits of each train row from which a shape below `MANY_RATIO` learns the stream behind every block, and the weight of that
-MANY_VISITS = 4.0
+#: what of the teacher's states shapes below `MANY_RATIO` match beside answers, where the teacher is asked about all pictures
 BLOCK_STATES: dict[LossName, float] = {"block_states": 10.0}
-#: what of the teacher's states is matched elsewhere
+#: what is matched elsewhere
 PICTURE_STATES: dict[LossName, float] = {"picture_states": 1.0}
 
 
@@ -71,17 +70,17 @@ def stages_for(
     order: Sequence[Level] = LEVELS,
     grid: Grid | None = None,
     drops: tuple[Drop, ...] = DROPS,
-    repeats: float = 0.0,
+    near: dict[LossName, float] = BLOCK_STATES,
 ) -> tuple[Stage, ...]:
     """Return the default schedule: lossless cuts (`drops`), then the levels of `order`, each round at most `ROUND_RATIO`.
 
     Every round is recovered before the next cut, for `row_visits` in all; `a_step` says what a step makes of them. Compute is
     shared, not visits: a visit of a small shape is cheap, so the last one gets most of them. Where that leaves a training
-    of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes. `repeats`: see `repeats_of`.
+    of answers fewer than `LEAST_STEPS`, as many rounds of a level are joined as it takes. `near`: see `near_of`.
     """
     anatomy = describe(config)
     levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).level == level} for level in order}
-    recovery = partial(_trainings, anatomy, a_step=a_step, states=_states(anatomy, repeats))
+    recovery = partial(_trainings, anatomy, a_step=a_step, near=near if _heard(anatomy) else PICTURE_STATES)
     planned = _planned(config, levels, row_visits, recovery, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
@@ -90,11 +89,13 @@ def stages_for(
     return tuple(stages)
 
 
-def repeats_of(recipe: Recipe, rows: int) -> float:
-    """Return how often the default schedule visits each of the train rows that it has, 0 where the teacher answers some alone."""
-    if not rows or recipe.data.teacher_rows is not None:
-        return 0.0
-    return recipe.row_visits / min(rows, recipe.data.train_rows or rows)
+def near_of(recipe: Recipe) -> dict[LossName, float]:
+    """Return what of the teacher's states a run's default schedule matches while a shape is near the teacher's, by weight.
+
+    The stream behind every block tells hundreds of times as much of a picture as its answers do; the teacher runs at every step
+    for it, so not where it is asked about some pictures alone.
+    """
+    return BLOCK_STATES if recipe.data.teacher_rows is None else PICTURE_STATES
 
 
 def _planned(
@@ -140,18 +141,14 @@ def _visits(cuts: Sequence[_Cut], row_visits: int) -> list[float]:
     return [row_visits * weight / sum(weights) for weight in weights]
 
 
-def _states(anatomy: Anatomy, repeats: float) -> dict[LossName, float]:
-    """Return what of the teacher's states is matched beside answers, by weight, while a shape is near the teacher's.
-
-    What few pictures lack is places to look at: the stream behind every block tells hundreds of times as much of each as its
-    answers do. The teacher runs at every step for it, so that it is worth its price only where rows come again and again.
-    """
-    heard = all(axis.layers for name, axis in anatomy.axes.items() if name in {f"{tower}.blocks" for tower in TOWERS})
-    return BLOCK_STATES if repeats >= MANY_VISITS and heard else PICTURE_STATES
+def _heard(anatomy: Anatomy) -> bool:
+    """Tell whether it is known where the blocks of all towers are."""
+    blocks = (anatomy.axes.get(f"{tower}.blocks") for tower in TOWERS)
+    return all(axis is None or axis.layers for axis in blocks)
 
 
 def _trainings(
-    anatomy: Anatomy, ratio: float, row_visits: float, *, a_step: StepRows, states: dict[LossName, float]
+    anatomy: Anatomy, ratio: float, row_visits: float, *, a_step: StepRows, near: dict[LossName, float]
 ) -> tuple[Training, ...]:
     """Return one round's recovery: first what comes before the language model learns the teacher's states, then all the answers.
 
@@ -188,7 +185,7 @@ def _trainings(
             steps(left, pictures),
             pictures,
             answers_rate,
-            losses=Training.model_fields["losses"].default | (PICTURE_STATES if far else states),
+            losses=Training.model_fields["losses"].default | (PICTURE_STATES if far else near),
         ),
     )
 
