@@ -163,13 +163,14 @@ class DistillTrainer(SavingTrainer):
         loss = total / count * self.accelerator.num_processes
         return (loss, {"logits": shown.student_AV}) if return_outputs else loss
 
-    def share(self, match: str, inputs: Batch) -> float | None:
+    def share(self, match: str, mine: Mapping[str, int]) -> float | None:
         """Return the answer tokens that a micro-batch' match counts for: those of the step, by its share of the tokens matched.
 
         So that a picture weighs as much in whatever micro-batch and process it comes; None where the step is one batch.
+        `mine`: how many tokens of the micro-batch each match is about.
         """
         tokens = self.step.get(match, 0)
-        return self.step["answer_states"] * taught_tokens(inputs)[match] / tokens if tokens else None
+        return self.step["answer_states"] * mine[match] / tokens if tokens else None
 
     def asked(self, inputs: Batch) -> Batch:
         """Return a batch with what the teacher says of it now, where a loss wants that."""
@@ -182,6 +183,7 @@ class DistillTrainer(SavingTrainer):
         hearing = self.streams.student(inputs) if self.streams is not None else nothing
         with hearing as streams:
             logits_AV, labels_A, states = look(model, inputs, self.readouts.block, stop=stop)
+        mine = taught_tokens(inputs) if self.step else {}  # once: each count waits for the device
         teacher_AV = second_AV = None
         if self.teachers and not DIVERGENCES.keys().isdisjoint(self.weights):
             teacher_AV = self.teachers.lead.logits(inputs["teacher_hidden"])
@@ -191,7 +193,7 @@ class DistillTrainer(SavingTrainer):
             logits_AV.float(),
             labels_A,
             teacher_AV,
-            {name: self.match(name, inputs, states | streams) for name in self.readouts.maps},
+            {name: self.match(name, inputs, states | streams, mine) for name in self.readouts.maps},
             self.temperature,
             inputs.get("taught_answers"),
             second_AV,
@@ -200,8 +202,8 @@ class DistillTrainer(SavingTrainer):
             self.shapes,
         )
 
-    def match(self, name: str, inputs: Batch, states: Mapping[str, Tensor]) -> Match:
-        """Return the states of student and teacher that a map stands between."""
+    def match(self, name: str, inputs: Batch, states: Mapping[str, Tensor], mine: Mapping[str, int]) -> Match:
+        """Return the states of student and teacher that a map stands between; `mine`: as `share`."""
         if name in MATCHES:
             student_NS, teacher_NH, counted = (
                 matched_tokens(inputs, name, states[name]),
@@ -212,7 +214,7 @@ class DistillTrainer(SavingTrainer):
             assert self.streams is not None
             student_NS, teacher_NH = states[name], inputs[TEACHER_STREAMS][name].float()
             counted = self.streams.counted(name)
-        return Match(student_NS.float(), teacher_NH, self.readouts.maps[name], self.share(counted, inputs))
+        return Match(student_NS.float(), teacher_NH, self.readouts.maps[name], self.share(counted, mine))
 
     def visited(self) -> int:
         """Return the row visits of all processes."""

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from slimlmm.anatomy import describe
+from slimlmm.axes import Anatomy
 from slimlmm.bridging import read_blocks
 from slimlmm.errors import UserError
 from slimlmm.files import read_json, write_json
@@ -56,6 +57,12 @@ class Pair:
     axis: str
     block: str
     before: str
+
+
+def unknown_towers(anatomy: Anatomy) -> list[str]:
+    """Return the towers that have blocks, but where these are is not known."""
+    axes = anatomy.axes
+    return [tower for tower in TOWERS if f"{tower}.blocks" in axes and not axes[f"{tower}.blocks"].layers]
 
 
 def pairs_of(student: PreTrainedModel, before: PreTrainedModel, kept: Kept) -> list[Pair]:

@@ -17,7 +17,7 @@ from slimlmm.deployable import unsplittable
 from slimlmm.errors import UserError
 from slimlmm.families import FAMILIES
 from slimlmm.grid import Grid
-from slimlmm.lineage import TOWERS
+from slimlmm.lineage import unknown_towers
 from slimlmm.lossless import living_blocks
 from slimlmm.plan import follow_width
 from slimlmm.recipe import DROPS, LEVELS, Drop, Level, Recipe, Round, Stage
@@ -80,7 +80,7 @@ def stages_for(
     """
     anatomy = describe(config)
     levels = {level: {n: s for n, s in final.items() if anatomy.axis(n).level == level} for level in order}
-    recovery = partial(_trainings, anatomy, a_step=a_step, near=near if _heard(anatomy) else PICTURE_STATES)
+    recovery = partial(_trainings, anatomy, a_step=a_step, near=PICTURE_STATES if unknown_towers(anatomy) else near)
     planned = _planned(config, levels, row_visits, recovery, grid or Grid())
     stages = [Stage(name="lossless", rounds=(Round(drop=drops),))] if drops else []
     for level in order:
@@ -139,12 +139,6 @@ def _visits(cuts: Sequence[_Cut], row_visits: int) -> list[float]:
     shares = [(1 - LAST_SHARE) / (len(cuts) - 1)] * (len(cuts) - 1) if len(cuts) > 1 else []
     weights = [share / cut.parameters for share, cut in zip([*shares, LAST_SHARE], cuts, strict=True)]
     return [row_visits * weight / sum(weights) for weight in weights]
-
-
-def _heard(anatomy: Anatomy) -> bool:
-    """Tell whether it is known where the blocks of all towers are."""
-    blocks = (anatomy.axes.get(f"{tower}.blocks") for tower in TOWERS)
-    return all(axis is None or axis.layers for axis in blocks)
 
 
 def _trainings(

@@ -20,7 +20,7 @@ from slimlmm.data import Row
 from slimlmm.errors import UserError
 from slimlmm.forward import answer_logits, evaluating, to_device
 from slimlmm.half import half
-from slimlmm.lineage import TOWERS, Kept, Pair, pairs_of
+from slimlmm.lineage import Kept, Pair, pairs_of, unknown_towers
 from slimlmm.losses import BLOCKS
 from slimlmm.readouts import Fit, Readout, SameBasis
 from slimlmm.teacher import TeacherCache
@@ -33,8 +33,7 @@ class Streams:
     """Pairs of blocks whose streams should be the same, with what is heard behind them."""
 
     def __init__(self, student: PreTrainedModel, teacher: TeacherCache, kept: Kept) -> None:
-        axes = describe(student.config).axes
-        if deaf := [tower for tower in TOWERS if f"{tower}.blocks" in axes and not axes[f"{tower}.blocks"].layers]:
+        if deaf := unknown_towers(describe(student.config)):
             raise UserError(
                 f"train.losses: block_states: where the blocks of {', '.join(deaf)} are is not known for "
                 f"{student.config.model_type}; leave it out."
